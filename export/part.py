@@ -1,0 +1,59 @@
+"""`Part`: everything that turning one network into a served model needs, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor of a served model.
+
+    Attributes:
+        dtype: of torch.
+        axes: each axis after the batch: its size, or a name where it varies.
+    """
+
+    dtype: torch.dtype
+    axes: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One served model.
+
+    Attributes:
+        name: of the model, the same everywhere.
+        module: takes `inputs` by name and returns the output tensor.
+        inputs: in the order of the module's signature.
+        output: name and spec of the only output.
+        example: (batch, size) -> inputs; `size` sets the axes that vary and means nothing else.
+        tolerance: highest error against PyTorch, as a share of the largest output.
+    """
+
+    name: str
+    module: nn.Module
+    inputs: dict[str, TensorSpec]
+    output: tuple[str, TensorSpec]
+    example: Callable[[int, int], dict[str, Tensor]]
+    tolerance: float = 1e-4
+
+
+def integers(shape: tuple[int, ...], below: int) -> Tensor:
+    """Token ids or timesteps to try a model on, always the same."""
+    return torch.randint(below, shape, generator=torch.Generator().manual_seed(0))
+
+
+def normal(shape: tuple[int, ...]) -> Tensor:
+    """Activations to try a model on, always the same."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def padding_mask(batch: int, length: int) -> Tensor:
+    """(batch, length) int64; row `i` has a few more tokens than row `i - 1`."""
+    lengths = torch.arange(batch)[:, None] * 3 % (length - 2) + 2
+    return (torch.arange(length)[None] < lengths).long()

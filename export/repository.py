@@ -1,0 +1,123 @@
+"""Building a model repository beside the one that serves, and putting it in its place.
+
+Nothing of the old repository is touched before everything new is built and compared, so an
+export that fails at any point leaves it as it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from export import bert, clip_text, fusion, pipeline, unet, vqgan_decoder
+from export.checkpoint import Checkpoint
+from export.convert import OPSET, parity_error, to_onnx
+from export.part import Part
+from export.triton_config import with_tensors
+
+ENGINE = Path("text_to_image_stream/1")  # where pipeline.json and the tokenizers live
+TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """One line of the manifest.
+
+    Attributes:
+        parameters: how many the network has.
+        bytes: of the ONNX file and its external data.
+        sha256: of each file, by name.
+        error: against PyTorch, as a share of the largest output.
+        seconds: that its export took.
+    """
+
+    model: str
+    parameters: int
+    bytes: int
+    sha256: dict[str, str]
+    precision: str
+    opset: int
+    error: float
+    seconds: float
+
+
+def load_parts(checkpoint: Checkpoint) -> dict[str, Part]:
+    """All served models of a checkpoint, each held against those it is fed by."""
+    clip, bert_part = clip_text.part(checkpoint), bert.part(checkpoint)
+    fused = fusion.part(checkpoint, clip, bert_part)
+    painter = unet.part(checkpoint, fused)
+    decoder = vqgan_decoder.part(checkpoint, painter)
+    return {part.name: part for part in (clip, bert_part, fused, painter, decoder)}
+
+
+def build(
+    checkpoint: Checkpoint, repository: Path, progress: Callable[[str], None] = lambda model: None
+) -> list[ModelReport]:
+    """Exports a checkpoint into a repository that has its folders and `config.pbtxt` files.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be exported.
+        ParityError: a model does not say what its original says.
+        OSError: the disk is full, or the repository cannot be written.
+    """
+    parts = load_parts(checkpoint)
+    with tempfile.TemporaryDirectory(prefix=".building-", dir=repository.parent) as name:
+        stage = Path(name)
+        reports = []
+        for part in parts.values():
+            progress(part.name)
+            reports.append(_build_model(part, repository, stage))
+        (stage / ENGINE).mkdir(parents=True)
+        pipeline.write(checkpoint, parts, stage / ENGINE)
+        manifest = {
+            "checkpoint": checkpoint.name,
+            "tools": {tool: importlib.metadata.version(tool) for tool in TOOLS},
+            "models": [asdict(report) for report in reports],
+        }
+        (stage / "MANIFEST.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        _put_in_place(stage, repository)
+    return reports
+
+
+def _build_model(part: Part, repository: Path, stage: Path) -> ModelReport:
+    started = time.monotonic()
+    folder = stage / part.name / "1"
+    folder.mkdir(parents=True)
+    to_onnx(part, folder / "model.onnx")
+    error = parity_error(part, folder / "model.onnx")
+    config = repository / part.name / "config.pbtxt"
+    (stage / part.name / "config.pbtxt").write_text(with_tensors(config.read_text(), part))
+    files = sorted(folder.iterdir())
+    return ModelReport(
+        model=part.name,
+        parameters=sum(p.numel() for p in part.module.parameters()),
+        bytes=sum(file.stat().st_size for file in files),
+        sha256={file.name: _sha256(file) for file in files},
+        precision="fp32",
+        opset=OPSET,
+        error=error,
+        seconds=round(time.monotonic() - started, 2),
+    )
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _put_in_place(stage: Path, repository: Path) -> None:
+    """Renames every staged file to its place, the manifest last; renames need no space."""
+    staged = sorted(path.relative_to(stage) for path in stage.rglob("*") if path.is_file())
+    for file in sorted(staged, key=lambda path: path.name == "MANIFEST.json"):
+        (repository / file).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(stage / file, repository / file)
+    for data in repository.glob("*/1/model.onnx.data"):  # of a larger model before
+        if data.relative_to(repository) not in staged:
+            data.unlink()

@@ -1,0 +1,29 @@
+"""The tensor part of a served model's `config.pbtxt`.
+
+What stands above the marker line belongs to whoever runs the server (instances, threads,
+accelerators) and is kept; what stands below follows from the checkpoint.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from export.part import Part, TensorSpec
+
+MARKER = "# Tensors: written by `python -m export` from the checkpoint.\n"
+DATA_TYPES = {torch.int64: "TYPE_INT64", torch.float32: "TYPE_FP32"}
+
+
+def with_tensors(config: str, part: Part) -> str:
+    """`config` with the tensors of `part` below the marker."""
+    settings = config.partition(MARKER)[0]
+    blocks = [_block("input", name, spec) for name, spec in part.inputs.items()]
+    return settings + MARKER + "\n".join([*blocks, _block("output", *part.output)]) + "\n"
+
+
+def _block(kind: str, name: str, spec: TensorSpec) -> str:
+    sizes = [str(axis) if isinstance(axis, int) else "-1" for axis in ("batch", *spec.axes)]
+    return (
+        f'{kind} {{\n  name: "{name}"\n  data_type: {DATA_TYPES[spec.dtype]}\n'
+        f"  dims: [ {', '.join(sizes)} ]\n}}"
+    )

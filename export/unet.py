@@ -1,0 +1,70 @@
+"""The UNet: `sample` (B, C, h, w) at `timestep` (B) to `model_output` (B, C, h, w)."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from export.checkpoint import Checkpoint, CheckpointError
+from export.part import Part, TensorSpec, integers, normal
+
+
+class UNet(nn.Module):
+    def __init__(self, unet: UNet2DConditionModel):
+        super().__init__()
+        self.unet = unet
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        timestep_cond: Tensor | None = None,
+    ) -> Tensor:
+        return self.unet(
+            sample, timestep, encoder_hidden_states, timestep_cond=timestep_cond
+        ).sample
+
+
+def part(checkpoint: Checkpoint, fusion: Part) -> Part:
+    """The UNet behind a fusion head that was loaded before.
+
+    Raises:
+        CheckpointError: its cross-attention is not as wide as the fused tokens.
+    """
+    unet = checkpoint.load("unet", UNet2DConditionModel)
+    channels, embedding = unet.config.in_channels, unet.config.time_cond_proj_dim
+    hidden_axes = fusion.output[1].axes
+    if unet.config.cross_attention_dim != hidden_axes[-1]:
+        raise CheckpointError(
+            f"unet has cross_attention_dim {unet.config.cross_attention_dim},"
+            f" fusion has width {hidden_axes[-1]}"
+        )
+    latent = TensorSpec(torch.float32, (channels, "height", "width"))
+    inputs = {
+        "sample": latent,
+        "timestep": TensorSpec(torch.int64, ()),
+        "encoder_hidden_states": TensorSpec(torch.float32, hidden_axes),
+    }
+    if embedding:
+        inputs["timestep_cond"] = TensorSpec(torch.float32, (embedding,))
+    multiple = side_multiple(unet)
+
+    def example(batch: int, size: int) -> dict[str, Tensor]:
+        shape = (batch, channels, multiple * size, multiple * (size + 1))
+        tensors = {
+            "sample": normal(shape),
+            "timestep": integers((batch,), 1000),
+            "encoder_hidden_states": normal((batch, *hidden_axes)),
+        }
+        if embedding:
+            tensors["timestep_cond"] = normal((batch, embedding))
+        return tensors
+
+    return Part("unet", UNet(unet), inputs, ("model_output", latent), example)
+
+
+def side_multiple(unet: UNet2DConditionModel) -> int:
+    """Latent sides must be multiples of this, or the skip connections would not meet."""
+    return 2 ** (len(unet.config.block_out_channels) - 1)

@@ -1,0 +1,69 @@
+"""The decoder: `latent` (B, C, h, w), as the UNet leaves it, to `image` (B, 3, H, W).
+
+A `VQModel` looks its codes up first; an `AutoencoderKL` does not.
+"""
+
+from __future__ import annotations
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from export.checkpoint import Checkpoint, CheckpointError
+from export.part import Part, TensorSpec, normal
+
+
+class Decoder(nn.Module):
+    def __init__(self, vae: nn.Module, scaling_factor: float, shift_factor: float):
+        super().__init__()
+        self.vae, self.scaling_factor, self.shift_factor = vae, scaling_factor, shift_factor
+
+    def forward(self, latent: Tensor) -> Tensor:
+        return self.vae.decode(latent / self.scaling_factor + self.shift_factor).sample
+
+
+def part(checkpoint: Checkpoint, unet: Part) -> Part:
+    """The decoder of what a UNet, loaded before, paints.
+
+    Raises:
+        CheckpointError: it takes another number of channels.
+    """
+    vae = checkpoint.load("vae", getattr(diffusers, checkpoint.classes["vae"]))
+    channels = unet.output[1].axes[0]
+    if vae.config.latent_channels != channels:
+        raise CheckpointError(
+            f"vae has latent_channels {vae.config.latent_channels}, unet has {channels}"
+        )
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    return Part(
+        name="vqgan_decoder",
+        module=Decoder(vae, vae.config.scaling_factor, shift),
+        inputs={"latent": TensorSpec(torch.float32, (channels, "height", "width"))},
+        output=("image", TensorSpec(torch.float32, (3, "image_height", "image_width"))),
+        example=lambda batch, size: {"latent": normal((batch, channels, 4 * size, 4 * size + 4))},
+    )
+
+
+def scale_factor(checkpoint: Checkpoint) -> int:
+    """Pixels a latent cell, each way."""
+    return 2 ** (len(checkpoint.config("vae")["block_out_channels"]) - 1)
+
+
+@torch.no_grad()
+def latent_to_rgb(decoder: Part) -> list[list[float]]:
+    """The linear map from a latent cell to the mean colour it decodes to, by least squares.
+
+    Fitted on smooth random latents. (C + 1, 3): weights, then the offset.
+    """
+    channels = decoder.inputs["latent"].axes[0]
+    latents = torch.cat(
+        [
+            nn.functional.interpolate(normal((64, channels, side, side)), size=(8, 8))
+            for side in (1, 2, 4, 8)
+        ]
+    )
+    image = decoder.module(latents).clamp(-1, 1)
+    cells = nn.functional.adaptive_avg_pool2d(image, (8, 8)).permute(0, 2, 3, 1).reshape(-1, 3)
+    known = latents.permute(0, 2, 3, 1).reshape(-1, channels)
+    known = torch.cat([known, torch.ones(len(known), 1)], dim=1)
+    return torch.linalg.lstsq(known, cells).solution.tolist()

@@ -1,0 +1,1 @@
+"""How the demo checkpoint `scenes-64` was made: the world, and one module a training stage."""

@@ -1,0 +1,30 @@
+"""The command line that the training stages share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+
+def stage_cli(train: Callable[[Path, Path, int, int], None], steps: int, batch: int) -> None:
+    """Runs `train(checkpoint, runs, steps, batch)` from the command line."""
+
+    def main(
+        checkpoint: Annotated[Path, typer.Option(help="Checkpoint folder to write.")] = Path(
+            "checkpoints/scenes-64"
+        ),
+        runs: Annotated[Path, typer.Option(help="Folder of saves and loss curves.")] = Path("runs"),
+        steps: Annotated[int, typer.Option(help="Optimiser steps in all.")] = steps,
+        batch: Annotated[int, typer.Option(help="Scenes a step.")] = batch,
+        threads: Annotated[int, typer.Option(help="CPU threads; 0 takes all.")] = 0,
+    ) -> None:
+        if threads:
+            torch.set_num_threads(threads)
+        train(checkpoint, runs, steps, batch)
+
+    main.__doc__ = __import__("sys").modules[train.__module__].__doc__
+    typer.run(main)

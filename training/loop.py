@@ -1,0 +1,114 @@
+"""The training loop that every stage shares: resume, save, learning rate, EMA, loss curve.
+
+A stage gives its modules and a function from a step number to a loss. Because batches are
+drawn from a generator seeded by the step number, a run that was killed goes on from its last
+save exactly as if it had not been. Saves are safetensors and replace each other atomically.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers import get_cosine_schedule_with_warmup
+
+
+class Trainer:
+    """Trains `module` for `steps` steps, saving into `folder/` every `save_every`.
+
+    Raises:
+        ValueError: the folder holds a save of a module with other tensors.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        folder: Path,
+        steps: int,
+        learning_rate: float,
+        ema_decay: float = 0.999,
+        save_every: int = 100,
+    ):
+        self.module, self.folder, self.steps, self.save_every = module, folder, steps, save_every
+        trainable = [p for p in module.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trainable, learning_rate, weight_decay=0.01)
+        self.schedule = get_cosine_schedule_with_warmup(
+            self.optimizer, min(100, steps // 10), steps
+        )
+        self.ema = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
+        self.step = 0
+        folder.mkdir(parents=True, exist_ok=True)
+        if self._state.exists():
+            self._load()
+
+    @property
+    def _state(self) -> Path:
+        return self.folder / "state.safetensors"
+
+    def run(self, loss_at: Callable[[int], dict[str, Tensor]]) -> nn.Module:
+        """Trains to the end; `loss_at(step)["loss"]` is minimised. Returns the EMA module."""
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[loss]}")) as bar:
+            task = bar.add_task(
+                self.folder.name, total=self.steps, completed=self.step, loss=""
+            )
+            while self.step < self.steps:
+                losses = loss_at(self.step)
+                self.optimizer.zero_grad(set_to_none=True)
+                losses["loss"].backward()
+                nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], 1.0)
+                self.optimizer.step()
+                self.schedule.step()
+                self.ema.update_parameters(self.module)
+                self.step += 1
+                shown = {k: round(v.item(), 5) for k, v in losses.items()}
+                bar.update(task, completed=self.step, loss=f"loss {shown['loss']:.4f}")
+                if self.step % 10 == 0:
+                    self._log(shown)
+                if self.step % self.save_every == 0 or self.step == self.steps:
+                    self._save()
+        return self.ema.module
+
+    def _log(self, losses: dict[str, float]) -> None:
+        path = self.folder / "losses.csv"
+        fresh = not path.exists()
+        with path.open("a", newline="") as file:
+            writer = csv.writer(file)
+            if fresh:
+                writer.writerow(["step", *losses])
+            writer.writerow([self.step, *losses.values()])
+
+    def _save(self) -> None:
+        tensors = {f"module.{k}": v for k, v in self.module.state_dict().items()}
+        tensors |= {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
+        for i, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in state.items()}
+        part = self._state.with_suffix(".part")
+        tensors = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
+        save_file(tensors, part, metadata={"step": str(self.step)})
+        os.replace(part, self._state)
+
+    def _load(self) -> None:
+        tensors = load_file(self._state)
+        self.module.load_state_dict(_under("module.", tensors))
+        self.ema.load_state_dict(_under("ema.", tensors))
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in _under("optimizer.", tensors).items():
+            index, key = name.split(".", 1)
+            state.setdefault(int(index), {})[key] = tensor
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.step = int(self.ema.n_averaged)
+        self.schedule.last_epoch = self.step - 1
+        self.schedule.step()
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

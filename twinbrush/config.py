@@ -1,0 +1,82 @@
+"""`pipeline.json`: what the engine must know of the checkpoint that it serves.
+
+Written by `export/`, beside the two tokenizers. This module only reads it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from twinbrush.samplers import NoiseSchedule
+
+MAX_SIDE_FACTOR = 4  # a side may be this many times the side that the model was trained on
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a request gets where it is silent."""
+
+    steps: int
+    guidance_scale: float
+    sampler: str
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """The checkpoint as the engine sees it.
+
+    Attributes:
+        checkpoint: its name, for messages.
+        schedule: the noise schedule of the UNet.
+        defaults: steps, guidance scale and sampler of a request that names none.
+        native_side: side of the pictures that the UNet was trained on, in pixels.
+        side_multiple: width and height must be multiples of this, in pixels.
+        scale_factor: pixels a latent cell, each way.
+        latent_channels: C.
+        clip_tokens, bert_tokens: lengths that prompts are padded to, L and Lb.
+        clip_pad, bert_pad: ids of the padding tokens.
+        timestep_cond: width E of the guidance embedding, or None where guidance takes two rows.
+        latent_to_rgb: C rows of weights and one of offsets, each (R, G, B) in [-1, 1].
+    """
+
+    checkpoint: str
+    schedule: NoiseSchedule
+    defaults: Defaults
+    native_side: int
+    side_multiple: int
+    scale_factor: int
+    latent_channels: int
+    clip_tokens: int
+    bert_tokens: int
+    clip_pad: int
+    bert_pad: int
+    timestep_cond: int | None
+    latent_to_rgb: tuple[tuple[float, float, float], ...]
+
+    @property
+    def max_side(self) -> int:
+        return MAX_SIDE_FACTOR * self.native_side
+
+    @classmethod
+    def load(cls, path: Path) -> PipelineConfig:
+        """Reads `pipeline.json`.
+
+        Raises:
+            ValueError: the file is not there or not of this form; the message names it.
+        """
+        try:
+            fields = json.loads(path.read_text())
+            schedule = fields.pop("schedule")
+            schedule["alphas_cumprod"] = tuple(schedule["alphas_cumprod"])
+            fields["latent_to_rgb"] = tuple(tuple(row) for row in fields["latent_to_rgb"])
+            return cls(
+                schedule=NoiseSchedule(**schedule),
+                defaults=Defaults(**fields.pop("defaults")),
+                **fields,
+            )
+        except FileNotFoundError:
+            raise ValueError(f"{path} is not there: run `python -m export CHECKPOINT`") from None
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a pipeline.json of this version: {error}") from error

@@ -1,0 +1,317 @@
+"""The engine: tokenize, encode, denoise, decode, reply, for many requests at once.
+
+Four threads, each with a queue of its own, so that encoding, decoding and answering run
+beside the next UNet call. It sees networks through `Models` and clients through a `reply`
+callback; it knows nothing of Triton.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from twinbrush import images
+from twinbrush.batcher import StepBatcher
+from twinbrush.config import PipelineConfig
+from twinbrush.denoise import ImageJob, Models, denoise_step
+from twinbrush.generation import End, EngineError, Event, Finished, Generation, Progress
+from twinbrush.prompt import PromptTokenizer
+from twinbrush.request import GenerationRequest
+from twinbrush.samplers import guidance_embedding, trajectory
+
+log = logging.getLogger(__name__)
+CACHED_PROMPTS = 256
+
+
+@dataclass(eq=False)
+class _Job(ImageJob):
+    generation: Generation
+    index: int
+
+
+class Engine:
+    """Runs requests against `models`.
+
+    Args:
+        models: the served networks.
+        config: the checkpoint.
+        tokenizer: its tokenizers.
+        max_rows: rows of a UNet call at the native size; fewer for larger pictures.
+        buckets: row counts that UNet calls are padded up to, for runtimes that compile shapes.
+        queue_size: requests that may live at once; one more is refused.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        config: PipelineConfig,
+        tokenizer: PromptTokenizer,
+        max_rows: int = 16,
+        buckets: Sequence[int] = (),
+        queue_size: int = 128,
+    ):
+        if max_rows < 2:
+            raise ValueError(f"max_rows={max_rows} is not allowed: at least 2")
+        self.config = config
+        self._models, self._tokenizer = models, tokenizer
+        self._max_rows, self._buckets, self._queue_size = max_rows, buckets, queue_size
+        self._latent_to_rgb = np.array(config.latent_to_rgb, np.float32)
+        self._batcher = StepBatcher()
+        self._work = threading.Condition()  # guards the batcher, _live and every `ended`
+        self._live: set[Generation] = set()
+        self._closing = False
+        self._prompts: OrderedDict[tuple[str, bool], np.ndarray] = OrderedDict()
+        self._beside = ThreadPoolExecutor(1, "bert")
+        self._to_encode: queue.SimpleQueue = queue.SimpleQueue()
+        self._to_decode: queue.SimpleQueue = queue.SimpleQueue()
+        self._to_reply: queue.SimpleQueue = queue.SimpleQueue()
+        loops = (self._encode_loop, self._denoise_loop, self._decode_loop, self._reply_loop)
+        self._threads = [threading.Thread(target=loop, name=loop.__name__) for loop in loops]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, request: GenerationRequest, reply: Callable[[Event], None]) -> Generation:
+        """Takes a request and returns at once.
+
+        `reply` gets its events in order from one thread, `End` last and exactly once.
+
+        Raises:
+            EngineError: UNAVAILABLE, when the queue is full or the engine is closing.
+        """
+        warnings = tuple(self._warnings(request))
+        generation = Generation(request, warnings, reply, self._end)
+        with self._work:
+            if self._closing:
+                raise EngineError("UNAVAILABLE", "the server is shutting down")
+            if len(self._live) >= self._queue_size:
+                text = f"the queue is full ({self._queue_size} requests): try again later"
+                raise EngineError("UNAVAILABLE", text)
+            self._live.add(generation)
+        self._to_encode.put(generation)
+        return generation
+
+    def close(self) -> None:
+        """Ends every live request with UNAVAILABLE and stops the threads."""
+        with self._work:
+            self._closing = True
+            live = list(self._live)
+            self._work.notify_all()
+        for generation in live:
+            self._end(generation, EngineError("UNAVAILABLE", "the server is shutting down"))
+        for waiting in (self._to_encode, self._to_decode, self._to_reply):
+            waiting.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._beside.shutdown()
+
+    # Encode -----------------------------------------------------------------------------
+
+    def _encode_loop(self) -> None:
+        for batch in _batches(self._to_encode):
+            generations = [g for g in batch if not g.ended]
+            try:
+                self._encode(key for g in generations for key in self._prompt_keys(g))
+                jobs = [job for g in generations for job in self._jobs(g)]
+            except Exception:
+                self._fail(generations, "encoding the prompt")
+                continue
+            while len(self._prompts) > CACHED_PROMPTS:
+                self._prompts.popitem(last=False)
+            with self._work:
+                for job in jobs:
+                    if not job.generation.ended:
+                        job.generation.jobs.append(job)
+                        self._batcher.add(job)
+                self._work.notify()
+
+    def _encode(self, prompts: Iterable[tuple[str, bool]]) -> None:
+        """Sees to it that the prompts are in the cache; a deterministic one is encoded alone."""
+        missing = []
+        for key in dict.fromkeys(prompts):
+            if key in self._prompts:
+                self._prompts.move_to_end(key)
+            else:
+                missing.append(key)
+        shared = [key for key in missing if not key[1]]
+        calls = [shared[i : i + self._max_rows] for i in range(0, len(shared), self._max_rows)]
+        calls += [[key] for key in missing if key[1]]
+        for keys in calls:
+            tokens = self._tokenizer([text for text, _ in keys])
+            bert = {"input_ids": tokens.bert_ids, "attention_mask": tokens.bert_mask}
+            bert_tokens = self._beside.submit(self._models.run, "bert", bert, "bert_tokens")
+            clip = {"input_ids": tokens.clip_ids}
+            fusion = {
+                "clip_tokens": self._models.run("clip_text", clip, "clip_tokens"),
+                "bert_tokens": bert_tokens.result(),
+                "attention_mask": tokens.bert_mask,
+            }
+            fused = self._models.run("fusion", fusion, "encoder_hidden_states")
+            for key, row in zip(keys, fused, strict=True):
+                self._prompts[key] = row.copy()
+
+    def _prompt_keys(self, generation: Generation) -> list[tuple[str, bool]]:
+        """Cache keys of the texts that condition its rows: the prompt and, with two, what
+        guidance leads away from."""
+        request = generation.request
+        if self.config.timestep_cond:
+            guided = bool(request.negative_prompt)  # else the embedding carries the guidance
+        else:
+            guided = request.guidance_scale != 1
+        texts = [request.prompt, request.negative_prompt] if guided else [request.prompt]
+        return [(text, request.deterministic) for text in texts]
+
+    def _jobs(self, generation: Generation) -> list[_Job]:
+        request, config = generation.request, self.config
+        hidden = np.stack([self._prompts[key] for key in self._prompt_keys(generation)])
+        rows, embedding = len(hidden), None  # hidden is (rows, L, D)
+        if config.timestep_cond:
+            told = request.guidance_scale if rows == 1 else 1.0
+            embedding = np.tile(guidance_embedding(told, config.timestep_cond), (rows, 1))
+        height, width = request.height // config.scale_factor, request.width // config.scale_factor
+        area = request.height * request.width / config.native_side**2
+        capacity = max(2, min(self._max_rows, int(self._max_rows / area)))
+        return [
+            _Job(
+                group=(height, width, rows if request.deterministic else 0),
+                rows=rows,
+                steps=request.steps,
+                capacity=rows if request.deterministic else capacity,
+                trajectory=trajectory(request.sampler, config.schedule, request.steps),
+                hidden=hidden,
+                timestep_cond=embedding,
+                guidance_scale=request.guidance_scale,
+                noise=np.random.default_rng(request.seed + index),
+                shape=(config.latent_channels, height, width),
+                generation=generation,
+                index=index,
+            )
+            for index in range(request.num_images)
+        ]
+
+    # Denoise ----------------------------------------------------------------------------
+
+    def _denoise_loop(self) -> None:
+        while True:
+            with self._work:
+                self._work.wait_for(lambda: self._closing or len(self._batcher))
+                if self._closing:
+                    return
+                jobs: list[_Job] = self._batcher.next_batch()  # type: ignore[assignment]
+            try:
+                denoise_step(self._models, jobs, self._buckets)
+            except Exception:
+                self._fail([job.generation for job in jobs], "denoising")
+                continue
+            for job in jobs:
+                if job.generation.ended:
+                    continue
+                self._report(job)
+                if job.step == job.steps:
+                    self._to_decode.put(job)
+
+    def _report(self, job: _Job) -> None:
+        request, done = job.generation.request, job.step == job.steps
+        every = request.preview_every
+        if every and job.step % every == 0 and not done:
+            event = partial(self._preview, job, job.step, job.clean)
+        elif request.progress:
+            event = partial(Progress, job.index, job.step, job.steps)
+        else:
+            return
+        self._to_reply.put((job.generation, event))
+
+    def _preview(self, job: _Job, step: int, clean: np.ndarray) -> Progress:
+        pixels = images.preview(clean, self._latent_to_rgb)
+        image = images.encode(pixels, job.generation.request.image_format)
+        return Progress(job.index, step, job.steps, image)
+
+    # Decode -----------------------------------------------------------------------------
+
+    def _decode_loop(self) -> None:
+        for batch in _batches(self._to_decode):
+            groups: dict[Hashable, list[_Job]] = {}
+            for job in batch:
+                groups.setdefault(job.group, []).append(job)
+            for jobs in groups.values():
+                most = 1 if jobs[0].generation.request.deterministic else jobs[0].capacity
+                for i in range(0, len(jobs), most):
+                    self._decode(jobs[i : i + most])
+
+    def _decode(self, jobs: list[_Job]) -> None:
+        jobs = [job for job in jobs if not job.generation.ended]
+        if not jobs:
+            return
+        try:
+            latent = np.stack([job.x for job in jobs])
+            decoded = self._models.run("vqgan_decoder", {"latent": latent}, "image")
+        except Exception:
+            self._fail([job.generation for job in jobs], "decoding")
+            return
+        for job, image in zip(jobs, decoded, strict=True):
+            self._to_reply.put((job.generation, partial(_finished, job, image)))
+
+    # Reply ------------------------------------------------------------------------------
+
+    def _reply_loop(self) -> None:
+        while (item := self._to_reply.get()) is not None:
+            generation, make_event = item
+            try:
+                event = make_event()
+                if generation.ended and not isinstance(event, End):
+                    continue
+                generation.reply(event)
+            except Exception:
+                self._fail([generation], "answering")
+                continue
+            if isinstance(event, Finished):
+                generation.images_left -= 1
+                if not generation.images_left:
+                    self._end(generation, None)
+
+    def _end(self, generation: Generation, error: EngineError | None) -> None:
+        with self._work:
+            if generation.ended:
+                return
+            generation.ended = True
+            self._live.discard(generation)
+            for job in generation.jobs:
+                self._batcher.remove(job)
+        self._to_reply.put((generation, partial(End, error)))
+
+    def _fail(self, generations: Iterable[Generation], doing: str) -> None:
+        log.exception("%s failed", doing)
+        error = EngineError("INTERNAL", f"{doing} failed: the server's log says why")
+        for generation in generations:
+            self._end(generation, error)
+
+    def _warnings(self, request: GenerationRequest) -> Iterator[str]:
+        yield from self._tokenizer.warnings("prompt", request.prompt)
+        yield from self._tokenizer.warnings("negative_prompt", request.negative_prompt)
+        if request.negative_prompt and request.guidance_scale == 1:
+            yield "negative_prompt has no effect at guidance_scale 1"
+
+
+def _finished(job: _Job, image: np.ndarray) -> Finished:
+    generation = job.generation
+    request = generation.request
+    data = images.encode(images.to_pixels(image), request.image_format)
+    return Finished(job.index, request.seed + job.index, data, generation.warnings)
+
+
+def _batches(waiting: queue.SimpleQueue) -> Iterator[list]:
+    """All that waits, each time that something does, until None comes."""
+    while True:
+        batch = [waiting.get()]
+        while not waiting.empty():
+            batch.append(waiting.get())
+        yield [item for item in batch if item is not None]
+        if None in batch:
+            return

@@ -1,0 +1,37 @@
+"""Pixels become bytes, and latents become small previews."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import numpy as np
+from PIL import Image
+
+
+def to_pixels(image: np.ndarray) -> np.ndarray:
+    """A picture (3, H, W) in [-1, 1] as uint8 (H, W, 3)."""
+    scaled = np.rint((np.clip(image, -1, 1) + 1) * 127.5)
+    return np.ascontiguousarray(scaled.astype(np.uint8).transpose(1, 2, 0))
+
+
+def encode(pixels: np.ndarray, image_format: str) -> bytes:
+    """uint8 (H, W, 3) as `png`, `jpeg`, `raw` (RGB rows from the top) or `png_base64`."""
+    if image_format == "raw":
+        return pixels.tobytes()
+    buffer = io.BytesIO()
+    if image_format == "jpeg":
+        Image.fromarray(pixels).save(buffer, "jpeg", quality=92)
+    else:
+        Image.fromarray(pixels).save(buffer, "png", compress_level=1)
+    data = buffer.getvalue()
+    return base64.b64encode(data) if image_format == "png_base64" else data
+
+
+def preview(latent: np.ndarray, latent_to_rgb: np.ndarray) -> np.ndarray:
+    """A cheap look at a latent (C, h, w): uint8 (h, w, 3), one pixel a latent cell.
+
+    `latent_to_rgb` is (C + 1, 3): a linear map and, last, its offset.
+    """
+    weights, offset = latent_to_rgb[:-1], latent_to_rgb[-1]
+    return to_pixels(np.einsum("chw,cr->rhw", latent, weights) + offset[:, None, None])

@@ -1,0 +1,145 @@
+"""ONNX Runtime sessions as `config.pbtxt` asks for them, and `Models` over them in-process.
+
+The keys are those that Triton's native ONNX Runtime backend reads, so one `config.pbtxt`
+serves both. Knows nothing of diffusion.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+log = logging.getLogger(__name__)
+
+# `optimization.graph.level`: -1 basic, 1 (and silence) everything, 2 nothing.
+GRAPH_LEVELS = {
+    -1: ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    0: ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    1: ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    2: ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+}
+ACCELERATORS = {
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "openvino": "OpenVINOExecutionProvider",
+}
+# Keys that the native backend reads as parameters of the CUDA provider.
+CUDA_KEYS = (
+    "cudnn_conv_algo_search", "gpu_mem_limit", "arena_extend_strategy",
+    "do_copy_in_default_stream",
+)  # fmt: skip
+CUDA_ENUMS = {
+    "cudnn_conv_algo_search": ("EXHAUSTIVE", "HEURISTIC", "DEFAULT"),
+    "arena_extend_strategy": ("kNextPowerOfTwo", "kSameAsRequested"),
+}
+
+
+def open_session(
+    model: Path, config: Mapping[str, Any], device_id: int | None = None
+) -> ort.InferenceSession:
+    """A session for a model of a repository.
+
+    Args:
+        model: the ONNX file.
+        config: the model's configuration, in Triton's JSON form.
+        device_id: of the GPU that the instance is placed on, or None for the CPU.
+
+    What the configuration asks for and this build of ONNX Runtime has not is logged.
+
+    Raises:
+        RuntimeError: the file is missing or ONNX Runtime cannot load it.
+    """
+    if not model.is_file():
+        raise RuntimeError(f"{model} is not there: run `python -m export CHECKPOINT`")
+    options = _session_options(config)
+    providers = _providers(config, device_id)
+    try:
+        return ort.InferenceSession(str(model), options, providers=providers)
+    except Exception as error:
+        raise RuntimeError(f"ONNX Runtime cannot load {model}: {error}") from error
+
+
+def _session_options(config: Mapping[str, Any]) -> ort.SessionOptions:
+    parameters = {k: v["string_value"] for k, v in config.get("parameters", {}).items()}
+    options = ort.SessionOptions()
+    level = int(config.get("optimization", {}).get("graph", {}).get("level", 0))
+    if level not in GRAPH_LEVELS:
+        log.warning("optimization.graph.level %s is unknown and ignored", level)
+        level = 0
+    options.graph_optimization_level = GRAPH_LEVELS[level]
+    for key, value in parameters.items():
+        if key == "intra_op_thread_count":
+            options.intra_op_num_threads = int(value)
+        elif key == "inter_op_thread_count":
+            options.inter_op_num_threads = int(value)
+        elif key == "execution_mode":
+            parallel = int(value) == 1
+            options.execution_mode = (
+                ort.ExecutionMode.ORT_PARALLEL if parallel else ort.ExecutionMode.ORT_SEQUENTIAL
+            )
+        elif key == "enable_mem_arena":
+            options.enable_cpu_mem_arena = int(value) == 1
+        elif key == "enable_mem_pattern":
+            options.enable_mem_pattern = int(value) == 1
+        elif key.startswith("session."):
+            options.add_session_config_entry(key, value)
+        elif key not in CUDA_KEYS:
+            log.warning("parameter %r is not known here and is ignored", key)
+    return options
+
+
+def _providers(config: Mapping[str, Any], device_id: int | None) -> list[tuple[str, dict]]:
+    """Execution providers in order of preference, the CPU last."""
+    accelerators = config.get("optimization", {}).get("execution_accelerators", {})
+    side = "cpu" if device_id is None else "gpu"
+    asked = {
+        entry["name"]: dict(entry.get("parameters", {}))
+        for entry in accelerators.get(f"{side}_execution_accelerator", [])
+    }
+    if device_id is not None:
+        asked.setdefault("cuda", {})
+        for key in CUDA_KEYS:
+            if value := config.get("parameters", {}).get(key, {}).get("string_value"):
+                names = CUDA_ENUMS.get(key)
+                asked["cuda"][key] = names[int(value)] if names else value
+    providers = []
+    for name, settings in asked.items():
+        provider = ACCELERATORS.get(name)
+        if provider not in ort.get_available_providers():
+            log.warning("accelerator %r is not in this build of ONNX Runtime: ignored", name)
+            continue
+        if device_id is not None:
+            settings["device_id"] = str(device_id)
+        providers.append((provider, settings))
+    return [*providers, ("CPUExecutionProvider", {})]
+
+
+class LocalModels:
+    """`Models` that run in this process: the server's speed limit, and the tests' double.
+
+    Needs tritonclient, whose protobuf definitions read `config.pbtxt`.
+    """
+
+    def __init__(self, repository: Path):
+        self._sessions = {
+            path.parent.name: open_session(path.parent / "1" / "model.onnx", read_config(path))
+            for path in sorted(repository.glob("*/config.pbtxt"))
+            if (path.parent / "1" / "model.onnx").exists()
+        }
+
+    def run(self, model: str, inputs: Mapping[str, np.ndarray], output: str) -> np.ndarray:
+        return self._sessions[model].run([output], dict(inputs))[0]
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A `config.pbtxt` in Triton's JSON form."""
+    from google.protobuf import json_format, text_format
+    from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+    message = text_format.Parse(path.read_text(), ModelConfig())
+    return json_format.MessageToDict(message, preserving_proto_field_name=True)
