@@ -27,14 +27,6 @@ from twinbrush.request import FIELDS, GenerationRequest, InvalidArgument
 
 log = logging.getLogger(__name__)
 STREAM = "text_to_image_stream"
-FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-CODES = {
-    "INVALID_ARG": pb_utils.TritonError.INVALID_ARG,
-    "NOT_FOUND": pb_utils.TritonError.NOT_FOUND,
-    "UNAVAILABLE": pb_utils.TritonError.UNAVAILABLE,
-    "CANCELLED": pb_utils.TritonError.CANCELLED,
-    "INTERNAL": pb_utils.TritonError.INTERNAL,
-}
 # Requests that the unary front door hands on are cancelled by id: their own senders never
 # tell of a cancel, so they need not be asked.
 UNARY_ID = "unary-"
@@ -173,7 +165,7 @@ class StreamModel:
         if generation is None:
             raise EngineError("NOT_FOUND", f"no live request has the id {name!r}")
         generation.cancel()
-        _send(sender, {"event": b"cancelled"}, FINAL)
+        _send(sender, {"event": b"cancelled"}, final=True)
 
 
 class UnaryModel:
@@ -207,9 +199,9 @@ class UnaryModel:
         try:
             error, images = self._collect(fields, request_id)
             if error is not None:
-                sender.send(pb_utils.InferenceResponse(error=error), flags=FINAL)
+                _respond(sender, pb_utils.InferenceResponse(error=error), final=True)
             else:
-                _send(sender, _stacked(images), FINAL)
+                _send(sender, _stacked(images), final=True)
         except Exception:
             log.exception("answering a request failed")
             _send_error(sender, EngineError("INTERNAL", "the server's log says why"))
@@ -275,7 +267,7 @@ def _send_event(sender: Any, event: Event) -> None:
             outputs = {"index": index, "seed": seed, "image": image, "warning": warning}
             _send(sender, {"event": b"image", **outputs})
         case End(None):
-            sender.send(flags=FINAL)
+            _respond(sender, final=True)
         case End(error):
             _send_error(sender, error)
 
@@ -283,17 +275,21 @@ def _send_event(sender: Any, event: Event) -> None:
 DTYPES = {"index": np.int32, "step": np.int32, "total_steps": np.int32, "seed": np.int64}
 
 
-def _send(sender: Any, outputs: Mapping[str, Any], flags: int = 0) -> None:
+def _send(sender: Any, outputs: Mapping[str, Any], final: bool = False) -> None:
     tensors = [
         pb_utils.Tensor(name, np.array(value, DTYPES.get(name, object)).reshape(-1))
         for name, value in outputs.items()
     ]
-    sender.send(pb_utils.InferenceResponse(tensors), flags=flags)
+    _respond(sender, pb_utils.InferenceResponse(tensors), final)
 
 
 def _send_error(sender: Any, error: EngineError) -> None:
-    failure = pb_utils.TritonError(str(error), CODES[error.code])
-    sender.send(pb_utils.InferenceResponse(error=failure), flags=FINAL)
+    failure = pb_utils.TritonError(str(error), getattr(pb_utils.TritonError, error.code))
+    _respond(sender, pb_utils.InferenceResponse(error=failure), final=True)
+
+
+def _respond(sender: Any, response: Any = None, final: bool = False) -> None:
+    sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0)
 
 
 def _settings(args: dict[str, str]) -> dict[str, str]:

@@ -1,0 +1,102 @@
+"""`python -m twinbrush.server`: finds a Triton server, runs it, and watches what it depends on.
+
+Takes the server of `/opt/tritonserver` where there is one, else the one of the pytriton wheel.
+Triton never restarts a Python stub that died, and requests that wait for it would hang; so
+this process watches the stubs, ends the server at once when one dies, and sweeps the shared
+memory it leaves. Knows nothing of diffusion.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from twinbrush.triton_install import NoTriton, find_triton
+from twinbrush.triton_process import ServerError, ServerOptions, TritonProcess
+
+POLL_SECONDS = 0.25
+RESTART_PAUSE = 2.0  # seconds between the end of a server and the start of the next
+
+
+class Stopped(Exception):
+    """A signal asked this process to end."""
+
+
+def serve(options: ServerOptions) -> None:
+    """Runs one server until it is told to stop or something it depends on dies.
+
+    Raises:
+        ServerError: it could not start, or it ended by itself; the message says why.
+        Stopped: it was told to stop, and did.
+    """
+    triton = find_triton()
+    say(f"using {triton.description}")
+    with TritonProcess(triton, options) as process:
+        while not process.ready():
+            process.check()
+            time.sleep(POLL_SECONDS)
+        say(f"ready in {process.age:.1f} s, serving {options.repository}")
+        say(f"  gRPC    {options.address}:{options.grpc_port}")
+        say(f"  HTTP    http://{options.address}:{options.http_port}")
+        say(f"  metrics http://{options.address}:{options.metrics_port}/metrics")
+        while True:
+            process.check()
+            time.sleep(POLL_SECONDS)
+
+
+def say(text: str) -> None:
+    print(f"twinbrush: {text}", flush=True)
+
+
+def main(
+    repository: Annotated[Path, typer.Option(help="Model repository to serve.")] = Path(
+        "model_repository"
+    ),
+    config_name: Annotated[
+        str | None, typer.Option(help="Take configs/NAME.pbtxt where a model has it.")
+    ] = None,
+    address: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    http_port: Annotated[int, typer.Option(help="HTTP port.")] = 8000,
+    grpc_port: Annotated[int, typer.Option(help="gRPC port.")] = 8001,
+    metrics_port: Annotated[int, typer.Option(help="Port of /metrics.")] = 8002,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Start again when the server ends by itself.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Show the server's whole log, not only problems.")
+    ] = False,
+) -> None:
+    """Serves a model repository until Ctrl-C."""
+    options = ServerOptions(
+        repository, config_name, address, http_port, grpc_port, metrics_port, verbose=verbose
+    )
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    try:
+        while True:
+            try:
+                serve(options)
+            except NoTriton as error:
+                print(f"twinbrush: {error}", file=sys.stderr)
+                raise typer.Exit(1) from None
+            except ServerError as error:
+                print(f"twinbrush: {error}", file=sys.stderr, flush=True)
+                if not (restart and error.worth_another_try):
+                    raise typer.Exit(1) from None
+                say("starting again")
+                time.sleep(RESTART_PAUSE)
+    except Stopped:
+        say("stopped")
+
+
+def _stop(number: int, frame: object) -> None:
+    raise Stopped
+
+
+if __name__ == "__main__":
+    typer.run(main)
