@@ -1,7 +1,8 @@
 """`python -m training.vqgan`: the VQGAN (arXiv:2012.09841) that turns latents into pixels.
 
-First an autoencoder without quantisation; then the codebook starts from what the encoder
-says, and codes that nothing uses are moved to where they are needed. Writes `vae/`.
+First an autoencoder without quantisation, so that small colour differences find their place
+in the latents; then the codebook starts from what the encoder says, and codes that nothing
+uses move to where the error is largest. Writes `vae/`.
 """
 
 from __future__ import annotations
@@ -16,41 +17,44 @@ from training import data
 from training.cli import stage_cli
 from training.loop import Trainer
 
-WARM_UP = 300  # steps before the codebook is used
-REVIVE_EVERY = 100
+WARM_UP = 0.5  # share of the steps before the codebook is used
+REVIVE_EVERY = 100  # steps
+COMMITMENT = 0.05
 
 
 def build() -> VQModel:
     torch.manual_seed(0)
-    return VQModel(
+    model = VQModel(
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(16, 32, 64, 128), layers_per_block=1, norm_num_groups=8,
+        block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_num_groups=8,
         latent_channels=8, vq_embed_dim=8, num_vq_embeddings=1024, sample_size=64,
     )  # fmt: skip
+    model.quantize.legacy, model.quantize.beta = False, COMMITMENT
+    return model
 
 
 def train(checkpoint: Path, runs: Path, steps: int, batch: int) -> None:
     model = build()
     use = torch.zeros(model.config["num_vq_embeddings"])
+    start = int(WARM_UP * steps)
 
     def loss_at(step: int) -> dict[str, torch.Tensor]:
         scenes, _ = data.scenes(30_000_000 + step, batch)
         x = data.pictures(scenes)
-        h = model.encode(x).latents
-        if step >= WARM_UP and (step - WARM_UP) % REVIVE_EVERY == 0 and step < 0.8 * steps:
-            revive(model, h, use, every_code=step == WARM_UP, seed=step)
+        if step >= start and (step - start) % REVIVE_EVERY == 0 and step < 0.9 * steps:
+            if step == start:
+                use.zero_()
+            revive(model, use, seed=step)
+        z = model.encode(x).latents
         codebook = torch.zeros(())
-        if step >= WARM_UP:
-            z, codebook, (_, _, codes) = model.quantize(h)
+        if step >= start:
+            z, codebook, (_, _, codes) = model.quantize(z)
             use.index_add_(0, codes.flatten(), torch.ones(codes.numel()))
-        else:
-            z = h
         y = model.decoder(model.post_quant_conv(z))
-        pixel = F.l1_loss(y, x) + F.mse_loss(y, x)
-        used = (use > 0).float().mean()
-        return {"loss": pixel + codebook, "psnr": psnr(y, x), "codes_used": used}
+        loss = F.mse_loss(y, x) + 0.1 * F.l1_loss(y, x) + codebook
+        return {"loss": loss, "psnr": psnr(y, x), "codes_used": (use > 0).float().mean()}
 
-    trained = Trainer(model, runs / "vqgan", steps, 1e-3, ema_decay=0.995).run(loss_at)
+    trained = Trainer(model, runs / "vqgan", steps, 2e-3, ema_decay=0.995).run(loss_at)
     scenes, _ = data.scenes(39_999_999, 512)
     with torch.no_grad():
         spread = trained.encode(data.pictures(scenes)).latents.std()
@@ -58,13 +62,24 @@ def train(checkpoint: Path, runs: Path, steps: int, batch: int) -> None:
     trained.save_pretrained(checkpoint / "vae")
 
 
-def revive(model: VQModel, h: torch.Tensor, use: torch.Tensor, every_code: bool, seed: int) -> None:
-    """Moves unused codes (or all of them) onto encoder outputs `h` (B, 8, h, w)."""
-    vectors = h.detach().permute(0, 2, 3, 1).flatten(0, 2)
-    dead = torch.ones_like(use, dtype=torch.bool) if every_code else use == 0
+@torch.no_grad()
+def revive(model: VQModel, use: torch.Tensor, seed: int) -> None:
+    """Moves codes that nothing used onto encoder outputs, in eight rounds.
+
+    Outputs are drawn in proportion to their squared distance from the codes that live
+    (k-means++), so that rare details get codes and flat backgrounds do not take them all.
+    """
+    scenes, _ = data.scenes(seed, 128)
+    vectors = model.encode(data.pictures(scenes)).latents.permute(0, 2, 3, 1).flatten(0, 2)
+    codes = model.quantize.embedding.weight.data
     draw = torch.Generator().manual_seed(seed)
-    chosen = torch.randint(len(vectors), (int(dead.sum()),), generator=draw)
-    model.quantize.embedding.weight.data[dead] = vectors[chosen]
+    live = use > 0
+    for part in (~live).nonzero().flatten().chunk(8):
+        near = torch.ones(len(vectors))
+        if live.any():
+            near = torch.cdist(vectors, codes[live]).amin(dim=1) ** 2 + 1e-9
+        codes[part] = vectors[torch.multinomial(near, len(part), generator=draw)]
+        live[part] = True
     use.zero_()
 
 
@@ -74,4 +89,4 @@ def psnr(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    stage_cli(train, steps=2000, batch=12)
+    stage_cli(train, steps=3600, batch=12)

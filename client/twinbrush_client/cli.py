@@ -1,0 +1,95 @@
+"""The command line: `twinbrush generate "a large red circle"`."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from twinbrush_client.client import Client, Stream
+from twinbrush_client.wire import Picture, TwinbrushError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False)
+console = Console(highlight=False)
+INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended
+
+
+@app.callback()
+def twinbrush() -> None:
+    """Pictures from a Twinbrush server."""
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to paint.")],
+    num_images: Annotated[int, typer.Option("-n", "--num-images", help="How many.")] = 1,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the first image; the others count up. Random if absent.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option("-g", "--guidance-scale", help="How closely to follow.")
+    ] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What to lead away from.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="lcm, ddim, euler or dpmpp_2m.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Same bytes however busy the server is.")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("output"),
+    server: Annotated[str, typer.Option(help="Server's gRPC address.")] = "127.0.0.1:8001",
+) -> None:
+    """Paints a prompt and writes PNG files. Ctrl-C stops the work on the server too."""
+    started = time.monotonic()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        client = Client(server)
+        stream = client.stream(
+            prompt, num_images, seed=seed, steps=steps, guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt, sampler=sampler, width=width, height=height,
+            deterministic=deterministic,
+        )  # fmt: skip
+        with stream:
+            pictures = _watch(stream, num_images)
+    except TwinbrushError as error:
+        console.print(f"[red]{_escaped(str(error))}[/]", soft_wrap=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        console.print("cancelled; the server has stopped working on it")
+        raise typer.Exit(INTERRUPTED) from None
+    milliseconds = 1000 * (time.monotonic() - started)
+    for picture in pictures:
+        path = out / f"{_slug(prompt)}-{picture.seed}.png"
+        picture.image.save(path)
+        console.print(f"{path}  seed {picture.seed}", soft_wrap=True)
+    if pictures and pictures[0].warning:
+        console.print(f"[yellow]warning:[/] {_escaped(pictures[0].warning)}", soft_wrap=True)
+    console.print(f"{len(pictures)} image(s) in {milliseconds:.0f} ms")
+
+
+def _watch(stream: Stream, num_images: int) -> list[Picture]:
+    """Shows a bar over all steps of all images; returns them by index."""
+    pictures: list[Picture] = []
+    columns = (TextColumn("painting"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=None)
+        for event in stream:
+            if isinstance(event, Picture):
+                pictures.append(event)
+            else:
+                bar.update(task, total=num_images * event.total_steps, advance=1)
+    return sorted(pictures, key=lambda picture: picture.index)
+
+
+def _slug(prompt: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48].strip("-") or "image"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", "\\[")
