@@ -42,6 +42,9 @@ class Part:
     example: Callable[[int, int], dict[str, Tensor]]
     tolerance: float = 1e-4
 
+    def __post_init__(self) -> None:
+        self.module.eval()
+
 
 def integers(shape: tuple[int, ...], below: int) -> Tensor:
     """Token ids or timesteps to try a model on, always the same."""

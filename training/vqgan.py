@@ -1,8 +1,10 @@
 """`python -m training.vqgan`: the VQGAN (arXiv:2012.09841) that turns latents into pixels.
 
-First an autoencoder without quantisation, so that small colour differences find their place
-in the latents; then the codebook starts from what the encoder says, and codes that nothing
-uses move to where the error is largest. Writes `vae/`.
+First an autoencoder without quantisation, so that small differences find their place in the
+latents; then the codebook starts from what the encoder says, and codes that nothing uses move
+to where the error is largest. Pictures are learnt in opponent colours, where hue weighs more
+than in RGB; the change of colours is folded into the first and last convolution at the end.
+Writes `vae/`.
 """
 
 from __future__ import annotations
@@ -20,13 +22,16 @@ from training.loop import Trainer
 WARM_UP = 0.5  # share of the steps before the codebook is used
 REVIVE_EVERY = 100  # steps
 COMMITMENT = 0.05
+# Rows: lightness, red against green, yellow against blue; orthogonal, hue three times as large.
+OPPONENT = torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [1.0, 1.0, -2.0]])
+OPPONENT = OPPONENT / OPPONENT.norm(dim=1, keepdim=True) * torch.tensor([[1.0], [3.0], [3.0]])
 
 
 def build() -> VQModel:
     torch.manual_seed(0)
     model = VQModel(
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_num_groups=8,
+        block_out_channels=(8, 16, 32, 64), layers_per_block=1, norm_num_groups=4,
         latent_channels=8, vq_embed_dim=8, num_vq_embeddings=1024, sample_size=64,
     )  # fmt: skip
     model.quantize.legacy, model.quantize.beta = False, COMMITMENT
@@ -40,7 +45,7 @@ def train(checkpoint: Path, runs: Path, steps: int, batch: int) -> None:
 
     def loss_at(step: int) -> dict[str, torch.Tensor]:
         scenes, _ = data.scenes(30_000_000 + step, batch)
-        x = data.pictures(scenes)
+        x = opponent(data.pictures(scenes))
         if step >= start and (step - start) % REVIVE_EVERY == 0 and step < 0.9 * steps:
             if step == start:
                 use.zero_()
@@ -52,9 +57,10 @@ def train(checkpoint: Path, runs: Path, steps: int, batch: int) -> None:
             use.index_add_(0, codes.flatten(), torch.ones(codes.numel()))
         y = model.decoder(model.post_quant_conv(z))
         loss = F.mse_loss(y, x) + 0.1 * F.l1_loss(y, x) + codebook
-        return {"loss": loss, "psnr": psnr(y, x), "codes_used": (use > 0).float().mean()}
+        return {"loss": loss, "psnr": psnr(rgb(y), rgb(x)), "codes_used": (use > 0).float().mean()}
 
     trained = Trainer(model, runs / "vqgan", steps, 2e-3, ema_decay=0.995).run(loss_at)
+    fold_colours(trained)
     scenes, _ = data.scenes(39_999_999, 512)
     with torch.no_grad():
         spread = trained.encode(data.pictures(scenes)).latents.std()
@@ -70,7 +76,7 @@ def revive(model: VQModel, use: torch.Tensor, seed: int) -> None:
     (k-means++), so that rare details get codes and flat backgrounds do not take them all.
     """
     scenes, _ = data.scenes(seed, 128)
-    vectors = model.encode(data.pictures(scenes)).latents.permute(0, 2, 3, 1).flatten(0, 2)
+    vectors = model.encode(opponent(data.pictures(scenes))).latents.permute(0, 2, 3, 1).flatten(0, 2)
     codes = model.quantize.embedding.weight.data
     draw = torch.Generator().manual_seed(seed)
     live = use > 0
@@ -83,10 +89,30 @@ def revive(model: VQModel, use: torch.Tensor, seed: int) -> None:
     use.zero_()
 
 
+def opponent(picture: torch.Tensor) -> torch.Tensor:
+    """RGB (B, 3, H, W) in opponent colours."""
+    return torch.einsum("oc,bchw->bohw", OPPONENT, picture)
+
+
+def rgb(picture: torch.Tensor) -> torch.Tensor:
+    """Opponent colours (B, 3, H, W) in RGB."""
+    return torch.einsum("co,bohw->bchw", torch.linalg.inv(OPPONENT), picture)
+
+
+@torch.no_grad()
+def fold_colours(model: VQModel) -> None:
+    """Makes a model of opponent colours one of RGB, exactly."""
+    first, last = model.encoder.conv_in, model.decoder.conv_out
+    first.weight.copy_(torch.einsum("kohw,oc->kchw", first.weight, OPPONENT))
+    back = torch.linalg.inv(OPPONENT)
+    last.weight.copy_(torch.einsum("co,okhw->ckhw", back, last.weight))
+    last.bias.copy_(back @ last.bias)
+
+
 def psnr(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Peak signal-to-noise ratio in dB of pictures in [-1, 1]."""
     return 10 * torch.log10(4 / F.mse_loss(y.clamp(-1, 1), x))
 
 
 if __name__ == "__main__":
-    stage_cli(train, steps=3600, batch=12)
+    stage_cli(train, steps=2500, batch=16)

@@ -1,0 +1,148 @@
+"""What tests share: tiny repositories, the engine in-process, and the real server."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from checkpoints import tiny_checkpoint
+
+from export.checkpoint import open_checkpoint
+from export.repository import build
+from twinbrush.config import PipelineConfig
+from twinbrush.engine import Engine
+from twinbrush.onnx_runtime import LocalModels
+from twinbrush.prompt import PromptTokenizer
+
+ROOT = Path(__file__).parent.parent
+START_SECONDS = 120
+
+
+def skeleton(folder: Path) -> Path:
+    """A copy of the repository's folders and configurations, without weights."""
+    ignore = shutil.ignore_patterns("*.onnx*", "*.json", "__pycache__")
+    shutil.copytree(ROOT / "model_repository", folder, ignore=ignore)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A tiny random checkpoint that takes guidance in two rows."""
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def repository(tiny, tmp_path_factory) -> Path:
+    """The tiny checkpoint, exported."""
+    folder = skeleton(tmp_path_factory.mktemp("served") / "model_repository")
+    build(open_checkpoint(tiny), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def distilled_repository(tmp_path_factory) -> Path:
+    """A tiny checkpoint whose UNet takes the guidance scale as an embedding, exported."""
+    checkpoint = tiny_checkpoint(tmp_path_factory.mktemp("lcm") / "lcm", timestep_cond=16)
+    folder = skeleton(tmp_path_factory.mktemp("served-lcm") / "model_repository")
+    build(open_checkpoint(checkpoint), folder)
+    return folder
+
+
+def open_engine(repository: Path, models=None, **options) -> Engine:
+    folder = repository / "text_to_image_stream" / "1"
+    config = PipelineConfig.load(folder / "pipeline.json")
+    models = models or LocalModels(repository)
+    return Engine(models, config, PromptTokenizer(folder, config), **options)
+
+
+@pytest.fixture
+def engine(repository) -> Iterator[Engine]:
+    engine = open_engine(repository)
+    yield engine
+    engine.close()
+
+
+@dataclass
+class Server:
+    """A running `python -m twinbrush.server`."""
+
+    process: subprocess.Popen
+    output: Path
+    http: int
+    grpc: int
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.grpc}"
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.http}"
+
+    def text(self) -> str:
+        return self.output.read_text()
+
+    def wait_for(self, text: str, seconds: float = START_SECONDS) -> None:
+        until = time.monotonic() + seconds
+        while text not in self.text():
+            ended = self.process.poll() is not None
+            if ended or time.monotonic() > until:
+                raise AssertionError(f"no {text!r}, exit code {self.process.poll()}: {self.text()}")
+            time.sleep(0.05)
+
+    def stop(self) -> int:
+        self.process.terminate()
+        return self.process.wait(30)
+
+
+def free_ports(count: int) -> list[int]:
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+StartServer = Callable[..., Server]
+
+
+@pytest.fixture(scope="session")
+def start_server(tmp_path_factory) -> Iterator[StartServer]:
+    """Starts servers on free ports, without waiting; those that live are stopped at the end."""
+    started: list[Server] = []
+
+    def start(repository: Path, *flags: str, env: dict[str, str] | None = None) -> Server:
+        http, grpc, metrics = free_ports(3)
+        output = tmp_path_factory.mktemp("server") / "output.txt"
+        command = [
+            sys.executable, "-m", "twinbrush.server", "--repository", str(repository),
+            "--http-port", str(http), "--grpc-port", str(grpc), "--metrics-port", str(metrics),
+            *flags,
+        ]  # fmt: skip
+        with output.open("w") as file:
+            process = subprocess.Popen(command, stdout=file, stderr=file, env=env)
+        server = Server(process, output, http, grpc)
+        started.append(server)
+        return server
+
+    yield start
+    for server in started:
+        if server.process.poll() is None:
+            server.stop()
+
+
+@pytest.fixture(scope="session")
+def server(repository, start_server) -> Server:
+    """The real server on the tiny checkpoint, shared by all end-to-end tests."""
+    server = start_server(repository)
+    server.wait_for("ready in")
+    return server

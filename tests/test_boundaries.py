@@ -1,0 +1,65 @@
+"""What may import what."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+HEAVY = ("torch", "diffusers", "transformers", "onnxruntime", "tritonclient", "pytriton",
+         "triton_python_backend_utils")  # fmt: skip
+ENGINE = ("batcher", "config", "denoise", "engine", "generation", "images", "prompt", "request",
+          "samplers", "server", "triton_install", "triton_process")  # fmt: skip
+
+
+def test_the_engine_and_the_launcher_pull_in_neither_torch_nor_triton():
+    code = (
+        "import importlib, sys\n"
+        f"for name in {ENGINE}: importlib.import_module('twinbrush.' + name)\n"
+        f"print([name for name in {HEAVY} if name in sys.modules])"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert loaded.stdout.strip() == "[]"
+
+
+def test_every_module_is_either_light_or_an_adapter():
+    modules = {path.stem for path in (ROOT / "twinbrush").glob("*.py")}
+    assert modules == {*ENGINE, "__init__", "triton_io", "onnx_runtime"}
+
+
+def test_only_triton_io_and_the_models_name_pb_utils():
+    folders = ("twinbrush", "export", "training", "client", "benchmarks", "model_repository")
+    naming = {
+        path.relative_to(ROOT)
+        for folder in folders
+        for path in (ROOT / folder).rglob("*.py")
+        if "pb_utils" in path.read_text()
+    }
+    assert naming == {Path("twinbrush/triton_io.py")}
+
+
+def test_triton_io_knows_nothing_of_diffusion():
+    text = (ROOT / "twinbrush" / "triton_io.py").read_text().lower()
+    for word in ("unet", "latent", "timestep", "sigma", "vqgan", "clip_text", "hidden_states"):
+        assert word not in text, word
+
+
+def test_the_engine_knows_nothing_of_triton():
+    for name in ("batcher", "denoise", "samplers", "request", "prompt", "images"):
+        tree = ast.parse((ROOT / "twinbrush" / f"{name}.py").read_text())
+        imported = {
+            alias.name for node in ast.walk(tree) if isinstance(node, ast.Import)
+            for alias in node.names
+        } | {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}  # fmt: skip
+        assert not any("triton" in module for module in imported), name
+
+
+@pytest.mark.parametrize("path", [*ROOT.glob("*/**/*.py")], ids=lambda path: path.name)
+def test_nothing_reads_pickles_or_remote_code(path):
+    if ".venv" in path.parts or path.name == Path(__file__).name:
+        return
+    text = path.read_text()
+    for word in ("import pickle", "torch.load(", "trust_remote_code=True", "allow_pickle=True"):
+        assert word not in text, f"{path}: {word}"
