@@ -8,7 +8,10 @@ memory it leaves. Knows nothing of diffusion.
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -24,15 +27,21 @@ RESTART_PAUSE = 2.0  # seconds between the end of a server and the start of the 
 
 
 class Stopped(Exception):
-    """A signal asked this process to end."""
+    """A signal asked this process to end, or its command has ended."""
+
+    def __init__(self, exit_code: int):
+        super().__init__()
+        self.exit_code = exit_code
 
 
-def serve(options: ServerOptions) -> None:
+def serve(options: ServerOptions, then: str | None = None) -> None:
     """Runs one server until it is told to stop or something it depends on dies.
+
+    With `then`, a shell command, the server lives as long as that command.
 
     Raises:
         ServerError: it could not start, or it ended by itself; the message says why.
-        Stopped: it was told to stop, and did.
+        Stopped: it was told to stop, or the command has ended.
     """
     triton = find_triton()
     say(f"using {triton.description}")
@@ -41,12 +50,25 @@ def serve(options: ServerOptions) -> None:
             process.check()
             time.sleep(POLL_SECONDS)
         say(f"ready in {process.age:.1f} s, serving {options.repository}")
-        say(f"  gRPC    {options.address}:{options.grpc_port}")
-        say(f"  HTTP    http://{options.address}:{options.http_port}")
-        say(f"  metrics http://{options.address}:{options.metrics_port}/metrics")
-        while True:
-            process.check()
-            time.sleep(POLL_SECONDS)
+        if then is None:
+            say(f"  gRPC    {options.address}:{options.grpc_port}")
+            say(f"  HTTP    http://{options.address}:{options.http_port}")
+            say(f"  metrics http://{options.address}:{options.metrics_port}/metrics")
+        command = None
+        if then is not None:
+            environment = os.environ | {
+                "TWINBRUSH_SERVER": f"{options.address}:{options.grpc_port}"
+            }
+            command = subprocess.Popen(then, shell=True, env=environment)
+        try:
+            while command is None or command.poll() is None:
+                process.check()
+                time.sleep(POLL_SECONDS)
+        finally:
+            if command is not None and command.poll() is None:
+                command.terminate()
+                command.wait()
+        raise Stopped(command.returncode)
 
 
 def say(text: str) -> None:
@@ -67,20 +89,25 @@ def main(
     restart: Annotated[
         bool, typer.Option("--restart", help="Start again when the server ends by itself.")
     ] = False,
+    then: Annotated[
+        str | None,
+        typer.Option(help="Run this shell command once ready, then stop; a port of 0 is chosen."),
+    ] = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Show the server's whole log, not only problems.")
     ] = False,
 ) -> None:
     """Serves a model repository until Ctrl-C."""
     options = ServerOptions(
-        repository, config_name, address, http_port, grpc_port, metrics_port, verbose=verbose
-    )
+        repository, config_name, address, *chosen_ports(http_port, grpc_port, metrics_port),
+        verbose=verbose,
+    )  # fmt: skip
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     try:
         while True:
             try:
-                serve(options)
+                serve(options, then)
             except NoTriton as error:
                 print(f"twinbrush: {error}", file=sys.stderr)
                 raise typer.Exit(1) from None
@@ -90,12 +117,26 @@ def main(
                     raise typer.Exit(1) from None
                 say("starting again")
                 time.sleep(RESTART_PAUSE)
-    except Stopped:
-        say("stopped")
+    except Stopped as stopped:
+        if then is None:
+            say("stopped")
+        raise typer.Exit(stopped.exit_code) from None
+
+
+def chosen_ports(*ports: int) -> list[int]:
+    """The ports, each 0 replaced by one that is free."""
+    probes = [socket.socket() for _ in ports]
+    try:
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [p or probe.getsockname()[1] for p, probe in zip(ports, probes, strict=True)]
+    finally:
+        for probe in probes:
+            probe.close()
 
 
 def _stop(number: int, frame: object) -> None:
-    raise Stopped
+    raise Stopped(0)
 
 
 if __name__ == "__main__":

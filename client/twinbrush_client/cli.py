@@ -43,7 +43,9 @@ def generate(
         bool, typer.Option("--deterministic", help="Same bytes however busy the server is.")
     ] = False,
     out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("output"),
-    server: Annotated[str, typer.Option(help="Server's gRPC address.")] = "127.0.0.1:8001",
+    server: Annotated[
+        str, typer.Option(envvar="TWINBRUSH_SERVER", help="Server's gRPC address.")
+    ] = "127.0.0.1:8001",
 ) -> None:
     """Paints a prompt and writes PNG files. Ctrl-C stops the work on the server too."""
     started = time.monotonic()

@@ -1,0 +1,44 @@
+# The two commands of the README are `make demo` and `make test`; each prepares what it needs.
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
+	&& echo $$p && break; done)
+export PROMPT ?= a large red circle left of a small blue square
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+CHECKPOINT := checkpoints/scenes-64
+INSTALLED := .venv/.installed
+EXPORTED := model_repository/MANIFEST.json
+CHECKED := twinbrush export training client benchmarks tests backends model_repository
+
+.PHONY: demo test serve bench lint clean
+
+demo: $(EXPORTED)
+	@python -m twinbrush.server --http-port 0 --grpc-port 0 --metrics-port 0 \
+		--then 'twinbrush generate "$$PROMPT"'
+
+test: $(EXPORTED)
+	python -m pytest
+
+serve: $(EXPORTED)
+	@python -m twinbrush.server
+
+bench: $(EXPORTED)
+	python -m benchmarks.overhead
+
+lint: $(INSTALLED)
+	ruff check $(CHECKED)
+	ruff format --check $(CHECKED)
+	pyright
+
+clean:
+	rm -rf .venv output model_repository/MANIFEST.json
+	git clean -fdXq model_repository
+
+$(INSTALLED): requirements.txt pyproject.toml client/pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed: make PYTHON=/path/to/it"; exit 1; }
+	$(PYTHON) -m venv .venv
+	pip install --quiet --requirement requirements.txt
+	pip install --quiet --no-deps --editable . --editable client
+	@touch $@
+
+$(EXPORTED): $(INSTALLED) $(wildcard export/*.py) $(wildcard $(CHECKPOINT)/*/*) $(CHECKPOINT)/model_index.json
+	@python -m export $(CHECKPOINT)

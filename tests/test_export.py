@@ -1,0 +1,266 @@
+"""Export: parity, agreement with config.pbtxt, and failures that leave the old repository."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import ROOT, skeleton
+from PIL import Image
+
+import export.repository as repository_module
+from export.checkpoint import CheckpointError, open_checkpoint
+from export.convert import ParityError, parity_error
+from export.fusion_head import FusionHead
+from export.repository import build, load_parts
+from export.triton_config import MARKER, with_tensors
+from export.vqgan_decoder import latent_to_rgb
+from twinbrush import images
+from twinbrush.onnx_runtime import LocalModels, read_config
+
+MODELS = ("clip_text", "bert", "fusion", "unet", "vqgan_decoder")
+ONNX_TYPES = {onnx.TensorProto.FLOAT: "TYPE_FP32", onnx.TensorProto.INT64: "TYPE_INT64"}
+
+
+@pytest.fixture
+def broken(tiny, tmp_path) -> Path:
+    """A copy of the tiny checkpoint to break."""
+    return Path(shutil.copytree(tiny, tmp_path / "broken"))
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_says_what_pytorch_says(tiny, repository, model):
+    part = load_parts(open_checkpoint(tiny))[model]
+    assert parity_error(part, repository / model / "1" / "model.onnx") <= part.tolerance
+
+
+def test_a_model_out_of_tolerance_is_refused(tiny, repository):
+    part = load_parts(open_checkpoint(tiny))["unet"]
+    with torch.no_grad():
+        next(part.module.parameters()).mul_(1.1)
+    with pytest.raises(ParityError, match="unet: error .* against PyTorch is over"):
+        parity_error(part, repository / "unet" / "1" / "model.onnx")
+
+
+@pytest.mark.parametrize("kind", ["repository", "distilled_repository"])
+@pytest.mark.parametrize("model", MODELS)
+def test_every_config_agrees_with_its_onnx_file(kind, model, request):
+    folder = request.getfixturevalue(kind) / model
+    config = read_config(folder / "config.pbtxt")
+    graph = onnx.load(str(folder / "1" / "model.onnx"), load_external_data=False).graph
+    for kind, values in (("input", graph.input), ("output", graph.output)):
+        in_graph = {
+            value.name: (
+                ONNX_TYPES[value.type.tensor_type.elem_type],
+                [d.dim_value or -1 for d in value.type.tensor_type.shape.dim],
+            )
+            for value in values
+        }
+        in_config = {
+            tensor["name"]: (tensor["data_type"], [int(d) for d in tensor["dims"]])
+            for tensor in config[kind]
+        }
+        assert in_config == in_graph
+    assert config["name"] == model
+    assert config["instance_group"][0]["count"] == 1
+
+
+def test_the_committed_configs_are_those_of_the_demo_checkpoint():
+    parts = load_parts(open_checkpoint(ROOT / "checkpoints" / "scenes-64"))
+    for name, part in parts.items():
+        text = (ROOT / "model_repository" / name / "config.pbtxt").read_text()
+        assert with_tensors(text, part) == text, name
+
+
+def test_the_settings_of_a_config_survive_an_export(tiny):
+    part = load_parts(open_checkpoint(tiny))["fusion"]
+    mine = 'name: "fusion"\ninstance_group [ { count: 3 } ]\n'
+    once = with_tensors(mine, part)
+    assert once.startswith(mine + MARKER)
+    assert with_tensors(once, part) == once
+
+
+def test_the_manifest_holds_what_was_written(repository):
+    manifest = json.loads((repository / "MANIFEST.json").read_text())
+    assert [model["model"] for model in manifest["models"]] == list(MODELS)
+    for model in manifest["models"]:
+        for name, sha256 in model["sha256"].items():
+            data = (repository / model["model"] / "1" / name).read_bytes()
+            assert hashlib.sha256(data).hexdigest() == sha256
+
+
+def test_a_fresh_fusion_head_is_the_identity():
+    head = FusionHead(width=32, bert_width=16, bert_layers=(1, 2), heads=2)
+    clip, bert = torch.randn(2, 7, 32), torch.randn(2, 2, 5, 16)
+    assert torch.equal(head(clip, bert, torch.ones(2, 5)), clip)
+
+
+def test_padding_never_reaches_the_fused_tokens(tiny):
+    head = load_parts(open_checkpoint(tiny))["fusion"].module
+    clip, bert = torch.randn(1, 16, 32), torch.randn(1, 2, 16, 32)
+    mask = torch.tensor([[1] * 5 + [0] * 11])
+    other = bert.clone()
+    other[:, :, 5:] = 9.0
+    assert torch.equal(head(clip, bert, mask), head(clip, other, mask))
+
+
+def test_previews_look_like_the_picture(tiny, repository):
+    """The linear preview follows the decoder's mean colours better than a flat one would."""
+    part = load_parts(open_checkpoint(tiny))["vqgan_decoder"]
+    latent = torch.nn.functional.interpolate(torch.randn(1, 4, 4, 4), size=(8, 8)).numpy()
+    decoded = LocalModels(repository).run("vqgan_decoder", {"latent": latent}, "image")[0]
+    small = Image.fromarray(images.to_pixels(decoded)).resize((8, 8), Image.Resampling.BOX)
+    wanted = np.asarray(small).astype(float)
+    rough = images.preview(latent[0], np.array(latent_to_rgb(part))).astype(float)
+    flat = wanted.mean(axis=(0, 1))
+    assert np.abs(rough - wanted).mean() < np.abs(flat - wanted).mean()
+
+
+def missing_folder(folder):
+    shutil.rmtree(folder)
+
+
+def missing_part(folder):
+    shutil.rmtree(folder / "vae")
+
+
+def no_index(folder):
+    (folder / "model_index.json").unlink()
+
+
+def half_a_part(folder):
+    (folder / "unet" / "config.json").unlink()
+
+
+def only_pickles(folder):
+    weights = next((folder / "text_encoder").glob("*.safetensors"))
+    weights.rename(weights.with_name("pytorch_model.bin"))
+
+
+def another_class(folder):
+    index = json.loads((folder / "model_index.json").read_text())
+    index["unet"] = ["diffusers", "SD3Transformer2DModel"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
+def another_scheduler(folder):
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
+def cut_weights(folder):
+    weights = next((folder / "vae").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+
+
+def mismatched_widths(folder):
+    FusionHead(width=64, bert_width=32, bert_layers=(1,), heads=2).save_pretrained(
+        folder / "fusion"
+    )
+
+
+@pytest.mark.parametrize(
+    ("breaking", "message"),
+    [
+        (missing_folder, "is not there"),
+        (no_index, "has no model_index.json"),
+        (missing_part, "lacks its part vae/"),
+        (half_a_part, "unet has no config.json"),
+        (only_pickles, "text_encoder has no safetensors"),
+        (another_class, "unet is a SD3Transformer2DModel, which cannot be exported"),
+        (cut_weights, "vae cannot be loaded"),
+        (mismatched_widths, "fusion has width 64, its encoder has 32"),
+    ],
+)
+def test_a_bad_checkpoint_is_named_and_nothing_is_touched(broken, repository, breaking, message):
+    breaking(broken)
+    before = contents(repository)
+    with pytest.raises(CheckpointError, match=message):
+        build(open_checkpoint(broken), repository)
+    assert contents(repository) == before
+
+
+def without_conversion(monkeypatch):
+    """Lets a build go through its motions without the minutes of conversion."""
+    monkeypatch.setattr(repository_module, "to_onnx", lambda part, file: file.write_bytes(b"new"))
+    monkeypatch.setattr(repository_module, "parity_error", lambda part, file: 0.0)
+
+
+def test_a_scheduler_that_is_not_served_is_named(broken, repository, monkeypatch):
+    without_conversion(monkeypatch)
+    another_scheduler(broken)
+    before = contents(repository)
+    with pytest.raises(CheckpointError, match="FlowMatchEulerDiscreteScheduler, which is not"):
+        build(open_checkpoint(broken), repository)
+    assert contents(repository) == before
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_build_that_fails_half_way_leaves_the_old_repository(
+    tiny, repository, monkeypatch, model
+):
+    without_conversion(monkeypatch)
+
+    def fails(part, file):
+        if part.name == model:
+            raise ParityError(f"{model}: error")
+        return 0.0
+
+    monkeypatch.setattr(repository_module, "parity_error", fails)
+    before = contents(repository)
+    with pytest.raises(ParityError):
+        build(open_checkpoint(tiny), repository)
+    assert contents(repository) == before
+    assert not list(repository.parent.glob(".building-*"))
+
+
+def test_a_build_replaces_everything_it_made_before(tiny, tmp_path, monkeypatch):
+    without_conversion(monkeypatch)
+    folder = skeleton(tmp_path / "model_repository")
+    stale = folder / "unet" / "1" / "model.onnx.data"
+    stale.parent.mkdir()
+    stale.write_bytes(b"of a larger model")
+    build(open_checkpoint(tiny), folder)
+    assert (folder / "unet" / "1" / "model.onnx").read_bytes() == b"new"
+    assert not stale.exists()
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_the_old_repository(tiny, repository):
+    """A limit on file sizes stands for the disk: the same write fails in the same place."""
+    before = contents(repository)
+    command = [sys.executable, "-m", "export", str(tiny), "--repository", str(repository)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert f"cannot write into {repository}" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+    assert contents(repository) == before
+    assert not list(repository.parent.glob(".building-*"))
+
+
+def test_the_command_names_a_missing_checkpoint(tmp_path):
+    command = [sys.executable, "-m", "export", str(tmp_path / "nothing")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    assert "is not there" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr

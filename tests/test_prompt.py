@@ -1,0 +1,34 @@
+"""Tokens are those of transformers, and what is cut is told."""
+
+import numpy as np
+import pytest
+from conftest import open_engine
+from transformers import BertTokenizer, CLIPTokenizer
+
+PROMPTS = ["a large red circle", "A Café, ünïcode — and 数字 12!", "x", "very " * 40 + "long"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(repository):
+    engine = open_engine(repository)
+    engine.close()
+    return engine._tokenizer
+
+
+def test_ids_and_masks_are_those_of_transformers(tiny, tokenizer):
+    tokens = tokenizer(PROMPTS)
+    settings = {"padding": "max_length", "truncation": True, "max_length": 16,
+                "return_tensors": "np"}  # fmt: skip
+    clip = CLIPTokenizer.from_pretrained(tiny / "tokenizer")(PROMPTS, **settings)
+    bert = BertTokenizer.from_pretrained(tiny / "tokenizer_2")(PROMPTS, **settings)
+    np.testing.assert_array_equal(tokens.clip_ids, clip["input_ids"])
+    np.testing.assert_array_equal(tokens.bert_ids, bert["input_ids"])
+    np.testing.assert_array_equal(tokens.bert_mask, bert["attention_mask"])
+
+
+def test_only_what_is_cut_is_told(tokenizer):
+    assert tokenizer.warnings("prompt", "a red circle") == []
+    clip, bert = tokenizer.warnings("prompt", PROMPTS[-1])
+    assert clip.startswith("prompt has ")
+    assert clip.endswith("CLIP tokens and was cut to 16")
+    assert bert.endswith("BERT tokens and was cut to 16")

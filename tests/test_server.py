@@ -1,0 +1,213 @@
+"""The launcher: start, serve, watch, stop without leftovers. The server is the real one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tritonclient.grpc as grpc
+from conftest import free_ports
+from tritonclient.utils import InferenceServerException
+
+STUB = "triton_python_backend_stub"
+
+
+def processes(parent: int) -> dict[int, str]:
+    """Every descendant of a process: its id and command line."""
+    found, wanted = {}, {parent}
+    for _ in range(3):
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                stat = (folder / "stat").read_text().rpartition(")")[2].split()
+                command = (folder / "cmdline").read_bytes().decode().replace("\0", " ")
+            except OSError:
+                continue
+            if int(stat[1]) in wanted:
+                found[int(folder.name)] = command
+        wanted = {parent, *found}
+    return found
+
+
+def leftovers() -> set[str]:
+    """What a server may leave: shared memory and temporary folders."""
+    segments = {path.name for path in Path("/dev/shm").glob("*twinbrush*")}
+    segments |= {path.name for path in Path("/dev/shm").glob("triton_*")}
+    return segments | {path.name for path in Path(tempfile.gettempdir()).glob("twinbrush-*")}
+
+
+def assert_gone(server, before: set[str], family: dict[int, str]) -> None:
+    assert server.process.poll() is not None
+    assert not [pid for pid in family if Path(f"/proc/{pid}").exists()]
+    assert leftovers() <= before
+
+
+def ask(server, **fields):
+    client = grpc.InferenceServerClient(server.address)
+    inputs = []
+    for name, value in {"prompt": "a red circle", **fields}.items():
+        text = isinstance(value, str)
+        tensor = grpc.InferInput(name, [1], "BYTES" if text else "INT32")
+        array = np.array([value.encode()], object) if text else np.array([value], np.int32)
+        tensor.set_data_from_numpy(array)
+        inputs.append(tensor)
+    return client.infer("text_to_image", inputs, client_timeout=60)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_it_starts_serves_and_stops_without_leftovers(repository, start_server, number):
+    before = leftovers()
+    server = start_server(repository)
+    server.wait_for("ready in")
+    assert server.address in server.text()
+    assert "nvidia-pytriton" in server.text() or "/opt/tritonserver" in server.text()
+    family = processes(server.process.pid)
+    assert sum(STUB in command for command in family.values()) == 7
+    assert len(ask(server).as_numpy("image")) == 1
+    server.process.send_signal(number)
+    assert server.process.wait(20) == 0
+    assert "stopped" in server.text()
+    assert_gone(server, before, family)
+
+
+def test_it_ends_with_its_launcher_even_when_that_is_killed(repository, start_server):
+    server = start_server(repository)
+    server.wait_for("ready in")
+    family = processes(server.process.pid)
+    server.process.kill()
+    until = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in family):
+        assert time.monotonic() < until, "the server outlived its launcher"
+        time.sleep(0.1)
+
+
+def victim_of(server, model: str) -> int:
+    family = processes(server.process.pid)
+    return next(pid for pid, line in family.items() if STUB in line and f" {model}_0_0" in line)
+
+
+@pytest.mark.parametrize("model", ["unet", "text_to_image_stream"])
+def test_a_dead_stub_ends_the_server_at_once_and_waiting_clients_get_an_error(
+    repository, start_server, model
+):
+    before = leftovers()
+    server = start_server(repository)
+    server.wait_for("ready in")
+    family = processes(server.process.pid)
+    answers = []
+
+    def wait_for_many():
+        try:
+            answers.append(ask(server, steps=50, num_images=16))
+        except InferenceServerException as error:
+            answers.append(error)
+
+    waiting = threading.Thread(target=wait_for_many)
+    waiting.start()
+    time.sleep(0.3)
+    killed = time.monotonic()
+    os.kill(victim_of(server, model), signal.SIGKILL)
+    assert server.process.wait(10) == 1
+    assert time.monotonic() - killed < 4
+    waiting.join(5)
+    assert isinstance(answers[0], InferenceServerException)
+    assert f"the Python stub of {model} ended with signal 9 (Killed)" in server.text()
+    assert_gone(server, before, family)
+
+
+def test_with_restart_it_serves_again_after_a_stub_died(repository, start_server):
+    server = start_server(repository, "--restart")
+    server.wait_for("ready in")
+    os.kill(victim_of(server, "unet"), signal.SIGKILL)
+    server.wait_for("starting again", 10)
+    until = time.monotonic() + 60
+    while server.text().count("ready in") < 2:
+        assert time.monotonic() < until, server.text()
+        time.sleep(0.1)
+    assert len(ask(server).as_numpy("image")) == 1
+    assert server.stop() == 0
+
+
+@pytest.fixture
+def copy(repository, tmp_path) -> Path:
+    return Path(shutil.copytree(repository, tmp_path / "copy"))
+
+
+def test_a_corrupt_onnx_file_is_named_with_its_reason(copy, start_server):
+    before = leftovers()
+    (copy / "unet" / "1" / "model.onnx").write_bytes(b"not a network")
+    server = start_server(copy, "--restart")
+    assert server.process.wait(60) == 1, "a model that cannot load is no reason to start again"
+    assert "unet cannot be loaded" in server.text()
+    assert "model.onnx" in server.text()
+    assert "Traceback" not in server.text()
+    assert leftovers() <= before
+
+
+def test_a_missing_export_is_named_with_what_to_run(copy, start_server):
+    (copy / "text_to_image_stream" / "1" / "pipeline.json").unlink()
+    server = start_server(copy)
+    assert server.process.wait(60) == 1
+    assert "pipeline.json is not there: run `python -m export CHECKPOINT`" in server.text()
+
+
+def test_a_stub_that_cannot_start_is_noticed(repository, start_server, tmp_path):
+    """With a library missing the stub ends before it says a word, and Triton would wait."""
+    import pytriton
+
+    fake = tmp_path / "site" / "pytriton"
+    shutil.copytree(Path(pytriton.__file__).parent / "tritonserver", fake / "tritonserver")
+    (fake / "__init__.py").touch()
+    libs = Path(pytriton.__file__).parent.parent / "nvidia_pytriton.libs"
+    shutil.copytree(libs, tmp_path / "site" / "nvidia_pytriton.libs")
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    stub = fake / "tritonserver" / "python_backend_stubs" / version / STUB
+    stub.write_bytes(stub.read_bytes().replace(b"libarchive-", b"libarchivX-"))
+    env = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    started = time.monotonic()
+    server = start_server(repository, env=env)
+    assert server.process.wait(30) == 1
+    assert time.monotonic() - started < 15
+    assert "cannot open shared object file" in server.text()
+
+
+def test_a_port_in_use_is_named_with_its_flag(repository, start_server):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        command = [sys.executable, "-m", "twinbrush.server", "--repository", str(repository)]
+        done = subprocess.run([*command, "--grpc-port", str(port)], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"port {port} of 127.0.0.1" in done.stderr
+    assert "--grpc-port" in done.stderr
+
+
+def test_an_empty_repository_is_named(tmp_path):
+    command = [sys.executable, "-m", "twinbrush.server", "--repository", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"{tmp_path} holds no models" in done.stderr
+
+
+def test_the_config_name_reaches_the_server(copy, start_server):
+    configs = copy / "unet" / "configs"
+    configs.mkdir()
+    text = (copy / "unet" / "config.pbtxt").read_text()
+    (configs / "other.pbtxt").write_text(text.replace('"onnxruntime"', '"nonesuch"'))
+    server = start_server(copy, "--config-name", "other")
+    assert server.process.wait(60) == 1
+    assert "nonesuch" in server.text()
+
+
+def test_free_ports_are_different():
+    assert len(set(free_ports(5))) == 5

@@ -1,0 +1,98 @@
+"""The world of the demo checkpoint, and training that can be killed at any moment."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from training.loop import Trainer
+from training.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    HELD_OUT,
+    OPPOSITE,
+    SHAPES,
+    describe,
+    middle_item,
+    relation,
+    render,
+    sample_scene,
+)
+
+seeds = st.integers(0, 10**9)
+
+
+@given(seeds, st.sampled_from([1, 2, 3]), st.booleans())
+@settings(max_examples=50, deadline=None)
+def test_a_scene_is_drawn_where_its_truth_says(seed, count, held_out):
+    scene = sample_scene(np.random.default_rng(seed), count, held_out)
+    assert scene.held_out == held_out
+    assert len(scene.items) == count
+    picture = render(scene).astype(int)
+    background = np.array(BACKGROUNDS[scene.background])
+    assert np.abs(picture[0, 0] - background).max() <= 1
+    for item in scene.items:
+        near = picture[int(item.y) - 3 : int(item.y) + 4, int(item.x) - 3 : int(item.x) + 4]
+        if item.shape == "ring":  # its centre is open
+            edge = picture[int(item.y), min(63, int(item.x + 0.76 * item.radius))]
+            near = edge[None, None]
+        assert (np.abs(near - np.array(COLOURS[item.colour])).max(axis=-1) <= 1).any()
+
+
+@given(seeds)
+@settings(max_examples=50, deadline=None)
+def test_a_caption_names_every_object_and_a_true_relation(seed):
+    rng = np.random.default_rng(seed)
+    scene = sample_scene(rng)
+    text = describe(scene, rng)
+    for item in scene.items:
+        assert f"{item.colour} {item.shape}" in text
+    if len(scene.items) == 1:
+        assert not any(word in text for word in ("left", "right", "above", "below", "between"))
+    if "between" in text:
+        assert middle_item(scene) is not None
+
+
+def test_relations_are_opposite_both_ways():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        a, b = sample_scene(rng, 2).items
+        assert relation(b, a) == OPPOSITE[relation(a, b)]
+
+
+def test_every_shape_and_colour_loses_some_combinations_and_keeps_most():
+    assert {shape for shape, _, _ in HELD_OUT} == set(SHAPES)
+    assert {colour for _, colour, _ in HELD_OUT} == set(COLOURS)
+    assert len(HELD_OUT) == len(SHAPES) * len(COLOURS) * 2 // 8
+
+
+def train(folder, steps, stop_at=None):
+    torch.manual_seed(0)
+    module = torch.nn.Linear(3, 1)
+    trainer = Trainer(module, folder, steps, 1e-2, save_every=2)
+    done = 0
+
+    def loss_at(step):
+        nonlocal done
+        if done == stop_at:
+            raise KeyboardInterrupt
+        done += 1
+        x = torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
+        return {"loss": (module(x) - x.sum(1, keepdim=True)).square().mean()}
+
+    trainer.run(loss_at)
+    return trainer
+
+
+def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path):
+    whole = train(tmp_path / "whole", 12)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "killed", 12, stop_at=7)
+    resumed = train(tmp_path / "killed", 12)
+    for a, b in zip(whole.module.parameters(), resumed.module.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    for a, b in zip(whole.ema.parameters(), resumed.ema.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)

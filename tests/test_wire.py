@@ -1,0 +1,305 @@
+"""Both front doors of the real server, over gRPC and HTTP."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import queue
+import random
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+import tritonclient.grpc as grpc
+from PIL import Image
+from tritonclient.utils import InferenceServerException
+
+from twinbrush_client.wire import inputs
+
+UNARY, STREAM = "text_to_image", "text_to_image_stream"
+
+
+def infer(server, model=UNARY, timeout=60, **fields):
+    client = grpc.InferenceServerClient(server.address)
+    return client.infer(model, inputs({"prompt": "a red circle", **fields}), client_timeout=timeout)
+
+
+def stream(server, request_id="", on_answer=None, raw=None, **fields):
+    """All events of one request: (name -> value) each, then an error text or None."""
+    answers: queue.SimpleQueue = queue.SimpleQueue()
+    with grpc.InferenceServerClient(server.address) as client:
+        client.start_stream(lambda result, error: answers.put((result, error)))
+        client.async_stream_infer(
+            STREAM, raw or inputs({"prompt": "a red circle", **fields}), request_id=request_id,
+            enable_empty_final_response=True,
+        )  # fmt: skip
+        events: list[dict] = []
+        while True:
+            result, error = answers.get(timeout=60)
+            if error is not None:
+                return events, error.message()
+            response = result.get_response()
+            if response.outputs:
+                names = [output.name for output in response.outputs]
+                events.append({name: result.as_numpy(name)[0] for name in names})
+                if on_answer:
+                    on_answer(client, events)
+            if response.parameters["triton_final_response"].bool_param:
+                return events, None
+
+
+def post(server, path, **fields):
+    body = json.dumps({"prompt": "a red circle", **fields}).encode()
+    request = urllib.request.Request(f"{server.url}/v2/models/{path}", body)
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return answer.read().decode()
+
+
+def png(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+def test_unary_grpc_gives_all_images_with_their_seeds(server):
+    result = infer(server, seed=5, num_images=3)
+    assert result.as_numpy("seed").tolist() == [5, 6, 7]
+    assert [png(image).shape for image in result.as_numpy("image")] == [(32, 32, 3)] * 3
+    assert result.as_numpy("warning").tolist() == [b""]
+
+
+def test_all_formats_hold_the_same_picture(server):
+    raw, from_png, base, jpeg = (
+        infer(server, seed=5, image_format=f).as_numpy("image")[0]
+        for f in ("raw", "png", "png_base64", "jpeg")
+    )
+    pixels = np.frombuffer(raw, np.uint8).reshape(32, 32, 3)
+    assert np.abs(png(from_png).astype(int) - pixels).max() <= 1
+    assert np.abs(png(base64.b64decode(base)).astype(int) - pixels).max() <= 1
+    assert jpeg.startswith(b"\xff\xd8")
+
+
+def test_http_generate_gives_base64(server):
+    answer = json.loads(post(server, f"{UNARY}/generate", seed=5, image_format="png_base64"))
+    assert answer["seed"] == 5
+    direct = infer(server, seed=5).as_numpy("image")[0]
+    assert np.abs(png(base64.b64decode(answer["image"])).astype(int) - png(direct)).max() <= 1
+
+
+def test_http_generate_stream_tells_every_event(server):
+    text = post(server, f"{STREAM}/generate_stream", steps=3, image_format="png_base64",
+                preview_every=2)  # fmt: skip
+    events = [json.loads(line[5:]) for line in text.splitlines() if line.startswith("data:")]
+    assert [event["event"] for event in events] == ["progress", "preview", "progress", "image"]
+    assert png(base64.b64decode(events[-1]["image"])).shape == (32, 32, 3)
+
+
+def test_the_stream_tells_progress_previews_and_images(server):
+    events, error = stream(server, steps=4, num_images=2, preview_every=2, seed=9)
+    assert error is None
+    mine = [event for event in events if event["index"] == 1]
+    assert [e["event"] for e in mine] == [b"progress", b"preview", b"progress", b"progress",
+                                          b"image"]  # fmt: skip
+    assert [e["step"] for e in mine[:-1]] == [1, 2, 3, 4]
+    assert png(mine[1]["image"]).shape == (8, 8, 3)
+    assert mine[-1]["seed"] == 10
+
+
+def test_progress_can_be_left_out(server):
+    events, _ = stream(server, progress=False)
+    assert [event["event"] for event in events] == [b"image"]
+
+
+BAD = [
+    ({"prompt": ""}, "prompt='' is not allowed"),
+    ({"prompt": "x" * 3000}, "at most 2000 characters"),
+    ({"prompt": "a\0b"}, "NUL"),
+    ({"prompt": b"\xff\xfe"}, "UTF-8"),
+    ({"steps": 0}, "steps=0 is not allowed: an integer from 1 to 50"),
+    ({"steps": -1}, "steps=-1"),
+    ({"steps": 10_000}, "steps=10000"),
+    ({"width": 0}, "width=0"),
+    ({"width": 33}, "a multiple of 8 from 8 to 128 pixels"),
+    ({"height": 1 << 20}, "height=1048576"),
+    ({"seed": -1}, "seed=-1"),
+    ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
+    ({"guidance_scale": float("inf")}, "guidance_scale=inf"),
+    ({"sampler": "heun"}, "one of lcm, ddim, euler, dpmpp_2m"),
+    ({"image_format": "gif"}, "one of png, jpeg, raw, png_base64"),
+    ({"num_images": 0}, "num_images=0"),
+    ({"num_images": 1000}, "num_images=1000 is not allowed: an integer from 1 to 16"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), BAD, ids=[str(f)[:32] for f, _ in BAD])
+def test_bad_input_names_field_value_and_what_is_allowed(server, fields, message):
+    with pytest.raises(InferenceServerException, match=message) as error:
+        infer(server, **fields)
+    assert error.value.status() == "StatusCode.INVALID_ARGUMENT"
+    assert "Traceback" not in str(error.value)
+    events, text = stream(server, **fields)
+    assert events == []
+    assert message in text
+
+
+def wrong(name, data_type, array):
+    tensor = grpc.InferInput(name, list(array.shape), data_type)
+    tensor.set_data_from_numpy(array)
+    return [*inputs({"prompt": "a red circle"}), tensor]
+
+
+@pytest.mark.parametrize(
+    ("name", "data_type", "array", "message"),
+    [
+        ("steps", "FP32", np.array([4.0], np.float32), "'steps'"),
+        ("steps", "INT32", np.array([4, 5], np.int32), "'steps'"),
+        ("seed", "INT32", np.array([4], np.int32), "'seed'"),
+        ("wdith", "INT32", np.array([64], np.int32), "'wdith'"),
+    ],
+)
+def test_wrong_types_shapes_and_names_are_refused_by_name(server, name, data_type, array, message):
+    client = grpc.InferenceServerClient(server.address)
+    with pytest.raises(InferenceServerException, match=message):
+        client.infer(UNARY, wrong(name, data_type, array))
+    _, text = stream(server, raw=wrong(name, data_type, array))
+    assert message in text
+
+
+@pytest.mark.parametrize(
+    ("fields", "word"),
+    [({"seed": 2**63}, "seed"), ({"steps": "many"}, "steps"), ({"wdith": 3}, "wdith")],
+)
+def test_bad_json_is_refused_by_name(server, fields, word):
+    with pytest.raises(urllib.error.HTTPError) as error:
+        post(server, f"{UNARY}/generate", **fields)
+    assert error.value.code == 400
+    assert word in error.value.read().decode()
+
+
+def test_a_cut_prompt_is_reported(server):
+    warning = infer(server, prompt="very " * 30 + "red").as_numpy("warning")[0].decode()
+    assert "CLIP tokens and was cut to 16" in warning
+
+
+def unet_rows(server) -> int:
+    client = grpc.InferenceServerClient(server.address)
+    statistics = client.get_inference_statistics("unet").model_stats[0]
+    return statistics.inference_stats.success.count
+
+
+def assert_idle(server, at_most: int) -> None:
+    """The UNet is asked for no more than a few calls that were under way."""
+    before = unet_rows(server)
+    time.sleep(0.5)
+    assert unet_rows(server) - before <= at_most
+
+
+def test_a_cancelled_stream_stops_the_work(server):
+    def stop_early(client, events):
+        if len(events) == 3:
+            client.stop_stream(cancel_requests=True)
+
+    try:
+        stream(server, steps=50, num_images=4, on_answer=stop_early)
+    except queue.Empty:
+        pass
+    time.sleep(0.2)
+    assert_idle(server, at_most=0)
+
+
+def test_a_cancelled_unary_request_stops_the_work(server):
+    done = threading.Event()
+    errors = []
+    client = grpc.InferenceServerClient(server.address)
+    fields = inputs({"prompt": "a red circle", "steps": 50, "num_images": 16})
+    call = client.async_infer(UNARY, fields, lambda r, e: (errors.append(e), done.set()))
+    time.sleep(0.3)
+    call.cancel()
+    assert done.wait(10)
+    assert errors[0].status() == "StatusCode.CANCELLED"
+    time.sleep(0.4)
+    assert_idle(server, at_most=0)
+
+
+def test_a_deadline_stops_the_work(server):
+    with pytest.raises(InferenceServerException, match="Deadline Exceeded"):
+        infer(server, steps=50, num_images=16, timeout=0.3)
+    time.sleep(0.4)
+    assert_idle(server, at_most=0)
+
+
+def cancel(server, request_id):
+    target = grpc.InferInput("cancel", [1], "BYTES")
+    target.set_data_from_numpy(np.array([request_id.encode()], object))
+    return stream(server, raw=[target])
+
+
+def test_a_live_request_can_be_cancelled_by_its_id(server):
+    answers = []
+    start = threading.Thread(
+        target=lambda: answers.append(stream(server, "mine", steps=50, num_images=8))
+    )
+    start.start()
+    time.sleep(0.3)
+    events, error = cancel(server, "mine")
+    assert (events, error) == ([{"event": b"cancelled"}], None)
+    start.join(10)
+    assert answers[0][1] == "the request was cancelled"
+
+
+def test_cancelling_what_does_not_live_says_so(server):
+    assert "no live request has the id 'nobody'" in cancel(server, "nobody")[1]
+
+
+def test_two_hundred_mixed_requests_end_each_in_one_way(server):
+    """Images, errors and cancels from 16 clients; none is lost, none harms another."""
+    rng = random.Random(3)
+    jobs: queue.SimpleQueue = queue.SimpleQueue()
+    for number in range(200):
+        fields = {
+            "seed": number, "steps": rng.randint(1, 20), "width": rng.choice([32, 32, 32, 48]),
+            "sampler": rng.choice(["lcm", "ddim", "euler", "dpmpp_2m"]),
+            "guidance_scale": rng.choice([1.0, 3.0]), "num_images": rng.choice([1, 1, 2]),
+        }  # fmt: skip
+        jobs.put((rng.choice(["image", "image", "error", "cancel"]), rng.random() < 0.5, fields))
+    outcomes: list[tuple[str, str]] = []
+
+    def work():
+        while not jobs.empty():
+            kind, streamed, fields = jobs.get()
+            outcomes.append((kind, one(kind, streamed, fields)))
+
+    def one(kind, streamed, fields) -> str:
+        if kind == "error":
+            fields = fields | {"steps": 0}
+        if kind == "cancel":
+            done: queue.SimpleQueue = queue.SimpleQueue()
+            client = grpc.InferenceServerClient(server.address)
+            slow = inputs({"prompt": "a red circle", **fields, "steps": 50, "num_images": 4})
+            call = client.async_infer(UNARY, slow, lambda r, e: done.put((r, e)))
+            time.sleep(rng.random() * 0.2)
+            call.cancel()
+            _, error = done.get(timeout=60)
+            return "cancel" if error and "CANCELLED" in error.status() else "image"
+        if streamed:
+            events, error = stream(server, **fields)
+            images = sum(event["event"] == b"image" for event in events)
+        else:
+            try:
+                images, error = len(infer(server, **fields).as_numpy("image")), None
+            except InferenceServerException as caught:
+                images, error = 0, caught.message()
+        if error:
+            return "error" if images == 0 and "steps=0" in error else f"broken: {error}"
+        return "image" if images == fields["num_images"] else f"broken: {images} images"
+
+    threads = [threading.Thread(target=work) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(180)
+    assert len(outcomes) == 200
+    assert [pair for pair in outcomes if pair[0] != pair[1]] == []
+    assert_idle(server, at_most=0)
