@@ -18,9 +18,9 @@ console = Console()
 
 def main(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder in diffusers layout.")],
-    repository: Annotated[
-        Path, typer.Option(help="Model repository to build into.")
-    ] = Path("model_repository"),
+    repository: Annotated[Path, typer.Option(help="Model repository to build into.")] = Path(
+        "model_repository"
+    ),
 ) -> None:
     """Exports a checkpoint into a Triton model repository.
 

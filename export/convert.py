@@ -26,9 +26,7 @@ def to_onnx(part: Part, file: Path) -> None:
     example = part.example(2, 2)
     shapes = {
         name: {
-            i: Dim.DYNAMIC
-            for i, axis in enumerate(("batch", *spec.axes))
-            if isinstance(axis, str)
+            i: Dim.DYNAMIC for i, axis in enumerate(("batch", *spec.axes)) if isinstance(axis, str)
         }
         for name, spec in part.inputs.items()
     }

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from checkpoints import tiny_checkpoint
 
+from checkpoints import tiny_checkpoint
 from export.checkpoint import open_checkpoint
 from export.repository import build
 from twinbrush.config import PipelineConfig

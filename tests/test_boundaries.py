@@ -20,7 +20,9 @@ def test_the_engine_and_the_launcher_pull_in_neither_torch_nor_triton():
         f"for name in {ENGINE}: importlib.import_module('twinbrush.' + name)\n"
         f"print([name for name in {HEAVY} if name in sys.modules])"
     )
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert loaded.stdout.strip() == "[]"
 
 

@@ -40,9 +40,9 @@ def test_stream_yields_progress_previews_and_pictures(client):
     events = list(client.stream("a red circle", steps=3, preview_every=2, seed=1))
     assert [type(event) for event in events] == [Progress, Preview, Progress, Picture]
     assert events[1].image.size == (8, 8)
-    assert events[-1].image.tobytes() == client.generate("a red circle", steps=3, seed=1)[
-        0
-    ].tobytes()
+    assert (
+        events[-1].image.tobytes() == client.generate("a red circle", steps=3, seed=1)[0].tobytes()
+    )
 
 
 @pytest.mark.parametrize("way", ["break", "cancel", "other thread"])

@@ -55,7 +55,7 @@ def test_a_model_out_of_tolerance_is_refused(tiny, repository):
     part = load_parts(open_checkpoint(tiny))["unet"]
     with torch.no_grad():
         next(part.module.parameters()).mul_(1.1)
-    with pytest.raises(ParityError, match="unet: error .* against PyTorch is over"):
+    with pytest.raises(ParityError, match=r"unet: error .* against PyTorch is over"):
         parity_error(part, repository / "unet" / "1" / "model.onnx")
 
 

@@ -98,7 +98,9 @@ def test_the_backend_joins_the_requests_that_triton_batches(repository, start_se
     shutil.copytree(repository / "vqgan_decoder", folder)
     text = (folder / "config.pbtxt").read_text().replace("dims: [ -1, ", "dims: [ ")
     text = text.replace("max_batch_size: 0", "max_batch_size: 8", 1)
-    text += "dynamic_batching { max_queue_delay_microseconds: 200000 preferred_batch_size: [ 8 ] }\n"
+    text += (
+        "dynamic_batching { max_queue_delay_microseconds: 200000 preferred_batch_size: [ 8 ] }\n"
+    )
     (folder / "config.pbtxt").write_text(text)
     server = start_server(folder.parent)
     server.wait_for("ready in")

@@ -19,6 +19,7 @@ from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 from twinbrush_client.wire import inputs
+import contextlib
 
 UNARY, STREAM = "text_to_image", "text_to_image_stream"
 
@@ -201,10 +202,8 @@ def test_a_cancelled_stream_stops_the_work(server):
         if len(events) == 3:
             client.stop_stream(cancel_requests=True)
 
-    try:
+    with contextlib.suppress(queue.Empty):
         stream(server, steps=50, num_images=4, on_answer=stop_early)
-    except queue.Empty:
-        pass
     time.sleep(0.2)
     assert_idle(server, at_most=0)
 

@@ -37,7 +37,9 @@ def train(checkpoint: Path, runs: Path, steps: int, batch: int) -> None:
         collate = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.25, seed=step)
         scenes, rng = data.scenes(20_000_000 + step, batch)
         ids, mask = data.token_ids(tokenizer, data.captions(scenes, rng))
-        masked = collate([{"input_ids": i, "attention_mask": m} for i, m in zip(ids, mask)])
+        masked = collate(
+            [{"input_ids": i, "attention_mask": m} for i, m in zip(ids, mask, strict=True)]
+        )
         out = model(**masked)
         wanted = masked["labels"] != -100
         hit = out.logits.argmax(-1)[wanted] == masked["labels"][wanted]

@@ -56,9 +56,7 @@ class Trainer:
         """Trains to the end; `loss_at(step)["loss"]` is minimised. Returns the EMA module."""
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[loss]}")) as bar:
-            task = bar.add_task(
-                self.folder.name, total=self.steps, completed=self.step, loss=""
-            )
+            task = bar.add_task(self.folder.name, total=self.steps, completed=self.step, loss="")
             while self.step < self.steps:
                 losses = loss_at(self.step)
                 self.optimizer.zero_grad(set_to_none=True)
@@ -106,8 +104,9 @@ class Trainer:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.step = int(self.ema.n_averaged)
-        self.schedule.last_epoch = self.step - 1
-        self.schedule.step()
+        self.schedule.last_epoch = self.step
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * self.schedule.lr_lambdas[0](self.step)
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -119,9 +119,7 @@ def _place(rng: np.random.Generator, count: int) -> list[Item]:
             size = str(rng.choice(list(SIZES)))
             reach = SIZES[size] + 2
             x, y = rng.uniform(reach, SIDE - reach, 2)
-            items.append(
-                Item(str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS))), size, x, y)
-            )
+            items.append(Item(str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS))), size, x, y))
         if all(
             np.hypot(a.x - b.x, a.y - b.y) > a.radius + b.radius + 3
             for a, b in itertools.combinations(items, 2)
@@ -170,9 +168,7 @@ def describe(scene: Scene, rng: np.random.Generator) -> str:
     items = scene.items
     middle = middle_item(scene)
     if len(items) == 1:
-        text = _pick(rng, "{}", "{}", "there is {}", "a picture of {}").format(
-            _noun(items[0], rng)
-        )
+        text = _pick(rng, "{}", "{}", "there is {}", "a picture of {}").format(_noun(items[0], rng))
     elif middle is not None and rng.random() < 0.6:
         a, b = (items[j] for j in range(3) if j != middle)
         text = _pick(

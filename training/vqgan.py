@@ -76,7 +76,9 @@ def revive(model: VQModel, use: torch.Tensor, seed: int) -> None:
     (k-means++), so that rare details get codes and flat backgrounds do not take them all.
     """
     scenes, _ = data.scenes(seed, 128)
-    vectors = model.encode(opponent(data.pictures(scenes))).latents.permute(0, 2, 3, 1).flatten(0, 2)
+    vectors = (
+        model.encode(opponent(data.pictures(scenes))).latents.permute(0, 2, 3, 1).flatten(0, 2)
+    )
     codes = model.quantize.embedding.weight.data
     draw = torch.Generator().manual_seed(seed)
     live = use > 0

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from twinbrush.triton_install import Triton
+import contextlib
 
 SHARED_MEMORY = Path("/dev/shm")
 LOAD_FAILURE = re.compile(r"failed to load '([^']+)' version \d+: (.*?)(\\n\\nAt:|\"?$)")
@@ -93,10 +94,8 @@ class TritonProcess:
         failed = isinstance(exc[1], ServerError)
         if self._process.poll() is None and not failed:
             self._process.send_signal(signal.SIGTERM)
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(self._options.exit_timeout)
-            except subprocess.TimeoutExpired:
-                pass
         try:  # whatever is left of its process group, stubs included
             os.killpg(self._process.pid, signal.SIGKILL)
         except ProcessLookupError:

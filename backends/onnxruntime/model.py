@@ -37,15 +37,15 @@ class TritonPythonModel:
             for r in requests
         ]
         if not self.batching or len(requests) == 1:
-            return [self._answer(r, feed) for r, feed in zip(requests, feeds)]
+            return [self._answer(r, feed) for r, feed in zip(requests, feeds, strict=True)]
         rows = np.cumsum([len(feed[self.inputs[0]]) for feed in feeds])[:-1]
         joined = {name: np.concatenate([feed[name] for feed in feeds]) for name in self.inputs}
         try:
             results = self.session.run(self.outputs, joined)
         except Exception as error:
             return [_failure(error) for _ in requests]
-        parts = [np.split(result, rows) for result in results]
-        return [self._response(r, part) for r, part in zip(requests, zip(*parts))]
+        parts = zip(*(np.split(result, rows) for result in results), strict=True)
+        return [self._response(r, part) for r, part in zip(requests, parts, strict=True)]
 
     def _answer(self, request, feed):
         try:
@@ -58,7 +58,7 @@ class TritonPythonModel:
         return pb_utils.InferenceResponse(
             [
                 pb_utils.Tensor(name, result)
-                for name, result in zip(self.outputs, results)
+                for name, result in zip(self.outputs, results, strict=True)
                 if name in wanted
             ]
         )

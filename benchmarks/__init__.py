@@ -1,0 +1,1 @@
+"""Measurements of the server and of what it serves; results are committed with plots."""

@@ -1,0 +1,26 @@
+"""What a result file says of the machine and the tools that made it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+from pathlib import Path
+
+TOOLS = ("numpy", "onnxruntime", "nvidia-pytriton", "tritonclient", "tokenizers", "pillow")
+
+
+def describe() -> dict[str, object]:
+    """Processor, memory, system and versions."""
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "cpu": model[1] if model else platform.processor(),
+        "cores": os.cpu_count(),
+        "memory_gb": round(memory / 1e9),
+        "gpu": None,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "tools": {name: importlib.metadata.version(name) for name in TOOLS},
+    }

@@ -1,0 +1,213 @@
+"""`python -m benchmarks.overhead`: what the server costs, and what step batching brings.
+
+The same engine on the same ONNX files: in this process, against through the server and gRPC;
+and with rows shared between requests, against one loop per request (calls of one image's
+rows). Both sides of a comparison take turns, and ratios are medians over the turns.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tritonclient.grpc as grpc
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import machine
+from benchmarks.load import Load, Send, closed_loop
+from twinbrush.config import PipelineConfig
+from twinbrush.engine import Engine
+from twinbrush.generation import End, Event
+from twinbrush.onnx_runtime import LocalModels
+from twinbrush.prompt import PromptTokenizer
+from twinbrush.request import GenerationRequest
+from twinbrush.server import chosen_ports
+from twinbrush.triton_install import find_triton
+from twinbrush.triton_process import ServerOptions, TritonProcess
+from twinbrush_client.wire import inputs
+
+CONCURRENCY = (1, 4, 16, 64)
+GOALS = {"ratio_c1": 0.90, "ratio_c16": 0.97, "ratio_c64": 0.97, "step_batching_c16": 1.8}
+COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
+_COUNTER = itertools.count()
+console = Console()
+
+
+def main(
+    repository: Annotated[Path, typer.Option(help="Exported model repository.")] = Path(
+        "model_repository"
+    ),
+    turns: Annotated[int, typer.Option(help="How often both sides of each ratio run.")] = 5,
+    requests: Annotated[int, typer.Option(help="Images a turn, at concurrency 1.")] = 12,
+    out: Annotated[Path, typer.Option(help="Result file.")] = Path(
+        "benchmarks/results/overhead.json"
+    ),
+) -> None:
+    """Measures server against in-process, and shared against unshared UNet calls."""
+    with ExitStack() as stack:
+        models = LocalModels(repository)
+        shared = stack.enter_context(_engine(repository, models, max_rows=16))
+        unshared = stack.enter_context(_engine(repository, models, max_rows=2))
+        client = stack.enter_context(_server(repository))
+        sides = {"in_process": _in_process(shared), "server": _through(client)}
+        points = {f"c{c}": _compare(sides, c, turns, max(requests, 2 * c)) for c in CONCURRENCY}
+        sides = {"unshared": _in_process(unshared), "shared": _in_process(shared)}
+        batching = _compare(sides, 16, turns, 32)
+        profile = _profile(client, requests)
+    summary = {f"ratio_{name}": point["ratio"] for name, point in points.items()}
+    summary["step_batching_c16"] = batching["ratio"]
+    defaults = asdict(shared.config.defaults)
+    result = {
+        "command": "python -m benchmarks.overhead",
+        "machine": machine.describe(),
+        "checkpoint": shared.config.checkpoint,
+        "request": defaults | {"width": shared.config.native_side, "prompts": "all different"},
+        "goals": GOALS,
+        "summary": summary,
+        "server_over_in_process": points,
+        "shared_over_unshared": batching,
+        "profile_c1_ms_per_image": profile,
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    _show(points, batching, profile)
+    print(json.dumps(summary))
+
+
+@contextmanager
+def _engine(repository: Path, models: LocalModels, max_rows: int) -> Iterator[Engine]:
+    """An engine in this process."""
+    folder = repository / "text_to_image_stream" / "1"
+    config = PipelineConfig.load(folder / "pipeline.json")
+    engine = Engine(models, config, PromptTokenizer(folder, config), max_rows=max_rows)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+@contextmanager
+def _server(repository: Path) -> Iterator[grpc.InferenceServerClient]:
+    """A client of a server of its own."""
+    http, grpc_port, metrics = chosen_ports(0, 0, 0)
+    options = ServerOptions(repository, http_port=http, grpc_port=grpc_port, metrics_port=metrics)
+    with TritonProcess(find_triton(), options) as process:
+        while not process.ready():
+            process.check()
+            time.sleep(0.1)
+        with grpc.InferenceServerClient(f"127.0.0.1:{grpc_port}") as client:
+            yield client
+
+
+def _prompt(number: int) -> str:
+    """Never the same twice, so that no prompt comes from the cache."""
+    a, b = COLOURS[number % 8], COLOURS[number // 8 % 8]
+    return f"a large {a} circle left of a small {b} square {next(_COUNTER)}"
+
+
+def _in_process(engine: Engine) -> Send:
+    def send(number: int, done: Callable[[str | None], None]) -> None:
+        fields = {
+            "prompt": np.array([_prompt(number).encode()], object),
+            "seed": np.array([number]),
+            "progress": np.array([False]),
+        }
+
+        def reply(event: Event) -> None:
+            if isinstance(event, End):
+                done(str(event.error) if event.error else None)
+
+        engine.submit(GenerationRequest.parse(fields, engine.config), reply)
+
+    return send
+
+
+def _through(client: grpc.InferenceServerClient) -> Send:
+    def send(number: int, done: Callable[[str | None], None]) -> None:
+        fields = inputs({"prompt": _prompt(number), "seed": number})
+        client.async_infer(
+            "text_to_image", fields, lambda result, error: done(str(error) if error else None)
+        )
+
+    return send
+
+
+def _compare(sides: dict[str, Send], concurrency: int, turns: int, requests: int) -> dict:
+    """Both sides in turn; the ratio is the second over the first, in images a second."""
+    loads: dict[str, list[Load]] = {name: [] for name in sides}
+    for send in sides.values():  # warm up
+        closed_loop(send, concurrency, concurrency)
+    for turn in range(turns):
+        order = list(sides) if turn % 2 == 0 else list(sides)[::-1]
+        for name in order:
+            loads[name].append(closed_loop(sides[name], concurrency, requests))
+    first, second = loads.values()
+    ratios = [b.images_per_second / a.images_per_second for a, b in zip(first, second, strict=True)]
+    return {
+        "ratio": round(statistics.median(ratios), 3),
+        "ratios": [round(ratio, 3) for ratio in ratios],
+        **{name: _medians(side) for name, side in loads.items()},
+    }
+
+
+def _medians(loads: list[Load]) -> dict[str, float]:
+    columns = {key: [asdict(load)[key] for load in loads] for key in asdict(loads[0])}
+    return {key: round(statistics.median(values), 2) for key, values in columns.items()}
+
+
+def _profile(client: grpc.InferenceServerClient, requests: int) -> dict[str, dict[str, float]]:
+    """Where the server's time goes at concurrency 1, from its own counters."""
+
+    def counters() -> dict[str, dict[str, int]]:
+        statistics_of = client.get_inference_statistics().model_stats
+        return {
+            model.name: {
+                "calls": model.execution_count,
+                "compute": model.inference_stats.compute_infer.ns,
+                "in_and_out": model.inference_stats.compute_input.ns
+                + model.inference_stats.compute_output.ns,
+                "queue": model.inference_stats.queue.ns,
+            }
+            for model in statistics_of
+        }
+
+    before = counters()
+    load = closed_loop(_through(client), 1, requests)
+    profile = {"client": {"total": round(load.p50, 2)}}
+    for model, after in counters().items():
+        spent = {key: after[key] - before[model][key] for key in after}
+        calls = round(spent.pop("calls") / requests, 2)
+        times = {key: round(ns / 1e6 / requests, 3) for key, ns in spent.items()}
+        profile[model] = {"calls": calls} | times
+    return profile
+
+
+def _show(points: dict, batching: dict, profile: dict) -> None:
+    table = Table(title="images a second, and p50 / p95 in ms", title_justify="left")
+    for heading in ("", "first", "second", "second over first", "goal"):
+        table.add_column(heading)
+    rows = [(f"in-process, server: {name}", point, f"ratio_{name}") for name, point in
+            points.items()]  # fmt: skip
+    rows.append(("unshared, shared: c16", batching, "step_batching_c16"))
+    for name, point, key in rows:
+        sides = [v for v in point.values() if isinstance(v, dict)]
+        cells = [f"{s['images_per_second']:.1f}   {s['p50']:.0f} / {s['p95']:.0f}" for s in sides]
+        table.add_row(name, *cells, f"{point['ratio']:.2f}", str(GOALS.get(key, "")))
+    console.print(table)
+    console.print("ms an image at concurrency 1, from the server's counters:")
+    for model, times in profile.items():
+        console.print("  ", model, times)
+
+
+if __name__ == "__main__":
+    typer.run(main)
