@@ -123,7 +123,7 @@ def test_neighbours_never_change_an_image(kind, request: pytest.FixtureRequest):
     requests = [globals()["request"](engine, **f) for f in fields]
     alone = [Client(engine, r).images[0] for r in requests]
     for order in (requests, requests[::-1]):
-        images = dict([(r, Client(engine, r)) for r in order])
+        images = {r: Client(engine, r) for r in order}
         for r, image in zip(requests, alone, strict=True):
             assert np.abs(pixels(images[r].images[0]) - pixels(image)).max() <= 1
     engine.close()

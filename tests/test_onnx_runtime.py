@@ -35,8 +35,13 @@ def test_threads_and_modes_are_read(model):
 
 @pytest.mark.parametrize(
     ("level", "expected"),
-    [(-1, "ORT_ENABLE_BASIC"), (1, "ORT_ENABLE_ALL"), (2, "ORT_DISABLE_ALL"), (None, "ORT_ENABLE_ALL")],
-)  # fmt: skip
+    [
+        (-1, "ORT_ENABLE_BASIC"),
+        (1, "ORT_ENABLE_ALL"),
+        (2, "ORT_DISABLE_ALL"),
+        (None, "ORT_ENABLE_ALL"),
+    ],
+)
 def test_graph_levels_are_those_of_the_native_backend(model, level, expected):
     asked = {} if level is None else {"optimization": {"graph": {"level": level}}}
     options = open_session(model, asked).get_session_options()

@@ -27,9 +27,12 @@ from twinbrush.request import FIELDS, GenerationRequest, InvalidArgument
 
 log = logging.getLogger(__name__)
 STREAM = "text_to_image_stream"
-# Requests that the unary front door hands on are cancelled by id: their own senders never
-# tell of a cancel, so they need not be asked.
-UNARY_ID = "unary-"
+# Request ids of what the unary front door hands on. Its cancels come by id, since the sender of
+# such a request never tells of one, and its errors carry their code in the message, since
+# calls inside the server lose it.
+RELAYED_ID = "relayed-"
+CODE_END = "|"
+DTYPES = {"index": np.int32, "step": np.int32, "total_steps": np.int32, "seed": np.int64}
 
 
 class TritonModels:
@@ -48,8 +51,47 @@ class TritonModels:
         return pb_utils.get_output_tensor_by_name(response, output).as_numpy()
 
 
+class Answer:
+    """How one request is answered, by responses and exactly one end."""
+
+    def __init__(self, request: Any):
+        self.relayed = request.request_id().startswith(RELAYED_ID)
+        self._sender = request.get_response_sender()
+        self._open = True
+        self._lock = threading.Lock()
+
+    def send(self, outputs: Mapping[str, Any], final: bool = False) -> None:
+        tensors = [
+            pb_utils.Tensor(name, np.array(value, DTYPES.get(name, object)).reshape(-1))
+            for name, value in outputs.items()
+        ]
+        self._respond(pb_utils.InferenceResponse(tensors), final)
+
+    def fail(self, error: EngineError) -> None:
+        text = f"{error.code}{CODE_END}{error}" if self.relayed else str(error)
+        failure = pb_utils.TritonError(text, getattr(pb_utils.TritonError, error.code))
+        self._respond(pb_utils.InferenceResponse(error=failure), final=True)
+
+    def end(self) -> None:
+        self._respond(None, final=True)
+
+    def cancelled(self) -> bool:
+        """Whether the client has cancelled; False once answered.
+
+        The server dies of the question when it comes after the end, hence the lock.
+        """
+        with self._lock:
+            return self._open and self._sender.is_cancelled()
+
+    def _respond(self, response: Any, final: bool) -> None:
+        flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0
+        with self._lock:
+            self._open = not final
+            self._sender.send(response, flags=flags)
+
+
 class CancelWatch:
-    """Asks live response senders whether their client has cancelled.
+    """Asks for live requests whether their client has cancelled.
 
     Each question is a round trip to the server, so a round pauses in proportion to its length
     and asking never takes more than a small share of a core.
@@ -59,20 +101,20 @@ class CancelWatch:
     PAUSE_PER_SECOND_ASKED = 20.0
 
     def __init__(self) -> None:
-        self._watched: dict[Any, Callable[[], None]] = {}
+        self._watched: dict[Answer, Callable[[], None]] = {}
         self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="cancel-watch")
         self._thread.start()
 
-    def add(self, sender: Any, on_cancel: Callable[[], None]) -> None:
+    def add(self, answer: Answer, on_cancel: Callable[[], None]) -> None:
         with self._changed:
-            self._watched[sender] = on_cancel
+            self._watched[answer] = on_cancel
             self._changed.notify()
 
-    def discard(self, sender: Any) -> None:
+    def discard(self, answer: Answer) -> None:
         with self._changed:
-            self._watched.pop(sender, None)
+            self._watched.pop(answer, None)
 
     def close(self) -> None:
         with self._changed:
@@ -88,9 +130,9 @@ class CancelWatch:
                     return
                 watched = list(self._watched.items())
             started = time.monotonic()
-            for sender, on_cancel in watched:
-                if sender.is_cancelled():
-                    self.discard(sender)
+            for answer, on_cancel in watched:
+                if answer.cancelled():
+                    self.discard(answer)
                     on_cancel()
             asked = time.monotonic() - started
             time.sleep(max(self.SHORTEST_PAUSE, asked * self.PAUSE_PER_SECOND_ASKED))
@@ -117,47 +159,47 @@ class StreamModel:
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
-            sender = request.get_response_sender()
+            answer = Answer(request)
             try:
-                self._start(request, sender)
+                self._start(request, answer)
             except InvalidArgument as error:
-                _send_error(sender, EngineError("INVALID_ARG", str(error)))
+                answer.fail(EngineError("INVALID_ARG", str(error)))
             except EngineError as error:
-                _send_error(sender, error)
+                answer.fail(error)
             except Exception:
                 log.exception("taking a request failed")
-                _send_error(sender, EngineError("INTERNAL", "the server's log says why"))
+                answer.fail(EngineError("INTERNAL", "the server's log says why"))
 
     def finalize(self) -> None:
         self._engine.close()
         self._watch.close()
 
-    def _start(self, request: Any, sender: Any) -> None:
+    def _start(self, request: Any, answer: Answer) -> None:
         fields = _fields(request, (*FIELDS, "cancel"))
         if (target := fields.pop("cancel", None)) is not None:
-            self._cancel(target, fields, sender)
+            self._cancel(target, fields, answer)
             return
         parsed = GenerationRequest.parse(fields, self._engine.config)
         request_id = request.request_id()
 
         def forget() -> None:
-            self._watch.discard(sender)
+            self._watch.discard(answer)
             self._live.pop(request_id, None)
 
         def reply(event: Event) -> None:
             if isinstance(event, End):
                 forget()
-            _send_event(sender, event)
+            _tell(answer, event)
 
         generation = self._engine.submit(parsed, reply)
         if request_id:
             self._live[request_id] = generation
-        if not request_id.startswith(UNARY_ID):
-            self._watch.add(sender, generation.cancel)
+        if not answer.relayed:
+            self._watch.add(answer, generation.cancel)
         if generation.ended:  # before it was known here
             forget()
 
-    def _cancel(self, target: np.ndarray, others: dict[str, Any], sender: Any) -> None:
+    def _cancel(self, target: np.ndarray, others: dict[str, Any], answer: Answer) -> None:
         name = target.reshape(-1)[0].decode("utf-8", "replace")
         if others:
             raise InvalidArgument("cancel", name, "it must be the only input of its request")
@@ -165,7 +207,7 @@ class StreamModel:
         if generation is None:
             raise EngineError("NOT_FOUND", f"no live request has the id {name!r}")
         generation.cancel()
-        _send(sender, {"event": b"cancelled"}, final=True)
+        answer.send({"event": b"cancelled"}, final=True)
 
 
 class UnaryModel:
@@ -181,51 +223,61 @@ class UnaryModel:
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
-            sender = request.get_response_sender()
-            if not self._places.acquire(blocking=False):
-                text = f"the queue is full ({self._size} requests): try again later"
-                _send_error(sender, EngineError("UNAVAILABLE", text))
+            answer = Answer(request)
+            try:
+                fields = _fields(request, FIELDS)
+            except InvalidArgument as error:
+                answer.fail(EngineError("INVALID_ARG", str(error)))
                 continue
-            fields = _fields(request, FIELDS)
-            self._waiting.submit(self._serve, fields, sender)
+            if self._places.acquire(blocking=False):
+                self._waiting.submit(self._serve, fields, answer)
+            else:
+                text = f"the queue is full ({self._size} requests): try again later"
+                answer.fail(EngineError("UNAVAILABLE", text))
 
     def finalize(self) -> None:
         self._waiting.shutdown()
         self._watch.close()
 
-    def _serve(self, fields: dict[str, np.ndarray], sender: Any) -> None:
-        request_id = UNARY_ID + uuid.uuid4().hex
-        self._watch.add(sender, lambda: _ask_to_cancel(request_id))
+    def _serve(self, fields: dict[str, np.ndarray], answer: Answer) -> None:
+        request_id = RELAYED_ID + uuid.uuid4().hex
+        self._watch.add(answer, lambda: _ask_to_cancel(request_id))
         try:
-            error, images = self._collect(fields, request_id)
-            if error is not None:
-                _respond(sender, pb_utils.InferenceResponse(error=error), final=True)
-            else:
-                _send(sender, _stacked(images), final=True)
+            answer.send(_stacked(_collect(fields, request_id)), final=True)
+        except EngineError as error:
+            answer.fail(error)
         except Exception:
             log.exception("answering a request failed")
-            _send_error(sender, EngineError("INTERNAL", "the server's log says why"))
+            answer.fail(EngineError("INTERNAL", "the server's log says why"))
         finally:
-            self._watch.discard(sender)
+            self._watch.discard(answer)
             self._places.release()
 
-    def _collect(self, fields: dict[str, np.ndarray], request_id: str):
-        """The error of a request or its finished images by index, whichever comes."""
-        fields["progress"] = np.array([False])
-        request = pb_utils.InferenceRequest(
-            model_name=STREAM,
-            requested_output_names=["index", "image", "seed", "warning"],
-            inputs=[pb_utils.Tensor(name, tensor) for name, tensor in fields.items()],
-            request_id=request_id,
-        )
-        error, images = None, {}
-        for response in request.exec(decoupled=True):
-            if response.has_error():
-                error = response.error()
-            elif response.output_tensors():
-                image = {t.name(): t.as_numpy()[0] for t in response.output_tensors()}
-                images[int(image["index"])] = image
-        return error, images
+
+def _collect(fields: dict[str, np.ndarray], request_id: str) -> dict[int, dict[str, Any]]:
+    """The finished images of a request, by index.
+
+    Raises:
+        EngineError: the request ended without them.
+    """
+    fields["progress"] = np.array([False])
+    request = pb_utils.InferenceRequest(
+        model_name=STREAM,
+        requested_output_names=["index", "image", "seed", "warning"],
+        inputs=[pb_utils.Tensor(name, tensor) for name, tensor in fields.items()],
+        request_id=request_id,
+    )
+    error, images = None, {}
+    for response in request.exec(decoupled=True):  # to the end: the server owes the final flag
+        if response.has_error():
+            code, _, message = response.error().message().partition(CODE_END)
+            error = EngineError(code, message) if message else EngineError("INTERNAL", code)
+        elif response.output_tensors():
+            image = {t.name(): t.as_numpy()[0] for t in response.output_tensors()}
+            images[int(image["index"])] = image
+    if error is not None:
+        raise error
+    return images
 
 
 def _ask_to_cancel(request_id: str) -> None:
@@ -249,47 +301,35 @@ def _stacked(images: dict[int, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _fields(request: Any, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Copies of the inputs that a request brings: the server takes back its memory."""
+    """Copies of the inputs that a request brings: the server takes back its memory.
+
+    Raises:
+        InvalidArgument: a JSON body had a member that is no input; the server makes such
+            members parameters of the request.
+    """
+    for name, value in json.loads(request.parameters() or "{}").items():
+        if not name.startswith("triton_"):
+            raise InvalidArgument(name, value, f"inputs are {', '.join(names)}")
     tensors = {name: pb_utils.get_input_tensor_by_name(request, name) for name in names}
     return {name: t.as_numpy().copy() for name, t in tensors.items() if t is not None}
 
 
-def _send_event(sender: Any, event: Event) -> None:
+def _tell(answer: Answer, event: Event) -> None:
     match event:
         case Progress(index, step, total_steps, image):
             outputs = {"index": index, "step": step, "total_steps": total_steps}
             if image is None:
-                _send(sender, {"event": b"progress", **outputs})
+                answer.send({"event": b"progress", **outputs})
             else:
-                _send(sender, {"event": b"preview", **outputs, "image": image})
+                answer.send({"event": b"preview", **outputs, "image": image})
         case Finished(index, seed, image, warnings):
             warning = "; ".join(warnings).encode()
             outputs = {"index": index, "seed": seed, "image": image, "warning": warning}
-            _send(sender, {"event": b"image", **outputs})
+            answer.send({"event": b"image", **outputs})
         case End(None):
-            _respond(sender, final=True)
+            answer.end()
         case End(error):
-            _send_error(sender, error)
-
-
-DTYPES = {"index": np.int32, "step": np.int32, "total_steps": np.int32, "seed": np.int64}
-
-
-def _send(sender: Any, outputs: Mapping[str, Any], final: bool = False) -> None:
-    tensors = [
-        pb_utils.Tensor(name, np.array(value, DTYPES.get(name, object)).reshape(-1))
-        for name, value in outputs.items()
-    ]
-    _respond(sender, pb_utils.InferenceResponse(tensors), final)
-
-
-def _send_error(sender: Any, error: EngineError) -> None:
-    failure = pb_utils.TritonError(str(error), getattr(pb_utils.TritonError, error.code))
-    _respond(sender, pb_utils.InferenceResponse(error=failure), final=True)
-
-
-def _respond(sender: Any, response: Any = None, final: bool = False) -> None:
-    sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0)
+            answer.fail(error)
 
 
 def _settings(args: dict[str, str]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import ctypes
 import os
 import re
@@ -20,12 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from twinbrush.triton_install import Triton
-import contextlib
 
 SHARED_MEMORY = Path("/dev/shm")
 LOAD_FAILURE = re.compile(r"failed to load '([^']+)' version \d+: (.*?)(\\n\\nAt:|\"?$)")
 # A stub that ends while models load may have been ended by the server, whose reason follows.
-REASON_PAUSE = 1.0
+REASON_SECONDS = 1.5
 TAIL_LINES = 200
 
 
@@ -96,10 +96,8 @@ class TritonProcess:
             self._process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(self._options.exit_timeout)
-        try:  # whatever is left of its process group, stubs included
+        with contextlib.suppress(ProcessLookupError):  # what is left, stubs included
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self._process.wait()
         self._reader.join(timeout=2)
         for segment in SHARED_MEMORY.glob(f"*{self._region}*"):
@@ -129,7 +127,7 @@ class TritonProcess:
         """
         dead = self._dead_stub()
         if dead is not None and not self._was_ready:
-            time.sleep(REASON_PAUSE)
+            self._await_reason()
         code = self._process.poll()
         if not self._was_ready and (code is not None or dead is not None):
             if code is not None:
@@ -208,16 +206,23 @@ class TritonProcess:
                 return f"the Python stub of {model} has ended"
         return None
 
+    def _await_reason(self) -> None:
+        until = time.monotonic() + REASON_SECONDS
+        while time.monotonic() < until and self._process.poll() is None:
+            if any(LOAD_FAILURE.search(line) for line in list(self._log)):
+                return
+            time.sleep(0.05)
+
     def _load_failure(self, dead: str | None) -> str:
-        failures = [match for line in self._log if (match := LOAD_FAILURE.search(line))]
+        failures = [match for line in list(self._log) if (match := LOAD_FAILURE.search(line))]
         if failures:
             reasons = {match[1]: match[2].replace("\\n", " ").strip() for match in failures}
             return "\n".join(f"{model} cannot be loaded: {r}" for model, r in reasons.items())
         return f"{dead or 'the server ended while it loaded'}\n{self._tail()}"
 
     def _tail(self) -> str:
-        problems = [line for line in self._log if not re.match(r"I\d{4} |[+|]|$", line)]
-        return "\n".join(problems[-10:])
+        said = [line for line in list(self._log) if not re.match(r"[+|]|$", line)]
+        return "\n".join(said[-12:])
 
 
 @dataclass(frozen=True)
