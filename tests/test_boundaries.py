@@ -10,8 +10,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "diffusers", "transformers", "onnxruntime", "tritonclient", "pytriton",
          "triton_python_backend_utils")  # fmt: skip
-ENGINE = ("batcher", "config", "denoise", "engine", "generation", "images", "prompt", "request",
-          "samplers", "server", "triton_install", "triton_process")  # fmt: skip
+ENGINE = (
+    "batcher", "cancel_watch", "conditioning", "config", "denoise", "engine", "generation",
+    "images", "prompt", "request", "samplers", "server", "triton_install", "triton_process",
+)  # fmt: skip
 
 
 def test_the_engine_and_the_launcher_pull_in_neither_torch_nor_triton():

@@ -46,7 +46,7 @@ class Painter(nn.Module):
             sample_size=8, in_channels=8, out_channels=8, block_out_channels=(96, 192),
             down_block_types=("CrossAttnDownBlock2D",) * 2,
             up_block_types=("CrossAttnUpBlock2D",) * 2,
-            layers_per_block=2, cross_attention_dim=128, attention_head_dim=4,
+            layers_per_block=1, cross_attention_dim=128, attention_head_dim=4,
         )  # fmt: skip
 
 
@@ -109,7 +109,7 @@ def train(checkpoint: Path, runs: Path, steps: int, batch: int) -> None:
         v_pred = painter.unet(x_t, t, encoder_hidden_states=hidden).sample
         return {"loss": F.mse_loss(v_pred, v)}
 
-    trained = Trainer(painter, runs / "diffusion", steps, 5e-4, save_every=200).run(loss_at)
+    trained = Trainer(painter, runs / "diffusion", steps, 8e-4, 0.995).run(loss_at)
     save(trained, checkpoint)
 
 
@@ -134,4 +134,4 @@ def save(painter: Painter, checkpoint: Path) -> None:
 
 
 if __name__ == "__main__":
-    stage_cli(train, steps=5000, batch=64)
+    stage_cli(train, steps=1800, batch=64)

@@ -10,9 +10,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,6 +18,7 @@ import numpy as np
 
 from twinbrush import images
 from twinbrush.batcher import StepBatcher
+from twinbrush.conditioning import Conditioner, Text
 from twinbrush.config import PipelineConfig
 from twinbrush.denoise import ImageJob, Models, denoise_step
 from twinbrush.generation import End, EngineError, Event, Finished, Generation, Progress
@@ -28,7 +27,6 @@ from twinbrush.request import GenerationRequest
 from twinbrush.samplers import guidance_embedding, trajectory
 
 log = logging.getLogger(__name__)
-CACHED_PROMPTS = 256
 
 
 @dataclass(eq=False)
@@ -68,13 +66,14 @@ class Engine:
         self._work = threading.Condition()  # guards the batcher, _live and every `ended`
         self._live: set[Generation] = set()
         self._closing = False
-        self._prompts: OrderedDict[tuple[str, bool], np.ndarray] = OrderedDict()
-        self._beside = ThreadPoolExecutor(1, "bert")
+        self._conditioner = Conditioner(models, tokenizer, max_rows)
         self._to_encode: queue.SimpleQueue = queue.SimpleQueue()
         self._to_decode: queue.SimpleQueue = queue.SimpleQueue()
         self._to_reply: queue.SimpleQueue = queue.SimpleQueue()
         loops = (self._encode_loop, self._denoise_loop, self._decode_loop, self._reply_loop)
-        self._threads = [threading.Thread(target=loop, name=loop.__name__) for loop in loops]
+        self._threads = [
+            threading.Thread(target=loop, name=loop.__name__, daemon=True) for loop in loops
+        ]
         for thread in self._threads:
             thread.start()
 
@@ -110,7 +109,7 @@ class Engine:
             waiting.put(None)
         for thread in self._threads:
             thread.join()
-        self._beside.shutdown()
+        self._conditioner.close()
 
     # Encode -----------------------------------------------------------------------------
 
@@ -118,13 +117,15 @@ class Engine:
         for batch in _batches(self._to_encode):
             generations = [g for g in batch if not g.ended]
             try:
-                self._encode(key for g in generations for key in self._prompt_keys(g))
-                jobs = [job for g in generations for job in self._jobs(g)]
+                hidden = self._conditioner([self._texts(g.request) for g in generations])
+                jobs = [
+                    job
+                    for g, h in zip(generations, hidden, strict=True)
+                    for job in self._jobs(g, h)
+                ]
             except Exception:
                 self._fail(generations, "encoding the prompt")
                 continue
-            while len(self._prompts) > CACHED_PROMPTS:
-                self._prompts.popitem(last=False)
             with self._work:
                 for job in jobs:
                     if not job.generation.ended:
@@ -132,46 +133,19 @@ class Engine:
                         self._batcher.add(job)
                 self._work.notify()
 
-    def _encode(self, prompts: Iterable[tuple[str, bool]]) -> None:
-        """Sees to it that the prompts are in the cache; a deterministic one is encoded alone."""
-        missing = []
-        for key in dict.fromkeys(prompts):
-            if key in self._prompts:
-                self._prompts.move_to_end(key)
-            else:
-                missing.append(key)
-        shared = [key for key in missing if not key[1]]
-        calls = [shared[i : i + self._max_rows] for i in range(0, len(shared), self._max_rows)]
-        calls += [[key] for key in missing if key[1]]
-        for keys in calls:
-            tokens = self._tokenizer([text for text, _ in keys])
-            bert = {"input_ids": tokens.bert_ids, "attention_mask": tokens.bert_mask}
-            bert_tokens = self._beside.submit(self._models.run, "bert", bert, "bert_tokens")
-            clip = {"input_ids": tokens.clip_ids}
-            fusion = {
-                "clip_tokens": self._models.run("clip_text", clip, "clip_tokens"),
-                "bert_tokens": bert_tokens.result(),
-                "attention_mask": tokens.bert_mask,
-            }
-            fused = self._models.run("fusion", fusion, "encoder_hidden_states")
-            for key, row in zip(keys, fused, strict=True):
-                self._prompts[key] = row.copy()
-
-    def _prompt_keys(self, generation: Generation) -> list[tuple[str, bool]]:
-        """Cache keys of the texts that condition its rows: the prompt and, with two, what
-        guidance leads away from."""
-        request = generation.request
+    def _texts(self, request: GenerationRequest) -> list[Text]:
+        """What conditions the rows: the prompt and, with two, what guidance leads away from."""
         if self.config.timestep_cond:
             guided = bool(request.negative_prompt)  # else the embedding carries the guidance
         else:
             guided = request.guidance_scale != 1
         texts = [request.prompt, request.negative_prompt] if guided else [request.prompt]
-        return [(text, request.deterministic) for text in texts]
+        return [Text(text, alone=request.deterministic) for text in texts]
 
-    def _jobs(self, generation: Generation) -> list[_Job]:
+    def _jobs(self, generation: Generation, hidden: np.ndarray) -> list[_Job]:
+        """The images of a request, conditioned on `hidden` (rows, L, D)."""
         request, config = generation.request, self.config
-        hidden = np.stack([self._prompts[key] for key in self._prompt_keys(generation)])
-        rows, embedding = len(hidden), None  # hidden is (rows, L, D)
+        rows, embedding = len(hidden), None
         if config.timestep_cond:
             told = request.guidance_scale if rows == 1 else 1.0
             embedding = np.tile(guidance_embedding(told, config.timestep_cond), (rows, 1))

@@ -136,6 +136,7 @@ def chosen_ports(*ports: int) -> list[int]:
 
 
 def _stop(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_IGN)  # a second one must not break the cleaning up
     raise Stopped(0)
 
 

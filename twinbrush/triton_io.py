@@ -9,9 +9,8 @@ import json
 import logging
 import sys
 import threading
-import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
 
+from twinbrush.cancel_watch import CancelWatch
 from twinbrush.config import PipelineConfig
 from twinbrush.engine import Engine
 from twinbrush.generation import End, EngineError, Event, Finished, Generation, Progress
@@ -88,54 +88,6 @@ class Answer:
         with self._lock:
             self._open = not final
             self._sender.send(response, flags=flags)
-
-
-class CancelWatch:
-    """Asks for live requests whether their client has cancelled.
-
-    Each question is a round trip to the server, so a round pauses in proportion to its length
-    and asking never takes more than a small share of a core.
-    """
-
-    SHORTEST_PAUSE = 0.01  # seconds
-    PAUSE_PER_SECOND_ASKED = 20.0
-
-    def __init__(self) -> None:
-        self._watched: dict[Answer, Callable[[], None]] = {}
-        self._changed = threading.Condition()
-        self._closing = False
-        self._thread = threading.Thread(target=self._run, name="cancel-watch")
-        self._thread.start()
-
-    def add(self, answer: Answer, on_cancel: Callable[[], None]) -> None:
-        with self._changed:
-            self._watched[answer] = on_cancel
-            self._changed.notify()
-
-    def discard(self, answer: Answer) -> None:
-        with self._changed:
-            self._watched.pop(answer, None)
-
-    def close(self) -> None:
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._closing or self._watched)
-                if self._closing:
-                    return
-                watched = list(self._watched.items())
-            started = time.monotonic()
-            for answer, on_cancel in watched:
-                if answer.cancelled():
-                    self.discard(answer)
-                    on_cancel()
-            asked = time.monotonic() - started
-            time.sleep(max(self.SHORTEST_PAUSE, asked * self.PAUSE_PER_SECOND_ASKED))
 
 
 class StreamModel:

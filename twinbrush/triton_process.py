@@ -95,7 +95,7 @@ class TritonProcess:
         if self._process.poll() is None and not failed:
             self._process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(self._options.exit_timeout)
+                self._process.wait(self._options.exit_timeout + 2)  # Triton's own comes first
         with contextlib.suppress(ProcessLookupError):  # what is left, stubs included
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()

@@ -1,0 +1,65 @@
+"""What can be held against the Dockerfile without a Docker engine."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+INSTRUCTIONS = [
+    re.sub(r"\\\n\s*", " ", line)
+    for line in re.split(r"(?<!\\)\n", (ROOT / "Dockerfile").read_text())
+    if line and not line.startswith("#")
+]
+
+
+def instruction(name: str) -> str:
+    return next(line for line in INSTRUCTIONS if line.startswith(name + " "))
+
+
+def listed(name: str) -> list[str]:
+    return json.loads(instruction(name).split(" ", 1)[1])
+
+
+def test_every_path_that_it_copies_exists_and_is_let_through():
+    let_through = (ROOT / ".dockerignore").read_text()
+    for line in INSTRUCTIONS:
+        if line.startswith("COPY"):
+            *sources, _ = [w for w in shlex.split(line)[1:] if not w.startswith("--")]
+            for source in sources:
+                assert (ROOT / source).exists(), source
+                assert f"!{source}" in let_through.splitlines(), source
+
+
+def test_its_command_is_one_that_the_server_takes():
+    module = listed("ENTRYPOINT")
+    assert module == ["python3", "-m", "twinbrush.server"]
+    usage = subprocess.check_output([sys.executable, *module[1:], "--help"], text=True)
+    flags = [word for word in listed("CMD") if word.startswith("--")]
+    assert flags
+    for flag in flags:
+        assert flag in usage
+
+
+def test_the_base_is_new_enough_and_the_user_is_not_root():
+    release = re.search(r"tritonserver:(\d+)\.(\d+)-py3$", instruction("FROM"))
+    assert release is not None
+    assert (int(release[1]), int(release[2])) >= (26, 10)
+    last_user = [line for line in INSTRUCTIONS if line.startswith("USER")][-1]
+    assert last_user.split()[1] not in ("root", "0")
+
+
+def test_the_health_check_asks_the_port_that_is_served():
+    assert ":8000/v2/health/ready" in instruction("HEALTHCHECK")
+    assert "8000" in instruction("EXPOSE").split()
+
+
+@pytest.mark.parametrize("name", ["pyproject.toml", "README.md", "LICENSE"])
+def test_what_the_package_needs_to_build_is_copied(name):
+    assert any(line.startswith("COPY") and name in line for line in INSTRUCTIONS)
