@@ -25,11 +25,10 @@ from rich.table import Table
 
 from benchmarks import machine
 from benchmarks.load import Load, Send, closed_loop
-from twinbrush.config import PipelineConfig
+from benchmarks.local_engine import local_engine
 from twinbrush.engine import Engine
 from twinbrush.generation import End, Event
 from twinbrush.onnx_runtime import LocalModels
-from twinbrush.prompt import PromptTokenizer
 from twinbrush.request import GenerationRequest
 from twinbrush.server import chosen_ports
 from twinbrush.triton_install import find_triton
@@ -56,8 +55,8 @@ def main(
     """Measures server against in-process, and shared against unshared UNet calls."""
     with ExitStack() as stack:
         models = LocalModels(repository)
-        shared = stack.enter_context(_engine(repository, models, max_rows=16))
-        unshared = stack.enter_context(_engine(repository, models, max_rows=2))
+        shared = stack.enter_context(local_engine(repository, models))
+        unshared = stack.enter_context(local_engine(repository, models, max_rows=2))
         client = stack.enter_context(_server(repository))
         sides = {"in_process": _in_process(shared), "server": _through(client)}
         points = {f"c{c}": _compare(sides, c, turns, max(requests, 2 * c)) for c in CONCURRENCY}
@@ -82,18 +81,6 @@ def main(
     out.write_text(json.dumps(result, indent=1) + "\n")
     _show(points, batching, profile)
     print(json.dumps(summary))
-
-
-@contextmanager
-def _engine(repository: Path, models: LocalModels, max_rows: int) -> Iterator[Engine]:
-    """An engine in this process."""
-    folder = repository / "text_to_image_stream" / "1"
-    config = PipelineConfig.load(folder / "pipeline.json")
-    engine = Engine(models, config, PromptTokenizer(folder, config), max_rows=max_rows)
-    try:
-        yield engine
-    finally:
-        engine.close()
 
 
 @contextmanager

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from pathlib import Path
 from typing import Annotated
 
+import transformers
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -27,6 +30,7 @@ def main(
     Every model is compared with its PyTorch original. When anything fails, the repository
     stays as it was.
     """
+    _quieten()
     try:
         with console.status("opening the checkpoint") as status:
             opened = open_checkpoint(checkpoint)
@@ -37,6 +41,13 @@ def main(
         _stop(f"cannot write into {repository}: {error.strerror or error}")
     console.print(_table(opened.name, reports))
     console.print(f"{repository} serves {opened.name} now")
+
+
+def _quieten() -> None:
+    """Keeps the libraries' notes off the screen; what matters is raised."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
 
 
 def _stop(reason: str) -> None:

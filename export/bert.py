@@ -26,7 +26,7 @@ class Bert(nn.Module):
 
 
 def part(checkpoint: Checkpoint) -> Part:
-    encoder = checkpoint.load("text_encoder_2", BertModel)
+    encoder = checkpoint.load("text_encoder_2", BertModel, add_pooling_layer=False)
     config = encoder.config
     layers = checkpoint.config("fusion")["bert_layers"]
     length = min(MAX_TOKENS, config.max_position_embeddings)

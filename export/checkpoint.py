@@ -45,14 +45,16 @@ class Checkpoint:
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
         return json.loads((self.folder / part / name).read_text())
 
-    def load(self, part: str, model_class: Any) -> Any:
+    def load(self, part: str, model_class: Any, **options: Any) -> Any:
         """The part's torch module, in evaluation mode and FP32.
+
+        `options` go to the class.
 
         Raises:
             CheckpointError: its weights do not fit the class.
         """
         try:
-            model = model_class.from_pretrained(self.folder / part, use_safetensors=True)
+            model = model_class.from_pretrained(self.folder / part, use_safetensors=True, **options)
         except Exception as error:
             raise CheckpointError(f"{self.folder / part} cannot be loaded: {error}") from error
         return model.float().eval()

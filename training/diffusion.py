@@ -57,7 +57,9 @@ class Encoders:
         self.tokenizer = CLIPTokenizer.from_pretrained(checkpoint / "tokenizer")
         self.clip = CLIPTextModel.from_pretrained(checkpoint / "text_encoder").eval()
         self.tokenizer_2 = BertTokenizer.from_pretrained(checkpoint / "tokenizer_2")
-        self.bert = BertModel.from_pretrained(checkpoint / "text_encoder_2").eval()
+        self.bert = BertModel.from_pretrained(
+            checkpoint / "text_encoder_2", add_pooling_layer=False
+        ).eval()
 
     @torch.no_grad()
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:

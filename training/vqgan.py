@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from diffusers import VQModel
+from torch import nn
 from torch.nn import functional as F
 
 from training import data
@@ -38,9 +39,18 @@ def build() -> VQModel:
     return model
 
 
+class Stage(nn.Module):
+    """The model, and how often each code was used since the last revival."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = build()
+        self.register_buffer("use", torch.zeros(self.model.config["num_vq_embeddings"]))
+
+
 def train(checkpoint: Path, runs: Path, steps: int, batch: int) -> None:
-    model = build()
-    use = torch.zeros(model.config["num_vq_embeddings"])
+    stage = Stage()
+    model, use = stage.model, stage.use
     start = int(WARM_UP * steps)
 
     def loss_at(step: int) -> dict[str, torch.Tensor]:
@@ -59,7 +69,7 @@ def train(checkpoint: Path, runs: Path, steps: int, batch: int) -> None:
         loss = F.mse_loss(y, x) + 0.1 * F.l1_loss(y, x) + codebook
         return {"loss": loss, "psnr": psnr(rgb(y), rgb(x)), "codes_used": (use > 0).float().mean()}
 
-    trained = Trainer(model, runs / "vqgan", steps, 2e-3, ema_decay=0.995).run(loss_at)
+    trained = Trainer(stage, runs / "vqgan", steps, 2e-3, ema_decay=0.995).run(loss_at).model
     fold_colours(trained)
     scenes, _ = data.scenes(39_999_999, 512)
     with torch.no_grad():
