@@ -136,4 +136,4 @@ def save(painter: Painter, checkpoint: Path) -> None:
 
 
 if __name__ == "__main__":
-    stage_cli(train, steps=1800, batch=64)
+    stage_cli(train, steps=1500, batch=64)
