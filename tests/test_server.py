@@ -179,12 +179,15 @@ def test_a_stub_that_cannot_start_is_noticed(repository, start_server, tmp_path)
     shutil.copytree(libs, tmp_path / "site" / "nvidia_pytriton.libs")
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     stub = fake / "tritonserver" / "python_backend_stubs" / version / STUB
-    stub.write_bytes(stub.read_bytes().replace(b"libarchive-", b"libarchivX-"))
+    stub.write_bytes(stub.read_bytes().replace(b"libcudart-", b"libcudarX-"))
     env = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
     started = time.monotonic()
     server = start_server(repository, env=env)
     assert server.process.wait(30) == 1
     assert time.monotonic() - started < 15
+    assert "the Python stub of " in server.text()
+    assert " ended with exit code 127" in server.text()
+    assert "fusion" in server.text().splitlines()[1]
     assert "cannot open shared object file" in server.text()
 
 

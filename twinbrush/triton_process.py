@@ -24,6 +24,7 @@ from twinbrush.triton_install import Triton
 
 SHARED_MEMORY = Path("/dev/shm")
 LOAD_FAILURE = re.compile(r"failed to load '([^']+)' version \d+: (.*?)(\\n\\nAt:|\"?$)")
+INSTANCE = re.compile(r"TRITONBACKEND_ModelInstanceInitialize: (\w+)_\d+_\d+ ")
 # A stub that ends while models load may have been ended by the server, whose reason follows.
 REASON_SECONDS = 1.5
 TAIL_LINES = 200
@@ -197,7 +198,7 @@ class TritonProcess:
         living = dict(_children(self._process.pid))
         for pid, state in living.items():
             if state.code is not None:
-                model = self._stubs.get(pid, "a model that was being loaded")
+                model = self._stubs.get(pid) or self._without_stub(living)
                 return f"the Python stub of {model} ended with {_how(state.code)}"
             if state.model:
                 self._stubs[pid] = state.model
@@ -205,6 +206,12 @@ class TritonProcess:
             if pid not in living and self._process.poll() is None:
                 return f"the Python stub of {model} has ended"
         return None
+
+    def _without_stub(self, living: dict[int, _Child]) -> str:
+        """The models that were told to start and have no stub: it ended before it was seen."""
+        told = {match[1] for line in list(self._log) if (match := INSTANCE.search(line))}
+        missing = told - {child.model for child in living.values()}
+        return " or ".join(sorted(missing)) or "a model"
 
     def _await_reason(self) -> None:
         until = time.monotonic() + REASON_SECONDS
