@@ -53,7 +53,7 @@ def load_parts(checkpoint: Checkpoint) -> dict[str, Part]:
     clip, bert_part = clip_text.part(checkpoint), bert.part(checkpoint)
     fused = fusion.part(checkpoint, clip, bert_part)
     painter = unet.part(checkpoint, fused)
-    decoder = vqgan_decoder.part(checkpoint, painter)
+    decoder = vqgan_decoder.part(checkpoint, painter.output[1].axes[0])
     return {part.name: part for part in (clip, bert_part, fused, painter, decoder)}
 
 

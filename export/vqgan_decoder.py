@@ -22,18 +22,16 @@ class Decoder(nn.Module):
         return self.vae.decode(latent / self.scaling_factor + self.shift_factor).sample
 
 
-def part(checkpoint: Checkpoint, unet: Part) -> Part:
-    """The decoder of what a UNet, loaded before, paints.
+def part(checkpoint: Checkpoint, latent_channels: int) -> Part:
+    """The decoder of what a UNet of `latent_channels` paints.
 
     Raises:
         CheckpointError: it takes another number of channels.
     """
     vae = checkpoint.load("vae", getattr(diffusers, checkpoint.classes["vae"]))
-    channels = unet.output[1].axes[0]
-    if vae.config.latent_channels != channels:
-        raise CheckpointError(
-            f"vae has latent_channels {vae.config.latent_channels}, unet has {channels}"
-        )
+    channels = vae.config.latent_channels
+    if channels != latent_channels:
+        raise CheckpointError(f"vae has latent_channels {channels}, unet has {latent_channels}")
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     return Part(
         name="vqgan_decoder",

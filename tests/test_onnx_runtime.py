@@ -129,7 +129,7 @@ def test_the_backend_joins_the_requests_that_triton_batches(repository, start_se
 
 def later(client, tensor):
     answer: queue.SimpleQueue = queue.SimpleQueue()
-    client.async_infer("vqgan_decoder", [tensor], lambda r, e: answer.put((r, e)))
+    client.async_infer("vqgan_decoder", [tensor], lambda result, error: answer.put((result, error)))
 
     def wait():
         result, error = answer.get(timeout=60)
