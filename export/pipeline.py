@@ -29,17 +29,22 @@ UNDISTILLED = {"steps": 20, "guidance_scale": 7.5}
 def write(checkpoint: Checkpoint, parts: dict[str, Part], folder: Path) -> None:
     """Writes `pipeline.json`, `clip_tokenizer.json` and `bert_tokenizer.json`.
 
+    The checkpoint's `model_index.json` may hold `defaults` of requests (steps, guidance_scale,
+    sampler) and `latent_to_rgb`, the map of previews; where it does not, they are chosen by
+    the kind of checkpoint, and fitted on random latents.
+
     Raises:
         CheckpointError: the scheduler or a tokenizer is not one that can be served.
     """
     clip = _tokenizer(checkpoint, "tokenizer", folder / "clip_tokenizer.json")
     bert = _tokenizer(checkpoint, "tokenizer_2", folder / "bert_tokenizer.json")
+    index = json.loads((checkpoint.folder / "model_index.json").read_text())
     unet = parts["unet"].module.unet
     scale = scale_factor(checkpoint)
     pipeline = {
         "checkpoint": checkpoint.name,
         "schedule": _schedule(checkpoint),
-        "defaults": _defaults(checkpoint),
+        "defaults": _defaults(checkpoint) | index.get("defaults", {}),
         "native_side": unet.config.sample_size * scale,
         "side_multiple": side_multiple(unet) * scale,
         "scale_factor": scale,
@@ -49,7 +54,7 @@ def write(checkpoint: Checkpoint, parts: dict[str, Part], folder: Path) -> None:
         "clip_pad": clip.pad_token_id,
         "bert_pad": bert.pad_token_id,
         "timestep_cond": unet.config.time_cond_proj_dim,
-        "latent_to_rgb": latent_to_rgb(parts["vqgan_decoder"]),
+        "latent_to_rgb": index.get("latent_to_rgb") or latent_to_rgb(parts["vqgan_decoder"]),
     }
     (folder / "pipeline.json").write_text(json.dumps(pipeline) + "\n")
 
@@ -82,10 +87,7 @@ def _schedule(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _defaults(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Of the checkpoint, where its index says them under `defaults`; else of its kind."""
-    index = json.loads((checkpoint.folder / "model_index.json").read_text())
+    """What suits checkpoints of this kind."""
     distilled = checkpoint.config("unet").get("time_cond_proj_dim")
     sampler = SAMPLER_OF[checkpoint.classes["scheduler"]]
-    return {"sampler": sampler, **(DISTILLED if distilled else UNDISTILLED)} | index.get(
-        "defaults", {}
-    )
+    return {"sampler": sampler, **(DISTILLED if distilled else UNDISTILLED)}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from export.checkpoint import Checkpoint, CheckpointError
 from export.part import Part, TensorSpec, normal
+from export.preview import fit_preview
 
 
 class Decoder(nn.Module):
@@ -49,19 +50,11 @@ def scale_factor(checkpoint: Checkpoint) -> int:
 
 @torch.no_grad()
 def latent_to_rgb(decoder: Part) -> list[list[float]]:
-    """The linear map from a latent cell to the mean colour it decodes to, by least squares.
-
-    Fitted on smooth random latents. (C + 1, 3): weights, then the offset.
-    """
+    """The map of previews, fitted on what smooth random latents decode to."""
     channels = decoder.inputs["latent"].axes[0]
-    latents = torch.cat(
-        [
-            nn.functional.interpolate(normal((64, channels, side, side)), size=(8, 8))
-            for side in (1, 2, 4, 8)
-        ]
-    )
-    image = decoder.module(latents).clamp(-1, 1)
-    cells = nn.functional.adaptive_avg_pool2d(image, (8, 8)).permute(0, 2, 3, 1).reshape(-1, 3)
-    known = latents.permute(0, 2, 3, 1).reshape(-1, channels)
-    known = torch.cat([known, torch.ones(len(known), 1)], dim=1)
-    return torch.linalg.lstsq(known, cells).solution.tolist()
+    smooth = [
+        nn.functional.interpolate(normal((64, channels, side, side)), size=(8, 8))
+        for side in (1, 2, 4, 8)
+    ]
+    latents = torch.cat(smooth)
+    return fit_preview(latents, decoder.module(latents).clamp(-1, 1))

@@ -33,10 +33,16 @@ def test_jpeg_is_a_jpeg_of_the_same_size():
     assert (image.format, image.size) == ("JPEG", (40, 24))
 
 
-def test_a_preview_is_the_linear_map_of_each_cell():
-    latent = np.zeros((2, 1, 2), np.float32)
-    latent[:, 0, 1] = (1.0, 0.5)
-    to_rgb = np.array([[1, 0, 0], [0, 2, 0], [-1, -1, -1]], np.float32)
+def test_a_preview_is_a_linear_map_of_the_cells_around():
+    latent = np.zeros((2, 2, 3), np.float32)
+    latent[0, 0, 1], latent[1, 1, 2] = 2.0, 1.0
+    to_rgb = np.zeros((2 * 9 + 1, 3), np.float32)
+    to_rgb[-1] = (-1, -1, -1)
+    to_rgb[4] = (1, 0, 0)  # the cell itself, channel 0
+    to_rgb[9 + 4] = (0, 1, 0)  # the cell itself, channel 1
+    to_rgb[9 + 5] = (0, 0, 1)  # its right neighbour, channel 1
     preview = images.preview(latent, to_rgb)
-    assert preview.shape == (1, 2, 3)
-    assert preview[0].tolist() == [[0, 0, 0], [128, 128, 0]]
+    assert preview.tolist() == [
+        [[0, 0, 0], [255, 0, 0], [0, 0, 0]],
+        [[0, 0, 0], [0, 0, 128], [0, 128, 128]],  # the edge repeats outwards
+    ]

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers import BertModel, BertTokenizer, CLIPTextModel, CLIPTokenizer
 
 from export.fusion_head import FusionHead
+from export.preview import fit_preview
 from training import data
 from training.cli import stage_cli
 from training.loop import Trainer
@@ -26,6 +27,7 @@ from training.scenes import describe
 SCENES = 40_000  # distinct pictures; each gets a new caption every time it is drawn
 BERT_LAYERS = (2, 4)
 CAPTION_DROP = 0.1
+DEFAULTS = {"steps": 12, "guidance_scale": 3.0}  # of requests that name none
 
 
 def scheduler() -> DPMSolverMultistepScheduler:
@@ -115,6 +117,15 @@ def train(checkpoint: Path, runs: Path, steps: int, batch: int) -> None:
     save(trained, checkpoint)
 
 
+@torch.no_grad()
+def latent_to_rgb(checkpoint: Path) -> list[list[float]]:
+    """The map of previews, fitted on true pictures."""
+    vae = VQModel.from_pretrained(checkpoint / "vae").eval()
+    batch, _ = data.scenes(59_999_999, 512)
+    pictures = data.pictures(batch)
+    return fit_preview(vae.encode(pictures).latents * vae.config.scaling_factor, pictures)
+
+
 def save(painter: Painter, checkpoint: Path) -> None:
     """Writes the trained parts and the index that names the class of every part."""
     painter.fusion.save_pretrained(checkpoint / "fusion")
@@ -122,6 +133,8 @@ def save(painter: Painter, checkpoint: Path) -> None:
     scheduler().save_pretrained(checkpoint / "scheduler")
     index = {
         "_class_name": "TwinbrushPipeline",
+        "defaults": DEFAULTS,
+        "latent_to_rgb": latent_to_rgb(checkpoint),
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer_2": ["transformers", "BertTokenizer"],
@@ -136,4 +149,4 @@ def save(painter: Painter, checkpoint: Path) -> None:
 
 
 if __name__ == "__main__":
-    stage_cli(train, steps=1500, batch=64)
+    stage_cli(train, steps=2000, batch=64)

@@ -38,7 +38,7 @@ class PipelineConfig:
         clip_tokens, bert_tokens: lengths that prompts are padded to, L and Lb.
         clip_pad, bert_pad: ids of the padding tokens.
         timestep_cond: width E of the guidance embedding, or None where guidance takes two rows.
-        latent_to_rgb: C rows of weights and one of offsets, each (R, G, B) in [-1, 1].
+        latent_to_rgb: the linear map of previews, see `images.preview`.
     """
 
     checkpoint: str

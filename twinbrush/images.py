@@ -31,7 +31,12 @@ def encode(pixels: np.ndarray, image_format: str) -> bytes:
 def preview(latent: np.ndarray, latent_to_rgb: np.ndarray) -> np.ndarray:
     """A cheap look at a latent (C, h, w): uint8 (h, w, 3), one pixel a latent cell.
 
-    `latent_to_rgb` is (C + 1, 3): a linear map and, last, its offset.
+    `latent_to_rgb` is (9·C + 1, 3): a linear map of the 3×3 cells around each cell, channel by
+    channel and row by row, and last its offset.
     """
-    weights, offset = latent_to_rgb[:-1], latent_to_rgb[-1]
-    return to_pixels(np.einsum("chw,cr->rhw", latent, weights) + offset[:, None, None])
+    padded = np.pad(latent, ((0, 0), (1, 1), (1, 1)), mode="edge")
+    around = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))
+    weights = latent_to_rgb[:-1].reshape(len(latent), 3, 3, 3)
+    return to_pixels(
+        np.einsum("chwij,cijr->rhw", around, weights) + latent_to_rgb[-1][:, None, None]
+    )
