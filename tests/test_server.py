@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tritonclient.grpc as grpc
-from conftest import free_ports
 from tritonclient.utils import InferenceServerException
 
 STUB = "triton_python_backend_stub"
@@ -220,5 +219,10 @@ def test_the_config_name_reaches_the_server(copy, start_server):
     assert "nonesuch" in server.text()
 
 
-def test_free_ports_are_different():
-    assert len(set(free_ports(5))) == 5
+def test_a_command_runs_while_the_server_lives_and_gives_the_exit_code(repository, tmp_path):
+    command = [sys.executable, "-m", "twinbrush.server", "--repository", str(repository)]
+    ports = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
+    client = Path(sys.executable).parent / "twinbrush"
+    then = f"{client} generate 'a red circle' --seed 3 --out {tmp_path}; exit 7"
+    assert subprocess.run([*command, *ports, "--then", then]).returncode == 7
+    assert [path.name for path in tmp_path.iterdir()] == ["a-red-circle-3.png"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -26,5 +27,5 @@ def stage_cli(train: Callable[[Path, Path, int, int], None], steps: int, batch: 
             torch.set_num_threads(threads)
         train(checkpoint, runs, steps, batch)
 
-    main.__doc__ = __import__("sys").modules[train.__module__].__doc__
+    main.__doc__ = inspect.getdoc(inspect.getmodule(train))
     typer.run(main)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 
 @dataclass(eq=False)
@@ -36,18 +37,21 @@ class Job:
     deadline: tuple[int, int] = field(default=(0, 0), init=False)
 
 
-class StepBatcher:
+SomeJob = TypeVar("SomeJob", bound=Job)
+
+
+class StepBatcher(Generic[SomeJob]):
     """Chooses the jobs of one call at a time."""
 
     def __init__(self) -> None:
-        self._groups: dict[Hashable, list[Job]] = {}  # in order of turn; jobs by deadline
+        self._groups: dict[Hashable, list[SomeJob]] = {}  # in order of turn; jobs by deadline
         self._tick = 0
         self._arrivals = 0
 
     def __len__(self) -> int:
         return sum(len(jobs) for jobs in self._groups.values())
 
-    def add(self, job: Job) -> None:
+    def add(self, job: SomeJob) -> None:
         """Takes a job in.
 
         Raises:
@@ -60,7 +64,7 @@ class StepBatcher:
         jobs = self._groups.setdefault(job.group, [])
         bisect.insort(jobs, job, key=lambda j: j.deadline)
 
-    def remove(self, job: Job) -> None:
+    def remove(self, job: SomeJob) -> None:
         """Frees the rows of a job before it is done; a job that is not here is no error."""
         jobs = self._groups.get(job.group, [])
         if job in jobs:
@@ -68,7 +72,7 @@ class StepBatcher:
             if not jobs:
                 del self._groups[job.group]
 
-    def next_batch(self) -> list[Job]:
+    def next_batch(self) -> list[SomeJob]:
         """The jobs of the next call, each one step further; finished jobs leave.
 
         Empty when there is no work.
@@ -77,7 +81,7 @@ class StepBatcher:
             return []
         group = next(iter(self._groups))
         waiting = self._groups.pop(group)
-        chosen: list[Job] = []
+        chosen: list[SomeJob] = []
         free = waiting[0].capacity
         for job in waiting:
             if job.rows <= free:

@@ -62,7 +62,7 @@ class Engine:
         self._models, self._tokenizer = models, tokenizer
         self._max_rows, self._buckets, self._queue_size = max_rows, buckets, queue_size
         self._latent_to_rgb = np.array(config.latent_to_rgb, np.float32)
-        self._batcher = StepBatcher()
+        self._batcher: StepBatcher[_Job] = StepBatcher()
         self._work = threading.Condition()  # guards the batcher, _live and every `ended`
         self._live: set[Generation] = set()
         self._closing = False
@@ -178,7 +178,7 @@ class Engine:
                 self._work.wait_for(lambda: self._closing or len(self._batcher))
                 if self._closing:
                     return
-                jobs: list[_Job] = self._batcher.next_batch()  # type: ignore[assignment]
+                jobs = self._batcher.next_batch()
             try:
                 denoise_step(self._models, jobs, self._buckets)
             except Exception:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from twinbrush.batcher import Job
 from twinbrush.request import GenerationRequest
 
 
@@ -58,7 +58,7 @@ class Generation:
         end: Callable[[Generation, EngineError | None], None],
     ):
         self.request, self.warnings, self.reply = request, warnings, reply
-        self.jobs: list[Job] = []
+        self.jobs: list[Any] = []  # the engine's, one an image
         self.images_left = request.num_images
         self.ended = False
         self._end = end

@@ -58,35 +58,37 @@ def generate(
             deterministic=deterministic,
         )  # fmt: skip
         with stream:
-            pictures = _watch(stream, num_images)
+            pictures = _paint(stream, num_images, out / _slug(prompt))
     except TwinbrushError as error:
         console.print(f"[red]{_escaped(str(error))}[/]", soft_wrap=True)
+        raise typer.Exit(1) from None
+    except OSError as error:
+        console.print(f"[red]cannot write into {out}: {error.strerror}[/]", soft_wrap=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         console.print("cancelled; the server has stopped working on it")
         raise typer.Exit(INTERRUPTED) from None
-    milliseconds = 1000 * (time.monotonic() - started)
-    for picture in pictures:
-        path = out / f"{_slug(prompt)}-{picture.seed}.png"
-        picture.image.save(path)
-        console.print(f"{path}  seed {picture.seed}", soft_wrap=True)
     if pictures and pictures[0].warning:
         console.print(f"[yellow]warning:[/] {_escaped(pictures[0].warning)}", soft_wrap=True)
+    milliseconds = 1000 * (time.monotonic() - started)
     console.print(f"{len(pictures)} image(s) in {milliseconds:.0f} ms")
 
 
-def _watch(stream: Stream, num_images: int) -> list[Picture]:
-    """Shows a bar over all steps of all images; returns them by index."""
+def _paint(stream: Stream, num_images: int, stem: Path) -> list[Picture]:
+    """Shows a bar over all steps of all images, and writes each image when it is there."""
     pictures: list[Picture] = []
     columns = (TextColumn("painting"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=None)
         for event in stream:
             if isinstance(event, Picture):
+                path = stem.with_name(f"{stem.name}-{event.seed}.png")
+                event.image.save(path)
+                console.print(f"{path}  seed {event.seed}", soft_wrap=True)
                 pictures.append(event)
             else:
                 bar.update(task, total=num_images * event.total_steps, advance=1)
-    return sorted(pictures, key=lambda picture: picture.index)
+    return pictures
 
 
 def _slug(prompt: str) -> str:
