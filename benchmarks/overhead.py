@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import tritonclient.grpc as grpc
@@ -156,7 +156,7 @@ def _profile(client: grpc.InferenceServerClient, requests: int) -> dict[str, dic
     """Where the server's time goes at concurrency 1, from its own counters."""
 
     def counters() -> dict[str, dict[str, int]]:
-        statistics_of = client.get_inference_statistics().model_stats
+        answer: Any = client.get_inference_statistics()
         return {
             model.name: {
                 "calls": model.execution_count,
@@ -165,7 +165,7 @@ def _profile(client: grpc.InferenceServerClient, requests: int) -> dict[str, dic
                 + model.inference_stats.compute_output.ns,
                 "queue": model.inference_stats.queue.ns,
             }
-            for model in statistics_of
+            for model in answer.model_stats
         }
 
     before = counters()

@@ -68,8 +68,8 @@ def denoise_step(models: Models, jobs: Sequence[ImageJob], buckets: Sequence[int
         "timestep": np.repeat(np.array(times, np.int64), rows),
         "encoder_hidden_states": np.concatenate([job.hidden for job in jobs]),
     }
-    if jobs[0].timestep_cond is not None:
-        inputs["timestep_cond"] = np.concatenate([job.timestep_cond for job in jobs])
+    if embeddings := [job.timestep_cond for job in jobs if job.timestep_cond is not None]:
+        inputs["timestep_cond"] = np.concatenate(embeddings)
     padded = next((size for size in buckets if size >= len(sample)), len(sample))
     if padded > len(sample):
         take = np.minimum(np.arange(padded), len(sample) - 1)  # repeat the last row

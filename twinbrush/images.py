@@ -35,7 +35,7 @@ def preview(latent: np.ndarray, latent_to_rgb: np.ndarray) -> np.ndarray:
     channel and row by row, and last its offset.
     """
     padded = np.pad(latent, ((0, 0), (1, 1), (1, 1)), mode="edge")
-    around = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))
+    around = np.lib.stride_tricks.sliding_window_view(padded, (1, 3, 3))[:, :, :, 0]
     weights = latent_to_rgb[:-1].reshape(len(latent), 3, 3, 3)
     return to_pixels(
         np.einsum("chwij,cijr->rhw", around, weights) + latent_to_rgb[-1][:, None, None]

@@ -133,13 +133,14 @@ class LocalModels:
         }
 
     def run(self, model: str, inputs: Mapping[str, np.ndarray], output: str) -> np.ndarray:
-        return self._sessions[model].run([output], dict(inputs))[0]
+        return np.asarray(self._sessions[model].run([output], dict(inputs))[0])
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """A `config.pbtxt` in Triton's JSON form."""
     from google.protobuf import json_format, text_format
-    from tritonclient.grpc.model_config_pb2 import ModelConfig
+    from tritonclient.grpc import model_config_pb2
 
-    message = text_format.Parse(path.read_text(), ModelConfig())
+    empty = model_config_pb2.ModelConfig()  # pyright: ignore[reportAttributeAccessIssue]
+    message = text_format.Parse(path.read_text(), empty)
     return json_format.MessageToDict(message, preserving_proto_field_name=True)

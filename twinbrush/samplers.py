@@ -138,7 +138,7 @@ def dpmpp_2m(schedule: NoiseSchedule, steps: int) -> Trajectory:
     alpha_next, sigma_next = np.append(alpha[1:], 1.0), np.append(sigma[1:], 0.0)
     half_log_snr = np.log(alpha) - np.log(sigma)  # lambda in the paper
     step = np.append(np.diff(half_log_snr), np.inf)  # h
-    decay = alpha_next * -np.expm1(-step)
+    decay = alpha_next * (1 - np.exp(-step))
     second_order = np.zeros(steps)
     if steps > 2:
         second_order[1:-1] = 0.5 * step[1:-1] / step[:-2]

@@ -50,25 +50,29 @@ def serve(options: ServerOptions, then: str | None = None) -> None:
             process.check()
             time.sleep(POLL_SECONDS)
         say(f"ready in {process.age:.1f} s, serving {options.repository}")
-        if then is None:
-            say(f"  gRPC    {options.address}:{options.grpc_port}")
-            say(f"  HTTP    http://{options.address}:{options.http_port}")
-            say(f"  metrics http://{options.address}:{options.metrics_port}/metrics")
-        command = None
         if then is not None:
-            environment = os.environ | {
-                "TWINBRUSH_SERVER": f"{options.address}:{options.grpc_port}"
-            }
-            command = subprocess.Popen(then, shell=True, env=environment)
-        try:
-            while command is None or command.poll() is None:
-                process.check()
-                time.sleep(POLL_SECONDS)
-        finally:
-            if command is not None and command.poll() is None:
-                command.terminate()
-                command.wait()
-        raise Stopped(command.returncode)
+            raise Stopped(_run(then, process, f"{options.address}:{options.grpc_port}"))
+        say(f"  gRPC    {options.address}:{options.grpc_port}")
+        say(f"  HTTP    http://{options.address}:{options.http_port}")
+        say(f"  metrics http://{options.address}:{options.metrics_port}/metrics")
+        while True:
+            process.check()
+            time.sleep(POLL_SECONDS)
+
+
+def _run(command: str, process: TritonProcess, address: str) -> int:
+    """Runs a shell command while the server lives; gives its exit code."""
+    environment = os.environ | {"TWINBRUSH_SERVER": address}
+    running = subprocess.Popen(command, shell=True, env=environment)
+    try:
+        while (code := running.poll()) is None:
+            process.check()
+            time.sleep(POLL_SECONDS)
+        return code
+    finally:
+        if running.poll() is None:
+            running.terminate()
+            running.wait()
 
 
 def say(text: str) -> None:

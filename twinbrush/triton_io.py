@@ -280,7 +280,7 @@ def _tell(answer: Answer, event: Event) -> None:
             answer.send({"event": b"image", **outputs})
         case End(None):
             answer.end()
-        case End(error):
+        case End(EngineError() as error):
             answer.fail(error)
 
 

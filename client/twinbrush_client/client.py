@@ -44,7 +44,7 @@ class Client:
             TwinbrushError: the server refused the request or could not finish it.
         """
         answers: queue.SimpleQueue = queue.SimpleQueue()
-        call = self._client.async_infer(
+        call: Any = self._client.async_infer(
             UNARY,
             wire.inputs({"prompt": prompt, "num_images": num_images, **fields}),
             lambda result, error: answers.put((result, error)),
@@ -75,7 +75,7 @@ class Client:
     def ready(self) -> bool:
         """Whether the server takes requests."""
         try:
-            return self._client.is_server_ready()
+            return bool(self._client.is_server_ready())
         except InferenceServerException:
             return False
 
