@@ -1,16 +1,18 @@
 # Production image: NVIDIA's Triton with its native ONNX Runtime and TensorRT backends.
-# Export first (`python -m export CHECKPOINT`), then: docker build -t twinbrush .
+# Export first (`python -m export CHECKPOINT`), then:
+#   docker build -t twinbrush . && docker run --gpus all --shm-size 1g -p 8000-8002:8000-8002 twinbrush
 FROM nvcr.io/nvidia/tritonserver:26.10-py3
 
+ENV PIP_BREAK_SYSTEM_PACKAGES=1 PYTHONUNBUFFERED=1
 WORKDIR /opt/twinbrush
 COPY pyproject.toml README.md LICENSE ./
 COPY twinbrush ./twinbrush
 RUN pip install --no-cache-dir . && useradd --create-home --uid 10001 twinbrush
-COPY --chown=twinbrush model_repository ./model_repository
+COPY --chown=10001 model_repository ./model_repository
 
-USER twinbrush
+USER 10001
 EXPOSE 8000 8001 8002
 HEALTHCHECK --interval=10s --timeout=3s --start-period=300s \
-    CMD ["curl", "--fail", "--silent", "http://127.0.0.1:8000/v2/health/ready"]
+    CMD ["python3", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/v2/health/ready', timeout=2)"]
 ENTRYPOINT ["python3", "-m", "twinbrush.server"]
 CMD ["--repository", "/opt/twinbrush/model_repository", "--address", "0.0.0.0", "--restart"]

@@ -28,6 +28,7 @@ lint: $(INSTALLED)
 	ruff check $(CHECKED)
 	ruff format --check $(CHECKED)
 	pyright
+	hadolint Dockerfile
 
 clean:
 	rm -rf .venv output model_repository/MANIFEST.json

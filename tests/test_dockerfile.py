@@ -27,6 +27,11 @@ def listed(name: str) -> list[str]:
     return json.loads(instruction(name).split(" ", 1)[1])
 
 
+def test_the_linter_has_nothing_to_say():
+    linter = Path(sys.executable).parent / "hadolint"
+    subprocess.run([linter, ROOT / "Dockerfile"], check=True)
+
+
 def test_every_path_that_it_copies_exists_and_is_let_through():
     let_through = (ROOT / ".dockerignore").read_text()
     for line in INSTRUCTIONS:

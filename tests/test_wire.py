@@ -8,6 +8,7 @@ import io
 import json
 import queue
 import random
+import shutil
 import threading
 import time
 import urllib.error
@@ -243,6 +244,30 @@ def test_a_live_request_can_be_cancelled_by_its_id(server):
 
 def test_cancelling_what_does_not_live_says_so(server):
     assert "no live request has the id 'nobody'" in cancel(server, "nobody")[1]
+
+
+def test_a_full_queue_answers_unavailable_and_recovers(repository, start_server, tmp_path):
+    copy = shutil.copytree(repository, tmp_path / "copy")
+    for model in (UNARY, STREAM):
+        config = copy / model / "config.pbtxt"
+        text = config.read_text()
+        assert 'key: "queue_size" value: { string_value: "128" }' in text
+        config.write_text(text.replace('"queue_size" value: { string_value: "128"',
+                                       '"queue_size" value: { string_value: "2"'))  # fmt: skip
+    server = start_server(copy)
+    server.wait_for("ready in")
+    client = grpc.InferenceServerClient(server.address)
+    answers: queue.SimpleQueue = queue.SimpleQueue()
+    slow = inputs({"prompt": "a red circle", "steps": 50, "num_images": 8})
+    for _ in range(5):
+        client.async_infer(UNARY, slow, lambda result, error: answers.put(error))
+    errors = [answers.get(timeout=60) for _ in range(5)]
+    refused = [error for error in errors if error is not None]
+    assert len(refused) == 3
+    assert {error.status() for error in refused} == {"StatusCode.UNAVAILABLE"}
+    assert "the queue is full (2 requests): try again later" in refused[0].message()
+    assert len(infer(server).as_numpy("image")) == 1
+    assert server.stop() == 0
 
 
 def outcome(server, kind: str, streamed: bool, fields: dict) -> str:

@@ -149,4 +149,4 @@ def save(painter: Painter, checkpoint: Path) -> None:
 
 
 if __name__ == "__main__":
-    stage_cli(train, steps=2000, batch=64)
+    stage_cli(train, steps=1800, batch=64)

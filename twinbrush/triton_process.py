@@ -176,6 +176,8 @@ class TritonProcess:
             "--disable-auto-complete-config",
         ]
         for backend in ("python", "onnxruntime"):
+            if not (backends / backend / "triton_python_backend_stub").exists():
+                continue  # native: it has no shared memory of its own
             region = f"{self._region}{backend}_"
             command.append(f"--backend-config={backend},shm-region-prefix-name={region}")
         if not Path("/dev/nvidiactl").exists():
