@@ -21,7 +21,7 @@ class CancelWatch:
     and asking never takes more than a small share of a core.
     """
 
-    SHORTEST_PAUSE = 0.01  # seconds
+    SHORTEST_PAUSE = 0.03  # seconds
     PAUSE_PER_SECOND_ASKED = 20.0
 
     def __init__(self) -> None:

@@ -5,6 +5,7 @@ The only file of this package that names `pb_utils`. Knows nothing of diffusion.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import sys
@@ -32,6 +33,10 @@ STREAM = "text_to_image_stream"
 # calls inside the server lose it.
 RELAYED_ID = "relayed-"
 CODE_END = "|"
+# Held around calls that make, answer, ask about or free a request. Triton 24.10's Python stub
+# is not safe there from several threads: it crashes within a few hundred requests when one
+# asks for a cancel while another frees the responses of a call inside the server.
+STUB_LOCK = threading.Lock()
 DTYPES = {"index": np.int32, "step": np.int32, "total_steps": np.int32, "seed": np.int64}
 
 
@@ -80,12 +85,12 @@ class Answer:
 
         The server dies of the question when it comes after the end, hence the lock.
         """
-        with self._lock:
+        with self._lock, STUB_LOCK:
             return self._open and self._sender.is_cancelled()
 
     def _respond(self, response: Any, final: bool) -> None:
         flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0
-        with self._lock:
+        with self._lock, STUB_LOCK:
             self._open = not final
             self._sender.send(response, flags=flags)
 
@@ -94,7 +99,7 @@ class StreamModel:
     """`text_to_image_stream`: decoupled, every event of a request is a response of its own."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        _log_to_stderr(args["model_name"])
+        _prepare_process(args["model_name"])
         folder = Path(args["model_repository"]) / args["model_version"]
         settings = _settings(args)
         config = PipelineConfig.load(folder / "pipeline.json")
@@ -166,7 +171,7 @@ class UnaryModel:
     """`text_to_image`: one response with all images, by way of `text_to_image_stream`."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        _log_to_stderr(args["model_name"])
+        _prepare_process(args["model_name"])
         size = int(_settings(args)["queue_size"])
         self._waiting = ThreadPoolExecutor(size, "unary")
         self._places = threading.Semaphore(size)
@@ -220,13 +225,17 @@ def _collect(fields: dict[str, np.ndarray], request_id: str) -> dict[int, dict[s
         request_id=request_id,
     )
     error, images = None, {}
-    for response in request.exec(decoupled=True):  # to the end: the server owes the final flag
+    with STUB_LOCK:
+        responses = request.exec(decoupled=True)
+    for response in responses:  # to the end: the server owes the final flag
         if response.has_error():
             code, _, message = response.error().message().partition(CODE_END)
             error = EngineError(code, message) if message else EngineError("INTERNAL", code)
         elif response.output_tensors():
             image = {t.name(): t.as_numpy()[0] for t in response.output_tensors()}
             images[int(image["index"])] = image
+    with STUB_LOCK:
+        del responses, response, request
     if error is not None:
         raise error
     return images
@@ -289,7 +298,13 @@ def _settings(args: dict[str, str]) -> dict[str, str]:
     return {key: value["string_value"] for key, value in parameters.items()}
 
 
-def _log_to_stderr(name: str) -> None:
+def _prepare_process(name: str) -> None:
+    """Sends the log to the server's, and keeps numpy's object dtype alive.
+
+    Under load the Python stub of Triton 24.10 was seen to give back more references of that
+    dtype than it took, until numpy reported that it would be freed, and crashed.
+    """
+    ctypes.c_ssize_t.from_address(id(np.dtype(object))).value += 1 << 40
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format=f"{name}: %(levelname)s %(message)s"
     )
