@@ -240,7 +240,7 @@ def test_a_build_replaces_everything_it_made_before(tiny, tmp_path, monkeypatch)
     without_conversion(monkeypatch)
     folder = skeleton(tmp_path / "model_repository")
     stale = folder / "unet" / "1" / "model.onnx.data"
-    stale.parent.mkdir()
+    stale.parent.mkdir(exist_ok=True)
     stale.write_bytes(b"of a larger model")
     build(open_checkpoint(tiny), folder)
     assert (folder / "unet" / "1" / "model.onnx").read_bytes() == b"new"

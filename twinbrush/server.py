@@ -23,6 +23,7 @@ from twinbrush.triton_install import NoTriton, find_triton
 from twinbrush.triton_process import ServerError, ServerOptions, TritonProcess
 
 POLL_SECONDS = 0.25
+STARTS = 3  # tries, where a stub gives up without a reason while the server starts
 RESTART_PAUSE = 2.0  # seconds between the end of a server and the start of the next
 
 
@@ -108,6 +109,7 @@ def main(
     )  # fmt: skip
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
+    starts_left = STARTS
     try:
         while True:
             try:
@@ -117,7 +119,9 @@ def main(
                 raise typer.Exit(1) from None
             except ServerError as error:
                 print(f"twinbrush: {error}", file=sys.stderr, flush=True)
-                if not (restart and error.worth_another_try):
+                starts_left -= 1
+                again = starts_left > 0 if error.passing else restart and error.worth_another_try
+                if not again:
                     raise typer.Exit(1) from None
                 say("starting again")
                 time.sleep(RESTART_PAUSE)

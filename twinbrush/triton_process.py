@@ -33,12 +33,13 @@ TAIL_LINES = 200
 class ServerError(Exception):
     """A server could not start or ended by itself.
 
-    `worth_another_try` is False where the next start would fail in the same way.
+    `worth_another_try` is False where the next start would fail in the same way. `passing` is
+    True where a stub gave up during the start without a reason, which a busy machine can cause.
     """
 
-    def __init__(self, message: str, worth_another_try: bool):
+    def __init__(self, message: str, worth_another_try: bool, passing: bool = False):
         super().__init__(message)
-        self.worth_another_try = worth_another_try
+        self.worth_another_try, self.passing = worth_another_try, passing
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,9 @@ class TritonProcess:
         if not self._was_ready and (code is not None or dead is not None):
             if code is not None:
                 self._reader.join(timeout=2)
-            raise ServerError(self._load_failure(dead), worth_another_try=False)
+            explained = any(LOAD_FAILURE.search(line) for line in list(self._log))
+            passing = not explained and dead is not None and dead.endswith("exit code 1")
+            raise ServerError(self._load_failure(dead), worth_another_try=False, passing=passing)
         if dead is not None:
             raise ServerError(f"{dead}: the server was ended", worth_another_try=True)
         if code is not None:

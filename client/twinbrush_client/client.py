@@ -104,9 +104,12 @@ class Stream:
         self._client.start_stream(
             lambda result, error: self._answers.put((result, error)), stream_timeout=timeout
         )
-        self._client.async_stream_infer(
-            STREAM, inputs, request_id=uuid.uuid4().hex, enable_empty_final_response=True
-        )
+        try:
+            self._client.async_stream_infer(
+                STREAM, inputs, request_id=uuid.uuid4().hex, enable_empty_final_response=True
+            )
+        except InferenceServerException:
+            raise TwinbrushError("UNAVAILABLE", f"no server answers at {address}") from None
         self._open = True
 
     def __iter__(self) -> Iterator[Progress | Picture]:
