@@ -21,7 +21,7 @@ from training.cli import stage_cli
 from training.loop import Trainer
 
 
-def train(checkpoint: Path, runs: Path, steps: int, batch: int) -> None:
+def train(checkpoint: Path, runs: Path, steps: int, batch: int, bf16: bool) -> None:
     tokenizer = BertTokenizer().train_new_from_iterator(data.corpus(seed=2, count=4000), 1000)
     tokenizer.save_pretrained(checkpoint / "tokenizer_2")
     torch.manual_seed(0)
@@ -45,7 +45,7 @@ def train(checkpoint: Path, runs: Path, steps: int, batch: int) -> None:
         hit = out.logits.argmax(-1)[wanted] == masked["labels"][wanted]
         return {"loss": out.loss, "accuracy": hit.float().mean()}
 
-    trained = Trainer(model, runs / "bert", steps, 1e-3, ema_decay=0.99).run(loss_at)
+    trained = Trainer(model, runs / "bert", steps, 1e-3, 0.99, bf16=bf16).run(loss_at)
     trained.bert.save_pretrained(checkpoint / "text_encoder_2")
 
 

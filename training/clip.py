@@ -23,7 +23,7 @@ from training.loop import Trainer
 TOWER = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4}
 
 
-def train(checkpoint: Path, runs: Path, steps: int, batch: int) -> None:
+def train(checkpoint: Path, runs: Path, steps: int, batch: int, bf16: bool) -> None:
     tokenizer = CLIPTokenizer().train_new_from_iterator(data.corpus(seed=1, count=4000), 1000)
     tokenizer.save_pretrained(checkpoint / "tokenizer")
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
@@ -43,7 +43,7 @@ def train(checkpoint: Path, runs: Path, steps: int, batch: int) -> None:
         hit = out.logits_per_text.argmax(1) == torch.arange(batch)
         return {"loss": out.loss, "accuracy": hit.float().mean()}
 
-    trained = Trainer(model, runs / "clip", steps, 1e-3, ema_decay=0.99).run(loss_at)
+    trained = Trainer(model, runs / "clip", steps, 1e-3, 0.99, bf16=bf16).run(loss_at)
     trained.text_model.save_pretrained(checkpoint / "text_encoder")
     image_encoder = CLIPVisionModelWithProjection(trained.config.vision_config)
     image_encoder.vision_model.load_state_dict(trained.vision_model.state_dict())

@@ -90,7 +90,7 @@ def latents(checkpoint: Path, runs: Path) -> Tensor:
     return torch.cat(parts)
 
 
-def train(checkpoint: Path, runs: Path, steps: int, batch: int) -> None:
+def train(checkpoint: Path, runs: Path, steps: int, batch: int, bf16: bool) -> None:
     z = latents(checkpoint, runs)
     truth = [s for seed in range(SCENES // 100) for s in data.scenes(50_000_000 + seed, 100)[0]]
     encoders = Encoders(checkpoint)
@@ -111,9 +111,10 @@ def train(checkpoint: Path, runs: Path, steps: int, batch: int) -> None:
         v = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x0
         hidden = painter.fusion(*encoders(texts))
         v_pred = painter.unet(x_t, t, encoder_hidden_states=hidden).sample
-        return {"loss": F.mse_loss(v_pred, v)}
+        return {"loss": F.mse_loss(v_pred.float(), v)}
 
-    trained = Trainer(painter, runs / "diffusion", steps, 8e-4, 0.995).run(loss_at)
+    trainer = Trainer(painter, runs / "diffusion", steps, 8e-4, 0.999, bf16=bf16)
+    trained = trainer.run(loss_at)
     save(trained, checkpoint)
 
 
@@ -149,4 +150,4 @@ def save(painter: Painter, checkpoint: Path) -> None:
 
 
 if __name__ == "__main__":
-    stage_cli(train, steps=1800, batch=64)
+    stage_cli(train, steps=8000, batch=64)

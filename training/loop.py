@@ -16,8 +16,13 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import get_cosine_schedule_with_warmup
+
+_PLAIN = (
+    SDPBackend.MATH
+)  # short sequences: the fused kernel's backward is slower, above all in bf16
 
 
 class Trainer:
@@ -35,8 +40,10 @@ class Trainer:
         learning_rate: float,
         ema_decay: float = 0.999,
         save_every: int = 100,
+        bf16: bool = False,
     ):
         self.module, self.folder, self.steps, self.save_every = module, folder, steps, save_every
+        self.bf16 = bf16
         trainable = [p for p in module.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trainable, learning_rate, weight_decay=0.01)
         self.schedule = get_cosine_schedule_with_warmup(
@@ -58,7 +65,8 @@ class Trainer:
         with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[loss]}")) as bar:
             task = bar.add_task(self.folder.name, total=self.steps, completed=self.step, loss="")
             while self.step < self.steps:
-                losses = loss_at(self.step)
+                with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16), sdpa_kernel(_PLAIN):
+                    losses = loss_at(self.step)
                 self.optimizer.zero_grad(set_to_none=True)
                 losses["loss"].backward()
                 nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], 1.0)

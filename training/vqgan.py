@@ -23,16 +23,16 @@ from training.loop import Trainer
 WARM_UP = 0.5  # share of the steps before the codebook is used
 REVIVE_EVERY = 100  # steps
 COMMITMENT = 0.05
-# Rows: lightness, red against green, yellow against blue; orthogonal, hue three times as large.
+# Rows: lightness, red against green, yellow against blue; orthogonal, hue twice as large.
 OPPONENT = torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [1.0, 1.0, -2.0]])
-OPPONENT = OPPONENT / OPPONENT.norm(dim=1, keepdim=True) * torch.tensor([[1.0], [3.0], [3.0]])
+OPPONENT = OPPONENT / OPPONENT.norm(dim=1, keepdim=True) * torch.tensor([[1.0], [2.0], [2.0]])
 
 
 def build() -> VQModel:
     torch.manual_seed(0)
     model = VQModel(
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 16, 32, 64), layers_per_block=1, norm_num_groups=4,
+        block_out_channels=(16, 32, 64, 96), layers_per_block=1, norm_num_groups=8,
         latent_channels=8, vq_embed_dim=8, num_vq_embeddings=1024, sample_size=64,
     )  # fmt: skip
     model.quantize.legacy, model.quantize.beta = False, COMMITMENT
@@ -48,7 +48,7 @@ class Stage(nn.Module):
         self.register_buffer("use", torch.zeros(self.model.config["num_vq_embeddings"]))
 
 
-def train(checkpoint: Path, runs: Path, steps: int, batch: int) -> None:
+def train(checkpoint: Path, runs: Path, steps: int, batch: int, bf16: bool) -> None:
     stage = Stage()
     model, use = stage.model, stage.use
     start = int(WARM_UP * steps)
@@ -60,16 +60,17 @@ def train(checkpoint: Path, runs: Path, steps: int, batch: int) -> None:
             if step == start:
                 use.zero_()
             revive(model, use, seed=step)
-        z = model.encode(x).latents
+        z = model.encode(x).latents.float()
         codebook = torch.zeros(())
         if step >= start:
-            z, codebook, (_, _, codes) = model.quantize(z)
+            with torch.autocast("cpu", enabled=False):
+                z, codebook, (_, _, codes) = model.quantize(z)
             use.index_add_(0, codes.flatten(), torch.ones(codes.numel()))
-        y = model.decoder(model.post_quant_conv(z))
+        y = model.decoder(model.post_quant_conv(z)).float()
         loss = F.mse_loss(y, x) + 0.1 * F.l1_loss(y, x) + codebook
         return {"loss": loss, "psnr": psnr(rgb(y), rgb(x)), "codes_used": (use > 0).float().mean()}
 
-    trained = Trainer(stage, runs / "vqgan", steps, 2e-3, ema_decay=0.995).run(loss_at).model
+    trained = Trainer(stage, runs / "vqgan", steps, 1.5e-3, 0.998, bf16=bf16).run(loss_at).model
     fold_colours(trained)
     scenes, _ = data.scenes(39_999_999, 512)
     with torch.no_grad():
@@ -86,9 +87,8 @@ def revive(model: VQModel, use: torch.Tensor, seed: int) -> None:
     (k-means++), so that rare details get codes and flat backgrounds do not take them all.
     """
     scenes, _ = data.scenes(seed, 128)
-    vectors = (
-        model.encode(opponent(data.pictures(scenes))).latents.permute(0, 2, 3, 1).flatten(0, 2)
-    )
+    z = model.encode(opponent(data.pictures(scenes))).latents.float()
+    vectors = z.permute(0, 2, 3, 1).flatten(0, 2)
     codes = model.quantize.embedding.weight.data
     draw = torch.Generator().manual_seed(seed)
     live = use > 0
@@ -127,4 +127,4 @@ def psnr(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    stage_cli(train, steps=2500, batch=16)
+    stage_cli(train, steps=4500, batch=32)

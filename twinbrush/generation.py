@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from twinbrush.request import GenerationRequest
+from twinbrush.request import GenerationRequest, InvalidArgument
+
+log = logging.getLogger(__name__)
 
 
 class EngineError(Exception):
@@ -15,6 +18,16 @@ class EngineError(Exception):
     def __init__(self, code: str, message: str):
         super().__init__(message)
         self.code = code
+
+    @classmethod
+    def of(cls, error: Exception) -> EngineError:
+        """What a client is told of `error`; the log gets what nobody foresaw."""
+        if isinstance(error, EngineError):
+            return error
+        if isinstance(error, InvalidArgument):
+            return cls("INVALID_ARG", str(error))
+        log.error("taking a request failed", exc_info=error)
+        return cls("INTERNAL", "the server's log says why")
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,11 @@ The only file of this package that names `pb_utils`. Knows nothing of diffusion.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
 import sys
 import threading
-import uuid
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +21,10 @@ from twinbrush.config import PipelineConfig
 from twinbrush.engine import Engine
 from twinbrush.generation import End, EngineError, Event, Finished, Generation, Progress
 from twinbrush.prompt import PromptTokenizer
+from twinbrush.relay import RelayClient, RelayServer, relay_address
 from twinbrush.request import FIELDS, GenerationRequest, InvalidArgument
 
 log = logging.getLogger(__name__)
-STREAM = "text_to_image_stream"
-# Request ids of what the unary front door hands on. Its cancels come by id, since the sender of
-# such a request never tells of one, and its errors carry their code in the message, since
-# calls inside the server lose it.
-RELAYED_ID = "relayed-"
-CODE_END = "|"
-# Held around calls that make, answer, ask about or free a request. Triton 24.10's Python stub
-# is not safe there from several threads: it crashes within a few hundred requests when one
-# asks for a cancel while another frees the responses of a call inside the server.
-STUB_LOCK = threading.Lock()
 DTYPES = {"index": np.int32, "step": np.int32, "total_steps": np.int32, "seed": np.int64}
 
 
@@ -60,7 +48,6 @@ class Answer:
     """How one request is answered, by responses and exactly one end."""
 
     def __init__(self, request: Any):
-        self.relayed = request.request_id().startswith(RELAYED_ID)
         self._sender = request.get_response_sender()
         self._open = True
         self._lock = threading.Lock()
@@ -73,8 +60,7 @@ class Answer:
         self._respond(pb_utils.InferenceResponse(tensors), final)
 
     def fail(self, error: EngineError) -> None:
-        text = f"{error.code}{CODE_END}{error}" if self.relayed else str(error)
-        failure = pb_utils.TritonError(text, getattr(pb_utils.TritonError, error.code))
+        failure = pb_utils.TritonError(str(error), getattr(pb_utils.TritonError, error.code))
         self._respond(pb_utils.InferenceResponse(error=failure), final=True)
 
     def end(self) -> None:
@@ -85,12 +71,12 @@ class Answer:
 
         The server dies of the question when it comes after the end, hence the lock.
         """
-        with self._lock, STUB_LOCK:
+        with self._lock:
             return self._open and self._sender.is_cancelled()
 
     def _respond(self, response: Any, final: bool) -> None:
         flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0
-        with self._lock, STUB_LOCK:
+        with self._lock:
             self._open = not final
             self._sender.send(response, flags=flags)
 
@@ -99,7 +85,7 @@ class StreamModel:
     """`text_to_image_stream`: decoupled, every event of a request is a response of its own."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        _prepare_process(args["model_name"])
+        _log_to_the_server(args["model_name"])
         folder = Path(args["model_repository"]) / args["model_version"]
         settings = _settings(args)
         config = PipelineConfig.load(folder / "pipeline.json")
@@ -111,6 +97,7 @@ class StreamModel:
             buckets=[int(size) for size in settings["row_buckets"].split(",") if size.strip()],
             queue_size=int(settings["queue_size"]),
         )
+        self._relay = RelayServer(relay_address(), self._submit)
         self._watch = CancelWatch()
         self._live: dict[str, Generation] = {}  # by request id, where the client gave one
 
@@ -119,15 +106,11 @@ class StreamModel:
             answer = Answer(request)
             try:
                 self._start(request, answer)
-            except InvalidArgument as error:
-                answer.fail(EngineError("INVALID_ARG", str(error)))
-            except EngineError as error:
-                answer.fail(error)
-            except Exception:
-                log.exception("taking a request failed")
-                answer.fail(EngineError("INTERNAL", "the server's log says why"))
+            except Exception as error:
+                answer.fail(EngineError.of(error))
 
     def finalize(self) -> None:
+        self._relay.close()
         self._engine.close()
         self._watch.close()
 
@@ -136,7 +119,6 @@ class StreamModel:
         if (target := fields.pop("cancel", None)) is not None:
             self._cancel(target, fields, answer)
             return
-        parsed = GenerationRequest.parse(fields, self._engine.config)
         request_id = request.request_id()
 
         def forget() -> None:
@@ -148,13 +130,16 @@ class StreamModel:
                 forget()
             _tell(answer, event)
 
-        generation = self._engine.submit(parsed, reply)
+        generation = self._submit(fields, reply)
         if request_id:
             self._live[request_id] = generation
-        if not answer.relayed:
-            self._watch.add(answer, generation.cancel)
+        self._watch.add(answer, generation.cancel)
         if generation.ended:  # before it was known here
             forget()
+
+    def _submit(self, fields: dict[str, np.ndarray], reply: Callable[[Event], None]) -> Generation:
+        request = GenerationRequest.parse(fields, self._engine.config)
+        return self._engine.submit(request, reply)
 
     def _cancel(self, target: np.ndarray, others: dict[str, Any], answer: Answer) -> None:
         name = target.reshape(-1)[0].decode("utf-8", "replace")
@@ -168,96 +153,44 @@ class StreamModel:
 
 
 class UnaryModel:
-    """`text_to_image`: one response with all images, by way of `text_to_image_stream`."""
+    """`text_to_image`: one response with all images, which `text_to_image_stream` makes."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        _prepare_process(args["model_name"])
-        size = int(_settings(args)["queue_size"])
-        self._waiting = ThreadPoolExecutor(size, "unary")
-        self._places = threading.Semaphore(size)
-        self._size = size
+        _log_to_the_server(args["model_name"])
+        self._relay = RelayClient(relay_address())
         self._watch = CancelWatch()
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
             answer = Answer(request)
             try:
-                fields = _fields(request, FIELDS)
-            except InvalidArgument as error:
-                answer.fail(EngineError("INVALID_ARG", str(error)))
-                continue
-            if self._places.acquire(blocking=False):
-                self._waiting.submit(self._serve, fields, answer)
-            else:
-                text = f"the queue is full ({self._size} requests): try again later"
-                answer.fail(EngineError("UNAVAILABLE", text))
+                self._start(_fields(request, FIELDS), answer)
+            except Exception as error:
+                self._watch.discard(answer)
+                answer.fail(EngineError.of(error))
 
     def finalize(self) -> None:
-        self._waiting.shutdown()
+        self._relay.close()
         self._watch.close()
 
-    def _serve(self, fields: dict[str, np.ndarray], answer: Answer) -> None:
-        request_id = RELAYED_ID + uuid.uuid4().hex
-        self._watch.add(answer, lambda: _ask_to_cancel(request_id))
-        try:
-            answer.send(_stacked(_collect(fields, request_id)), final=True)
-        except EngineError as error:
-            answer.fail(error)
-        except Exception:
-            log.exception("answering a request failed")
-            answer.fail(EngineError("INTERNAL", "the server's log says why"))
-        finally:
+    def _start(self, fields: dict[str, np.ndarray], answer: Answer) -> None:
+        def done(outcome: list[Finished] | EngineError) -> None:
             self._watch.discard(answer)
-            self._places.release()
+            if isinstance(outcome, EngineError):
+                answer.fail(outcome)
+            else:
+                answer.send(_stacked(outcome), final=True)
+
+        ticket = self._relay.new_ticket()
+        self._watch.add(answer, lambda: self._relay.cancel(ticket))
+        self._relay.submit(ticket, fields | {"progress": np.array([False])}, done)
 
 
-def _collect(fields: dict[str, np.ndarray], request_id: str) -> dict[int, dict[str, Any]]:
-    """The finished images of a request, by index.
-
-    Raises:
-        EngineError: the request ended without them.
-    """
-    fields["progress"] = np.array([False])
-    request = pb_utils.InferenceRequest(
-        model_name=STREAM,
-        requested_output_names=["index", "image", "seed", "warning"],
-        inputs=[pb_utils.Tensor(name, tensor) for name, tensor in fields.items()],
-        request_id=request_id,
-    )
-    error, images = None, {}
-    with STUB_LOCK:
-        responses = request.exec(decoupled=True)
-    for response in responses:  # to the end: the server owes the final flag
-        if response.has_error():
-            code, _, message = response.error().message().partition(CODE_END)
-            error = EngineError(code, message) if message else EngineError("INTERNAL", code)
-        elif response.output_tensors():
-            image = {t.name(): t.as_numpy()[0] for t in response.output_tensors()}
-            images[int(image["index"])] = image
-    with STUB_LOCK:
-        del responses, response, request
-    if error is not None:
-        raise error
-    return images
-
-
-def _ask_to_cancel(request_id: str) -> None:
-    target = np.array([request_id.encode()], object)
-    request = pb_utils.InferenceRequest(
-        model_name=STREAM,
-        requested_output_names=["event"],
-        inputs=[pb_utils.Tensor("cancel", target)],
-    )
-    for _ in request.exec(decoupled=True):  # it may have ended by itself: no matter
-        pass
-
-
-def _stacked(images: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    in_order = [images[index] for index in sorted(images)]
+def _stacked(images: list[Finished]) -> dict[str, Any]:
     return {
-        "image": [image["image"] for image in in_order],
-        "seed": [image["seed"] for image in in_order],
-        "warning": in_order[0]["warning"],
+        "image": [image.image for image in images],
+        "seed": [image.seed for image in images],
+        "warning": "; ".join(images[0].warnings).encode(),
     }
 
 
@@ -298,13 +231,7 @@ def _settings(args: dict[str, str]) -> dict[str, str]:
     return {key: value["string_value"] for key, value in parameters.items()}
 
 
-def _prepare_process(name: str) -> None:
-    """Sends the log to the server's, and keeps numpy's object dtype alive.
-
-    Under load the Python stub of Triton 24.10 was seen to give back more references of that
-    dtype than it took, until numpy reported that it would be freed, and crashed.
-    """
-    ctypes.c_ssize_t.from_address(id(np.dtype(object))).value += 1 << 40
+def _log_to_the_server(name: str) -> None:
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format=f"{name}: %(levelname)s %(message)s"
     )

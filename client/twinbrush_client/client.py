@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 import uuid
 import warnings
 from collections.abc import Iterator
@@ -111,6 +112,7 @@ class Stream:
         except InferenceServerException:
             raise TwinbrushError("UNAVAILABLE", f"no server answers at {address}") from None
         self._open = True
+        self._leaving = threading.Lock()
 
     def __iter__(self) -> Iterator[Progress | Picture]:
         try:
@@ -122,17 +124,23 @@ class Stream:
                 if response.outputs:
                     yield wire.event(result)
                 if response.parameters["triton_final_response"].bool_param:
-                    return
+                    self._leave(cancel_requests=False)
         finally:
             self.cancel()
 
     def cancel(self) -> None:
         """Ends the request; a stream that has ended stays as it is. From any thread."""
-        if self._open:
-            self._open = False
-            self._client.stop_stream(cancel_requests=True)
-            self._client.close()
+        if self._leave(cancel_requests=True):
             self._answers.put((None, InferenceServerException("cancelled", "CANCELLED")))
+
+    def _leave(self, cancel_requests: bool) -> bool:
+        """Whether it was open. A cancel after the end would cost the server its clean exit."""
+        with self._leaving:
+            was_open, self._open = self._open, False
+        if was_open:
+            self._client.stop_stream(cancel_requests)
+            self._client.close()
+        return was_open
 
     def __enter__(self) -> Stream:
         return self
