@@ -7,12 +7,11 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from test_wire import assert_idle
+from test_wire import SLOW, wait_for_a_call, work_stops
 
 from twinbrush_client import Client, Picture, Preview, Progress, TwinbrushError
 
@@ -47,19 +46,15 @@ def test_stream_yields_progress_previews_and_pictures(client):
 
 @pytest.mark.parametrize("way", ["break", "cancel", "other thread"])
 def test_a_stream_that_is_left_stops_the_work(client, server, way):
-    stream = client.stream("a red circle", steps=50, num_images=8)
-    if way == "other thread":
-        threading.Timer(0.3, stream.cancel).start()
-        with pytest.raises(TwinbrushError, match="cancelled"):
-            list(stream)
-    else:
-        with stream:
-            for _ in stream:
-                if way == "cancel":
-                    stream.cancel()
-                break
-    time.sleep(0.2)
-    assert_idle(server, at_most=0)
+    with work_stops(server), client.stream("a red circle", **SLOW) as stream:
+        events = iter(stream)
+        next(events)
+        if way == "cancel":
+            stream.cancel()
+        elif way == "other thread":
+            threading.Thread(target=stream.cancel).start()
+            with pytest.raises(TwinbrushError, match="cancelled"):
+                list(events)
 
 
 def test_what_the_server_refuses_is_an_error_with_its_code(client):
@@ -117,12 +112,12 @@ def test_the_command_without_a_server_says_so(tmp_path):
 
 
 def test_ctrl_c_stops_the_work_on_the_server(server, tmp_path):
-    command = [COMMAND, "generate", "a red circle", "-n", "16", "--steps", "50", "--out",
-               str(tmp_path), "--server", server.address]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    time.sleep(2)
-    os.kill(process.pid, signal.SIGINT)
-    output, _ = process.communicate(timeout=20)
+    command = [COMMAND, "generate", "a red circle", "-n", "16", "--steps", "50", "--width", "128",
+               "--height", "128", "--out", str(tmp_path), "--server", server.address]  # fmt: skip
+    with work_stops(server) as before:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        wait_for_a_call(server, before)
+        os.kill(process.pid, signal.SIGINT)
+        output, _ = process.communicate(timeout=20)
     assert process.returncode == 130
     assert "the server has stopped working on it" in output
-    assert_idle(server, at_most=0)

@@ -116,7 +116,7 @@ class Stream:
 
     def __iter__(self) -> Iterator[Progress | Picture]:
         try:
-            while self._open:
+            while True:
                 result, error = self._answers.get()
                 if error is not None:
                     raise TwinbrushError.of(error)
@@ -125,22 +125,25 @@ class Stream:
                     yield wire.event(result)
                 if response.parameters["triton_final_response"].bool_param:
                     self._leave(cancel_requests=False)
+                    return
         finally:
             self.cancel()
 
     def cancel(self) -> None:
-        """Ends the request; a stream that has ended stays as it is. From any thread."""
-        if self._leave(cancel_requests=True):
-            self._answers.put((None, InferenceServerException("cancelled", "CANCELLED")))
+        """Ends the request; a stream that has ended stays as it is. From any thread.
 
-    def _leave(self, cancel_requests: bool) -> bool:
-        """Whether it was open. A cancel after the end would cost the server its clean exit."""
+        Who iterates gets what had come before, then a `TwinbrushError` of code CANCELLED.
+        """
+        self._leave(cancel_requests=True)
+
+    def _leave(self, cancel_requests: bool) -> None:
+        """A cancel after the last response would keep the server from a clean exit."""
         with self._leaving:
             was_open, self._open = self._open, False
         if was_open:
             self._client.stop_stream(cancel_requests)
             self._client.close()
-        return was_open
+            self._answers.put((None, InferenceServerException("cancelled", "CANCELLED")))
 
     def __enter__(self) -> Stream:
         return self

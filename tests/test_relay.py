@@ -1,0 +1,130 @@
+"""The socket between the front doors' processes, on the real engine."""
+
+from __future__ import annotations
+
+import queue
+import socket
+import uuid
+
+import numpy as np
+import pytest
+
+from twinbrush.generation import EngineError, Finished
+from twinbrush.relay import RelayClient, RelayServer
+from twinbrush.request import GenerationRequest
+
+WAIT = 60  # seconds
+
+
+def fields(**given) -> dict[str, np.ndarray]:
+    types = {str: object, int: np.int32, float: np.float32, bool: bool}
+    given = {"prompt": "a red circle", "progress": False, **given}
+    return {
+        name: np.array([v.encode() if isinstance(v, str) else v], types[type(v)])
+        for name, v in given.items()
+    }
+
+
+class Relay:
+    def __init__(self, engine, address: str):
+        self.engine, self.address = engine, address
+        self.server = self.serve()
+        self.client = RelayClient(address)
+
+    def serve(self) -> RelayServer:
+        def submit(given, reply):
+            return self.engine.submit(GenerationRequest.parse(given, self.engine.config), reply)
+
+        return RelayServer(self.address, submit)
+
+    def ask(self, **given) -> tuple[int, queue.SimpleQueue]:
+        ticket, answers = self.client.new_ticket(), queue.SimpleQueue()
+        self.client.submit(ticket, fields(**given), answers.put)
+        return ticket, answers
+
+
+@pytest.fixture
+def relay(engine):
+    relay = Relay(engine, f"\0twinbrush-test-{uuid.uuid4().hex}")
+    yield relay
+    relay.client.close()
+    relay.server.close()
+
+
+def test_images_come_back_in_order_with_all_that_was_asked(relay):
+    _, answers = relay.ask(num_images=3, seed=5, steps=2, guidance_scale=2.5, prompt="élan\n")
+    images = answers.get(timeout=WAIT)
+    assert [(type(i), i.index, i.seed) for i in images] == [(Finished, k, 5 + k) for k in range(3)]
+    assert all(image.image.startswith(b"\x89PNG") for image in images)
+
+
+def test_many_at_once_get_their_own(relay):
+    asked = [relay.ask(seed=seed, steps=1 + seed % 5)[1] for seed in range(40)]
+    assert [answers.get(timeout=WAIT)[0].seed for answers in asked] == list(range(40))
+
+
+def test_errors_keep_their_code(relay):
+    error = relay.ask(steps=0)[1].get(timeout=WAIT)
+    assert isinstance(error, EngineError)
+    assert (error.code, "steps=0 is not allowed" in str(error)) == ("INVALID_ARG", True)
+
+
+def test_what_nobody_foresaw_is_an_error_of_that_request_alone(relay, monkeypatch, caplog):
+    monkeypatch.setattr(relay.engine, "submit", lambda *_: 1 / 0)
+    assert relay.ask()[1].get(timeout=WAIT).code == "INTERNAL"
+    assert "ZeroDivisionError" in caplog.text
+    monkeypatch.undo()
+    assert relay.ask(seed=1)[1].get(timeout=WAIT)[0].seed == 1
+
+
+def test_a_cancel_ends_its_request_and_no_other(relay):
+    ticket, left = relay.ask(steps=50, num_images=16)
+    _, kept = relay.ask(steps=3, seed=2)
+    relay.client.cancel(ticket)
+    assert left.get(timeout=WAIT).code == "CANCELLED"
+    assert kept.get(timeout=WAIT)[0].seed == 2
+    relay.client.cancel(ticket)  # has ended: nothing happens
+
+
+def test_a_client_that_goes_frees_the_engine(relay):
+    relay.ask(steps=50, num_images=16)
+    relay.ask(steps=50, num_images=16)
+    relay.client.close()
+    other = RelayClient(relay.address)
+    relay.client = other
+    assert relay.ask(steps=1, seed=3)[1].get(timeout=WAIT)[0].seed == 3
+
+
+def test_an_engine_that_closes_says_so(relay):
+    _, answers = relay.ask(steps=50, num_images=16)
+    relay.engine.close()
+    error = answers.get(timeout=WAIT)
+    assert (error.code, str(error)) == ("UNAVAILABLE", "the server is shutting down")
+
+
+def test_an_engine_that_is_lost_is_told_and_found_again(relay):
+    address = relay.address + "-lost"
+    client, answers = RelayClient(address), queue.SimpleQueue()
+    with socket.socket(socket.AF_UNIX) as lost:
+        lost.bind(address)
+        lost.listen()
+        client.submit(client.new_ticket(), fields(), answers.put)
+        lost.accept()[0].close()
+    error = answers.get(timeout=WAIT)
+    assert (error.code, str(error)) == ("UNAVAILABLE", "the engine went away")
+    relay.address, relay.client = address, client
+    server = relay.serve()
+    assert relay.ask(steps=1, seed=4)[1].get(timeout=WAIT)[0].seed == 4
+    server.close()
+
+
+def test_without_an_engine_a_request_is_refused():
+    client = RelayClient(f"\0twinbrush-test-{uuid.uuid4().hex}")
+    with pytest.raises(EngineError, match="is text_to_image_stream loaded") as error:
+        client.submit(client.new_ticket(), fields(), print)
+    assert error.value.code == "UNAVAILABLE"
+
+
+def test_two_engines_cannot_share_an_address(relay):
+    with pytest.raises(OSError, match="in use"):
+        relay.serve()
