@@ -123,7 +123,10 @@ def _through(client: grpc.InferenceServerClient) -> Send:
     def send(number: int, done: Callable[[str | None], None]) -> None:
         fields = inputs({"prompt": _prompt(number), "seed": number})
         client.async_infer(
-            "text_to_image", fields, lambda result, error: done(str(error) if error else None)
+            "text_to_image",
+            fields,
+            lambda result, error: done(str(error) if error else None),
+            client_timeout=120,  # an error, should the server be lost
         )
 
     return send
