@@ -153,13 +153,17 @@ def _signed_distance(item: Item) -> np.ndarray:
     raise ValueError(f"shape {item.shape!r} is not one of {SHAPES}")
 
 
+def coverage(item: Item) -> np.ndarray:
+    """How much of each pixel the object covers, 0 to 1: (64, 64)."""
+    return np.clip(0.5 - _signed_distance(item), 0, 1)
+
+
 def render(scene: Scene) -> np.ndarray:
     """The picture, anti-aliased: uint8 (64, 64, 3)."""
     picture = np.empty((SIDE, SIDE, 3), np.float32)
     picture[:] = BACKGROUNDS[scene.background]
     for item in scene.items:
-        cover = np.clip(0.5 - _signed_distance(item), 0, 1)[..., None]
-        picture += cover * (np.float32(COLOURS[item.colour]) - picture)
+        picture += coverage(item)[..., None] * (np.float32(COLOURS[item.colour]) - picture)
     return np.round(picture).astype(np.uint8)
 
 

@@ -93,6 +93,8 @@ def revive(model: VQModel, use: torch.Tensor, seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     live = use > 0
     for part in (~live).nonzero().flatten().chunk(8):
+        if not len(part):
+            break  # all live
         near = torch.ones(len(vectors))
         if live.any():
             near = torch.cdist(vectors, codes[live]).amin(dim=1) ** 2 + 1e-9

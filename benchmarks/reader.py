@@ -1,0 +1,82 @@
+"""Reads a picture of `scenes-64` back: background, and each object's attributes.
+
+Knows the world's palette and outlines and nothing else: it never sees a prompt or a model.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy import ndimage
+
+from training.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, Item, coverage
+
+CONTRAST = 45  # RGB distance from the background at which an object begins
+SPECK = 25  # pixels; the smallest object has 60
+MISFIT = 0.35  # share of an outline that may be wrong; what fits worse has no shape
+NO_SHAPE = "none"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a picture shows; an object that is like no shape has `NO_SHAPE`."""
+
+    background: str
+    items: tuple[Item, ...]
+
+
+def read(picture: np.ndarray) -> Reading:
+    """Reads a picture: uint8 (64, 64, 3)."""
+    pixels = picture.astype(np.float32)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    background = _nearest(np.median(border, axis=0), BACKGROUNDS)
+    ground = np.array(BACKGROUNDS[background], np.float32)
+    labels, count = _objects(np.linalg.norm(pixels - ground, axis=-1) > CONTRAST)
+    items = []
+    for k in range(1, count + 1):
+        area = labels == k
+        if area.sum() < SPECK:
+            continue
+        near = np.asarray(ndimage.binary_dilation(area, iterations=2)) & np.isin(labels, (0, k))
+        items.append(_item(pixels, ground, area, near))
+    return Reading(background, tuple(items))
+
+
+def _objects(mask: np.ndarray) -> tuple[np.ndarray, int]:
+    """Connected parts of a mask, numbered from 1."""
+    labels = np.zeros(mask.shape, np.int32)
+    ndimage.label(mask, output=labels)
+    return labels, int(labels.max())
+
+
+def _item(pixels: np.ndarray, ground: np.ndarray, area: np.ndarray, near: np.ndarray) -> Item:
+    core = np.asarray(ndimage.binary_erosion(area))
+    seen = pixels[core if core.sum() >= 5 else area]
+    colour = _nearest(np.median(seen, axis=0), COLOURS)
+    contrast = np.median(seen, axis=0) - ground
+    # Each pixel's share of the object's colour, as anti-aliasing would mix it.
+    share = np.clip((pixels - ground) @ contrast / (contrast @ contrast), 0, 1) * near
+    y, x = (float(np.average(index, weights=share)) for index in np.indices(share.shape))
+    fits = [_fit(share, Item(*kind, x, y)) for kind in itertools.product(SHAPES, [colour], SIZES)]
+    error, item = min(fits, key=lambda fit: fit[0])
+    misfit = error / (share**2).sum()
+    return item if misfit < MISFIT else replace(item, shape=NO_SHAPE)
+
+
+def _fit(share: np.ndarray, item: Item) -> tuple[float, Item]:
+    """The squared error of an outline, and where near `item` it is least."""
+    for step in (2, 1, 0.5):
+        places = [
+            replace(item, x=item.x + dx, y=item.y + dy)
+            for dx in (-step, 0, step)
+            for dy in (-step, 0, step)
+        ]
+        errors = [float(((share - coverage(place)) ** 2).sum()) for place in places]
+        item = places[int(np.argmin(errors))]
+    return min(errors), item
+
+
+def _nearest(colour: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str:
+    return min(palette, key=lambda name: float(np.linalg.norm(colour - palette[name])))
