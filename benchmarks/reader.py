@@ -39,7 +39,9 @@ def read(picture: np.ndarray) -> Reading:
         area = labels == k
         if area.sum() < SPECK:
             continue
-        near = np.asarray(ndimage.binary_dilation(area, iterations=2)) & np.isin(labels, (0, k))
+        near = np.asarray(ndimage.binary_dilation(area, iterations=2), bool) & np.isin(
+            labels, (0, k)
+        )
         items.append(_item(pixels, ground, area, near))
     return Reading(background, tuple(items))
 
@@ -52,7 +54,7 @@ def _objects(mask: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def _item(pixels: np.ndarray, ground: np.ndarray, area: np.ndarray, near: np.ndarray) -> Item:
-    core = np.asarray(ndimage.binary_erosion(area))
+    core = np.asarray(ndimage.binary_erosion(area), bool)
     seen = pixels[core if core.sum() >= 5 else area]
     colour = _nearest(np.median(seen, axis=0), COLOURS)
     contrast = np.median(seen, axis=0) - ground

@@ -53,6 +53,14 @@ def test_an_empty_picture_has_no_objects_and_a_blot_no_shape():
     assert [i.shape for i in read(empty).items] == [NO_SHAPE]
 
 
+@given(st.integers(0, 10**9), st.sampled_from([1, 4, 16]))
+@settings(max_examples=30, deadline=None)
+def test_any_picture_can_be_read(seed, blot):
+    noise = np.random.default_rng(seed).integers(0, 256, (64 // blot, 64 // blot, 3), np.uint8)
+    reading = read(noise.repeat(blot, 0).repeat(blot, 1))
+    assert all(item.shape == NO_SHAPE or item.size for item in reading.items)
+
+
 def wrong(reading: Reading) -> set[str]:
     return {name for name, value in asdict(score(TASK, reading)).items() if value is False}
 
