@@ -1,4 +1,4 @@
-"""The serving engine in this process, over the files of a model repository."""
+"""The serving engine in this process, over the files and settings of a model repository."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from twinbrush.config import PipelineConfig
 from twinbrush.denoise import Models
 from twinbrush.engine import Engine
-from twinbrush.prompt import PromptTokenizer
+from twinbrush.onnx_runtime import read_config
+
+MODEL = "text_to_image_stream"
 
 
 @contextmanager
-def local_engine(repository: Path, models: Models, max_rows: int = 16) -> Iterator[Engine]:
-    """An engine that is closed on leaving."""
-    folder = repository / "text_to_image_stream" / "1"
-    config = PipelineConfig.load(folder / "pipeline.json")
-    engine = Engine(models, config, PromptTokenizer(folder, config), max_rows=max_rows)
+def local_engine(repository: Path, models: Models, **parameters: str) -> Iterator[Engine]:
+    """An engine that is closed on leaving; `parameters` replace those of `config.pbtxt`."""
+    config = read_config(repository / MODEL / "config.pbtxt")
+    config["parameters"] |= {key: {"string_value": value} for key, value in parameters.items()}
+    engine = Engine.of_model(repository / MODEL / "1", config, models)
     try:
         yield engine
     finally:

@@ -56,7 +56,7 @@ def main(
     with ExitStack() as stack:
         models = LocalModels(repository)
         shared = stack.enter_context(local_engine(repository, models))
-        unshared = stack.enter_context(local_engine(repository, models, max_rows=2))
+        unshared = stack.enter_context(local_engine(repository, models, max_rows="2"))
         client = stack.enter_context(_server(repository))
         sides = {"in_process": _in_process(shared), "server": _through(client)}
         points = {f"c{c}": _compare(sides, c, turns, max(requests, 2 * c)) for c in CONCURRENCY}

@@ -21,8 +21,8 @@ class CancelWatch:
     and asking never takes more than a small share of a core.
     """
 
-    SHORTEST_PAUSE = 0.03  # seconds
-    PAUSE_PER_SECOND_ASKED = 20.0
+    SHORTEST_PAUSE = 0.05  # seconds
+    PAUSE_PER_SECOND_ASKED = 40.0
 
     def __init__(self) -> None:
         self._watched: dict[Watched, Callable[[], None]] = {}

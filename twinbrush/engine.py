@@ -10,9 +10,11 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -52,7 +54,7 @@ class Engine:
         models: Models,
         config: PipelineConfig,
         tokenizer: PromptTokenizer,
-        max_rows: int = 16,
+        max_rows: int = 32,
         buckets: Sequence[int] = (),
         queue_size: int = 128,
     ):
@@ -76,6 +78,24 @@ class Engine:
         ]
         for thread in self._threads:
             thread.start()
+
+    @classmethod
+    def of_model(cls, folder: Path, config: Mapping[str, Any], models: Models) -> Engine:
+        """The engine of a served model: its version folder, and its `config.pbtxt` as JSON.
+
+        Raises:
+            ValueError: a file of the folder, or a parameter, is not as it must be.
+        """
+        pipeline = PipelineConfig.load(folder / "pipeline.json")
+        given = {key: value.get("string_value", "") for key, value in config["parameters"].items()}
+        return cls(
+            models,
+            pipeline,
+            PromptTokenizer(folder, pipeline),
+            max_rows=int(given["max_rows"]),
+            buckets=[int(size) for size in given["row_buckets"].split(",") if size.strip()],
+            queue_size=int(given["queue_size"]),
+        )
 
     def submit(self, request: GenerationRequest, reply: Callable[[Event], None]) -> Generation:
         """Takes a request and returns at once.

@@ -17,10 +17,8 @@ import numpy as np
 import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
 
 from twinbrush.cancel_watch import CancelWatch
-from twinbrush.config import PipelineConfig
 from twinbrush.engine import Engine
 from twinbrush.generation import End, EngineError, Event, Finished, Generation, Progress
-from twinbrush.prompt import PromptTokenizer
 from twinbrush.relay import RelayClient, RelayServer, relay_address
 from twinbrush.request import FIELDS, GenerationRequest, InvalidArgument
 
@@ -87,16 +85,7 @@ class StreamModel:
     def initialize(self, args: dict[str, str]) -> None:
         _log_to_the_server(args["model_name"])
         folder = Path(args["model_repository"]) / args["model_version"]
-        settings = _settings(args)
-        config = PipelineConfig.load(folder / "pipeline.json")
-        self._engine = Engine(
-            TritonModels(),
-            config,
-            PromptTokenizer(folder, config),
-            max_rows=int(settings["max_rows"]),
-            buckets=[int(size) for size in settings["row_buckets"].split(",") if size.strip()],
-            queue_size=int(settings["queue_size"]),
-        )
+        self._engine = Engine.of_model(folder, json.loads(args["model_config"]), TritonModels())
         self._relay = RelayServer(relay_address(), self._submit)
         self._watch = CancelWatch()
         self._live: dict[str, Generation] = {}  # by request id, where the client gave one
@@ -224,11 +213,6 @@ def _tell(answer: Answer, event: Event) -> None:
             answer.end()
         case End(EngineError() as error):
             answer.fail(error)
-
-
-def _settings(args: dict[str, str]) -> dict[str, str]:
-    parameters = json.loads(args["model_config"])["parameters"]
-    return {key: value["string_value"] for key, value in parameters.items()}
 
 
 def _log_to_the_server(name: str) -> None:
