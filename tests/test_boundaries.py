@@ -12,7 +12,7 @@ HEAVY = ("torch", "diffusers", "transformers", "onnxruntime", "tritonclient", "p
          "triton_python_backend_utils")  # fmt: skip
 ENGINE = (
     "batcher", "cancel_watch", "conditioning", "config", "denoise", "engine", "generation",
-    "images", "prompt", "request", "samplers", "server", "triton_install", "triton_process",
+    "images", "prompt", "relay", "request", "samplers", "server", "triton_install", "triton_process",
 )  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def test_triton_io_knows_nothing_of_diffusion():
 
 
 def test_the_engine_knows_nothing_of_triton():
-    for name in ("batcher", "denoise", "samplers", "request", "prompt", "images"):
+    for name in ("batcher", "denoise", "samplers", "request", "prompt", "relay", "images"):
         tree = ast.walk(ast.parse((ROOT / "twinbrush" / f"{name}.py").read_text()))
         imports = [node for node in tree if isinstance(node, ast.Import | ast.ImportFrom)]
         assert not any("triton" in ast.unparse(node) for node in imports), name

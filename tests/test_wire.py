@@ -186,8 +186,9 @@ def test_a_cut_prompt_is_reported(server):
     assert "CLIP tokens and was cut to 16" in warning
 
 
-# Long enough to be stopped in the middle; no fewer UNet calls than steps can serve it.
+# Some seconds of work: pictures so large that the two rows of one image fill a UNet call.
 SLOW = {"steps": 50, "num_images": 16, "width": 128, "height": 128}
+SLOW_CALLS = 50 * 16
 
 
 def unet_calls(server) -> int:
@@ -204,7 +205,7 @@ def wait_for_a_call(server, after: int) -> None:
 
 @contextlib.contextmanager
 def work_stops(server):
-    """Within, a `SLOW` request is left; the UNet comes to rest before it can be done."""
+    """Within, a `SLOW` request is left; the UNet comes to rest long before it can be done."""
     before = unet_calls(server)
     yield before
     until = time.monotonic() + 30
@@ -213,7 +214,13 @@ def work_stops(server):
         assert time.monotonic() < until, "the UNet is still being called"
         time.sleep(0.5)
         seen, now = now, unet_calls(server)
-    assert now - before < SLOW["steps"]
+    assert now - before < SLOW_CALLS / 4
+
+
+def test_slow_work_is_as_slow_as_it_is_said_to_be(server):
+    before = unet_calls(server)
+    stream(server, **SLOW | {"num_images": 2})
+    assert unet_calls(server) - before == SLOW_CALLS / 8
 
 
 def test_a_cancelled_stream_stops_the_work(server):

@@ -12,7 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel, VQModel
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    SchedulerMixin,
+    UNet2DConditionModel,
+    VQModel,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertModel, BertTokenizer, CLIPTextModel, CLIPTokenizer
@@ -90,32 +95,52 @@ def latents(checkpoint: Path, runs: Path) -> Tensor:
     return torch.cat(parts)
 
 
+class Batches:
+    """Latents of the training scenes, each time with a new caption: a pure function of a step."""
+
+    def __init__(self, checkpoint: Path, runs: Path, batch: int):
+        self.batch = batch
+        self._latents = latents(checkpoint, runs)
+        seeds = range(SCENES // 100)
+        self._truth = [s for seed in seeds for s in data.scenes(50_000_000 + seed, 100)[0]]
+
+    def at(self, step: int) -> tuple[Tensor, list[str], np.random.Generator]:
+        """Clean latents (B, C, h, w), their captions, and a generator for what else is drawn."""
+        rng = np.random.default_rng(60_000_000 + step)
+        chosen = rng.integers(SCENES, size=self.batch)
+        return self._latents[chosen], [describe(self._truth[i], rng) for i in chosen], rng
+
+
+def noised(x0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
+    """x_t at `alpha_bar` (B,)."""
+    alpha_bar = alpha_bar[:, None, None, None]
+    return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
+
+
 def train(checkpoint: Path, runs: Path, steps: int, batch: int, bf16: bool) -> None:
-    z = latents(checkpoint, runs)
-    truth = [s for seed in range(SCENES // 100) for s in data.scenes(50_000_000 + seed, 100)[0]]
+    batches = Batches(checkpoint, runs, batch)
     encoders = Encoders(checkpoint)
-    noise_schedule = scheduler()
+    alphas_cumprod = scheduler().alphas_cumprod
     torch.manual_seed(0)
     painter = Painter()
 
     def loss_at(step: int) -> dict[str, Tensor]:
-        rng = np.random.default_rng(60_000_000 + step)
+        x0, texts, rng = batches.at(step)
+        texts = ["" if rng.random() < CAPTION_DROP else text for text in texts]
         draw = torch.Generator().manual_seed(step)
-        chosen = rng.integers(SCENES, size=batch)
-        texts = ["" if rng.random() < CAPTION_DROP else describe(truth[i], rng) for i in chosen]
-        x0 = z[chosen]
         noise = torch.randn(x0.shape, generator=draw)
         t = torch.randint(1000, (batch,), generator=draw)
-        alpha_bar = noise_schedule.alphas_cumprod[t][:, None, None, None]
-        x_t = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
-        v = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x0
+        x_t = noised(x0, noise, alphas_cumprod[t])
+        v = noised(noise, -x0, alphas_cumprod[t])
         hidden = painter.fusion(*encoders(texts))
         v_pred = painter.unet(x_t, t, encoder_hidden_states=hidden).sample
         return {"loss": F.mse_loss(v_pred.float(), v)}
 
     trainer = Trainer(painter, runs / "diffusion", steps, 8e-4, 0.999, bf16=bf16)
     trained = trainer.run(loss_at)
-    save(trained, checkpoint)
+    trained.fusion.save_pretrained(checkpoint / "fusion")
+    trained.unet.save_pretrained(checkpoint / "unet")
+    write_index(checkpoint, scheduler(), DEFAULTS)
 
 
 @torch.no_grad()
@@ -127,14 +152,12 @@ def latent_to_rgb(checkpoint: Path) -> list[list[float]]:
     return fit_preview(vae.encode(pictures).latents * vae.config.scaling_factor, pictures)
 
 
-def save(painter: Painter, checkpoint: Path) -> None:
-    """Writes the trained parts and the index that names the class of every part."""
-    painter.fusion.save_pretrained(checkpoint / "fusion")
-    painter.unet.save_pretrained(checkpoint / "unet")
-    scheduler().save_pretrained(checkpoint / "scheduler")
+def write_index(checkpoint: Path, noise_schedule: SchedulerMixin, defaults: dict) -> None:
+    """Writes `scheduler/` and `model_index.json`, which names the class of every part."""
+    noise_schedule.save_pretrained(checkpoint / "scheduler")
     index = {
         "_class_name": "TwinbrushPipeline",
-        "defaults": DEFAULTS,
+        "defaults": defaults,
         "latent_to_rgb": latent_to_rgb(checkpoint),
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "text_encoder": ["transformers", "CLIPTextModel"],
@@ -144,10 +167,10 @@ def save(painter: Painter, checkpoint: Path) -> None:
         "fusion": ["export.fusion_head", "FusionHead"],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "VQModel"],
-        "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+        "scheduler": ["diffusers", type(noise_schedule).__name__],
     }
     (checkpoint / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    stage_cli(train, steps=8000, batch=64)
+    stage_cli(train, steps=7000, batch=64)

@@ -17,11 +17,11 @@ class Watched(Protocol):
 class CancelWatch:
     """Asks for live requests whether their client has cancelled.
 
-    Each question is a round trip to the server, so a round pauses in proportion to its length
-    and asking never takes more than a small share of a core.
+    Each question is a round trip to the server, so after a round it pauses in proportion to the
+    round's length: asking takes a small share of a core, however many requests live.
     """
 
-    SHORTEST_PAUSE = 0.05  # seconds
+    SHORTEST_PAUSE, LONGEST_PAUSE = 0.05, 0.5  # seconds
     PAUSE_PER_SECOND_ASKED = 40.0
 
     def __init__(self) -> None:
@@ -59,4 +59,5 @@ class CancelWatch:
                 if answer.cancelled():
                     on_cancel()
             asked = time.monotonic() - started
-            time.sleep(max(self.SHORTEST_PAUSE, asked * self.PAUSE_PER_SECOND_ASKED))
+            pause = max(self.SHORTEST_PAUSE, asked * self.PAUSE_PER_SECOND_ASKED)
+            time.sleep(min(pause, self.LONGEST_PAUSE))

@@ -25,6 +25,8 @@ from twinbrush.triton_install import Triton
 SHARED_MEMORY = Path("/dev/shm")
 LOAD_FAILURE = re.compile(r"failed to load '([^']+)' version \d+: (.*?)(\\n\\nAt:|\"?$)")
 INSTANCE = re.compile(r"TRITONBACKEND_ModelInstanceInitialize: (\w+)_\d+_\d+ ")
+TABLE = re.compile(r"[+|]|$")
+CHATTER = re.compile(r"[IW]\d{4} |Signal \(|[+|]|$")
 # A stub that ends while models load may have been ended by the server, whose reason follows.
 REASON_SECONDS = 1.5
 TAIL_LINES = 200
@@ -194,7 +196,7 @@ class TritonProcess:
         for raw in self._process.stdout:
             line = raw.decode("utf-8", "replace").rstrip()
             self._log.append(line)
-            worth_showing = self._was_ready and not re.match(r"[IW]\d{4} |[+|]|$", line)
+            worth_showing = self._was_ready and not CHATTER.match(line)
             if self._options.verbose or worth_showing:
                 print(line, file=sys.stderr, flush=True)
 
@@ -233,7 +235,7 @@ class TritonProcess:
         return f"{dead or 'the server ended while it loaded'}\n{self._tail()}"
 
     def _tail(self) -> str:
-        said = [line for line in list(self._log) if not re.match(r"[+|]|$", line)]
+        said = [line for line in list(self._log) if not TABLE.match(line)]
         return "\n".join(said[-12:])
 
 

@@ -1,0 +1,105 @@
+"""Every training stage for a few steps, and the formulas of distillation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, LCMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file
+
+from export.checkpoint import open_checkpoint
+from training import bert, clip, diffusion, distill, vqgan
+from training.scenes import sample_scene
+
+ALPHAS_CUMPROD = diffusion.scheduler().alphas_cumprod
+T = torch.tensor([999, 499, 19])
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def tiny_unet(**changes) -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=4, in_channels=8, out_channels=8, block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
+        layers_per_block=1, cross_attention_dim=8, attention_head_dim=2, norm_num_groups=4,
+        **changes,
+    ).eval()  # fmt: skip
+
+
+def test_the_solver_of_distillation_is_ddim():
+    reference = DDIMScheduler.from_config(
+        diffusion.scheduler().config, clip_sample=False, set_alpha_to_one=True
+    )
+    reference.set_timesteps(distill.SOLVER_STEPS)
+    x, v = draw(3, 8, 4, 4), draw(3, 8, 4, 4, seed=1)
+    ours, before = distill.ddim_step(x, v, T, 20, ALPHAS_CUMPROD)
+    assert before.tolist() == [979, 479, -1]
+    for k, t in enumerate(T):
+        theirs = reference.step(v[k], t, x[k]).prev_sample
+        torch.testing.assert_close(ours[k], theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_what_the_student_says_is_what_the_lcm_sampler_takes():
+    unet, x, hidden = tiny_unet(time_cond_proj_dim=16), draw(3, 8, 4, 4), draw(3, 5, 8)
+    embedding = draw(3, 16, seed=2)
+    reference: LCMScheduler = distill.lcm_scheduler()
+    reference.set_timesteps(50)
+    with torch.no_grad():
+        ours = distill.consistency(unet, x, T, hidden, embedding, ALPHAS_CUMPROD)
+        v = unet(x, T, encoder_hidden_states=hidden, timestep_cond=embedding).sample
+    for k, t in enumerate(T):
+        theirs = reference.step(v[k], t, x[k]).denoised
+        torch.testing.assert_close(ours[k], theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_new_student_says_what_its_teacher_does_at_any_scale():
+    teacher = tiny_unet()
+    student = distill.new_student(teacher)
+    x, hidden = draw(3, 8, 4, 4), draw(3, 5, 8)
+    with torch.no_grad():
+        theirs = teacher(x, T, encoder_hidden_states=hidden).sample
+        ours = student(
+            x, T, encoder_hidden_states=hidden, timestep_cond=draw(3, distill.EMBEDDING)
+        ).sample
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("live", [0, 5, 1024])
+def test_revival_takes_the_codes_that_nothing_used(live):
+    model, use = vqgan.build(), torch.zeros(1024)
+    use[:live] = 1
+    before = model.quantize.embedding.weight.detach().clone()
+    vqgan.revive(model, use, seed=0)
+    moved = (model.quantize.embedding.weight != before).any(dim=1)
+    assert not moved[:live].any()
+    assert moved[live:].all()
+    assert not use.any()
+
+
+def test_all_stages_make_a_checkpoint_that_export_takes(tmp_path, monkeypatch):
+    monkeypatch.setattr(diffusion, "SCENES", 100)
+    checkpoint, runs = tmp_path / "checkpoint", tmp_path / "runs"
+    for stage in (clip, bert, vqgan, diffusion):
+        stage.train(checkpoint, runs, steps=2, batch=4, bf16=False)
+    assert open_checkpoint(checkpoint).index["defaults"] == diffusion.DEFAULTS
+    teacher = load_file(checkpoint / "unet" / "diffusion_pytorch_model.safetensors")
+    for steps in (2, 3):  # the second goes on from the first, and from the teacher that it kept
+        distill.train(checkpoint, runs, steps=steps, batch=4, bf16=False)
+        kept = load_file(runs / "teacher" / "diffusion_pytorch_model.safetensors")
+        assert all(torch.equal(kept[name], tensor) for name, tensor in teacher.items())
+    opened = open_checkpoint(checkpoint)
+    assert opened.index["defaults"] == distill.DEFAULTS
+    unet = UNet2DConditionModel.from_pretrained(checkpoint / "unet")
+    assert unet.config.time_cond_proj_dim == distill.EMBEDDING
+
+
+def test_captions_of_a_step_never_change(tmp_path, monkeypatch):
+    monkeypatch.setattr(diffusion, "SCENES", 100)
+    monkeypatch.setattr(diffusion, "latents", lambda *_: draw(100, 8, 8, 8))
+    first, second = (diffusion.Batches(tmp_path, tmp_path, 6).at(3) for _ in range(2))
+    assert first[1] == second[1]
+    assert torch.equal(first[0], second[0])
+    assert sample_scene(first[2]) == sample_scene(second[2])

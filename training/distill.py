@@ -1,0 +1,125 @@
+"""`python -m training.distill`: a UNet that needs four steps and one row, from the trained one.
+
+Latent consistency distillation (arXiv:2310.04378): the student learns to say at every noise
+level what the teacher, led by its guidance, would arrive at; the guidance scale becomes an
+input (`timestep_cond`). The teacher moves to `RUNS/teacher`; writes `unet/`, `scheduler/` and
+`model_index.json`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import LCMScheduler, UNet2DConditionModel
+from torch import Tensor
+from torch.nn import functional as F
+
+from export.fusion_head import FusionHead
+from training.cli import stage_cli
+from training.diffusion import Batches, Encoders, noised, scheduler, write_index
+from training.loop import Trainer
+from twinbrush.samplers import guidance_embedding
+
+SOLVER_STEPS = 50  # of the DDIM solver whose steps the student joins up
+GUIDANCE = (1.0, 6.0)  # scales that the student learns
+EMBEDDING = 256  # width of the guidance embedding
+DEFAULTS = {"steps": 4, "guidance_scale": 3.0}
+
+
+def lcm_scheduler() -> LCMScheduler:
+    return LCMScheduler.from_config(
+        scheduler().config, original_inference_steps=SOLVER_STEPS, clip_sample=False
+    )
+
+
+def teacher_folder(checkpoint: Path, runs: Path) -> Path:
+    """Where the teacher is, moved out of the checkpoint when it is still there."""
+    folder = runs / "teacher"
+    config = UNet2DConditionModel.load_config(checkpoint / "unet")
+    if config.get("time_cond_proj_dim") is None:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(checkpoint / "unet", folder)
+    return folder
+
+
+def new_student(teacher: UNet2DConditionModel) -> UNet2DConditionModel:
+    """The teacher with an input for the guidance scale, which says nothing yet."""
+    student = UNet2DConditionModel.from_config(teacher.config, time_cond_proj_dim=EMBEDDING)
+    student.load_state_dict(teacher.state_dict(), strict=False)
+    torch.nn.init.zeros_(student.time_embedding.cond_proj.weight)
+    return student
+
+
+def train(checkpoint: Path, runs: Path, steps: int, batch: int, bf16: bool) -> None:
+    batches = Batches(checkpoint, runs, batch)
+    encoders = Encoders(checkpoint)
+    fusion = FusionHead.from_pretrained(checkpoint / "fusion").eval()
+    teacher = UNet2DConditionModel.from_pretrained(teacher_folder(checkpoint, runs)).eval()
+    trainer = Trainer(new_student(teacher), runs / "distill", steps, 3e-4, 0.98, bf16=bf16)
+    alphas_cumprod = scheduler().alphas_cumprod
+    stride = len(alphas_cumprod) // SOLVER_STEPS
+    with torch.no_grad():
+        empty = fusion(*encoders([""]))
+
+    def loss_at(step: int) -> dict[str, Tensor]:
+        x0, texts, rng = batches.at(step)
+        draw = torch.Generator().manual_seed(step)
+        noise = torch.randn(x0.shape, generator=draw)
+        t = torch.randint(1, SOLVER_STEPS + 1, (batch,), generator=draw) * stride - 1
+        scales = rng.uniform(*GUIDANCE, size=batch)
+        embedding = torch.from_numpy(np.stack([guidance_embedding(w, EMBEDDING) for w in scales]))
+        w = torch.from_numpy(scales).float()[:, None, None, None]
+        x_t = noised(x0, noise, alphas_cumprod[t])
+        with torch.no_grad():
+            hidden = fusion(*encoders(texts))
+            led = torch.cat([empty.expand_as(hidden), hidden])
+            v = teacher(x_t.repeat(2, 1, 1, 1), t.repeat(2), encoder_hidden_states=led).sample
+            without, with_prompt = v.float().chunk(2)
+            x_before, t_before = ddim_step(
+                x_t, without + w * (with_prompt - without), t, stride, alphas_cumprod
+            )
+            target = consistency(
+                trainer.ema.module, x_before, t_before, hidden, embedding, alphas_cumprod
+            )
+            target = torch.where((t_before < 0)[:, None, None, None], x_before, target)
+        said = consistency(trainer.module, x_t, t, hidden, embedding, alphas_cumprod)
+        return {"loss": F.huber_loss(said, target, delta=0.1)}
+
+    trained = trainer.run(loss_at)
+    trained.save_pretrained(checkpoint / "unet")
+    write_index(checkpoint, lcm_scheduler(), DEFAULTS)
+
+
+def ddim_step(
+    x_t: Tensor, v: Tensor, t: Tensor, stride: int, alphas_cumprod: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One solver step towards the picture: the latents, and their timesteps, -1 at its end."""
+    before = t - stride
+    alpha_bar = torch.where(before < 0, torch.ones(()), alphas_cumprod[before.clamp(min=0)])
+    x0 = noised(x_t, -v, alphas_cumprod[t])
+    epsilon = noised(v, x_t, alphas_cumprod[t])
+    return noised(x0, epsilon, alpha_bar), before
+
+
+def consistency(
+    unet: UNet2DConditionModel,
+    x_t: Tensor,
+    t: Tensor,
+    hidden: Tensor,
+    embedding: Tensor,
+    alphas_cumprod: Tensor,
+) -> Tensor:
+    """The clean latents that a consistency model sees from x_t; the boundary is LCM's."""
+    t = t.clamp(min=0)
+    v = unet(x_t, t, encoder_hidden_states=hidden, timestep_cond=embedding).sample.float()
+    sigma_data, scaled = 0.5, t[:, None, None, None] * 10.0
+    skip = sigma_data**2 / (scaled**2 + sigma_data**2)
+    out = scaled / (scaled**2 + sigma_data**2).sqrt()
+    return skip * x_t + out * noised(x_t, -v, alphas_cumprod[t])
+
+
+if __name__ == "__main__":
+    stage_cli(train, steps=2500, batch=64)
