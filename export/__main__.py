@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -14,31 +16,59 @@ from rich.table import Table
 
 from export.checkpoint import CheckpointError, open_checkpoint
 from export.convert import ParityError
-from export.repository import ModelReport, build
+from export.repository import MODELS, ModelReport, build
 
 console = Console()
 
 
 def main(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder in diffusers layout.")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="Folder or hub id of a checkpoint in diffusers layout.")
+    ],
     repository: Annotated[Path, typer.Option(help="Model repository to build into.")] = Path(
         "model_repository"
     ),
+    bert: Annotated[
+        str | None,
+        typer.Option(help="Folder or hub id of a text model, where the checkpoint has none."),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Commit, tag or branch, where CHECKPOINT is a hub id.")
+    ] = None,
+    bert_revision: Annotated[str | None, typer.Option(help="The same of --bert.")] = None,
+    only: Annotated[
+        str, typer.Option(help=f"Models to rebuild, with commas: {', '.join(MODELS)}.")
+    ] = ",".join(MODELS),
+    report: Annotated[
+        Path | None, typer.Option(help="Writes the table into this file, as JSON.")
+    ] = None,
 ) -> None:
     """Exports a checkpoint into a Triton model repository.
+
+    Takes any checkpoint of CLIP, UNet and VQGAN or VAE in diffusers layout. Stable Diffusion 1.5
+    and LCM have no BERT: name one with --bert, and a fusion head that changes nothing is added.
 
     Every model is compared with its PyTorch original. When anything fails, the repository
     stays as it was.
     """
     _quieten()
+    models = [name.strip() for name in only.split(",")]
+    if report is not None and not report.parent.is_dir():
+        _stop(f"--report {report}: {report.parent} is no folder")
+    if unknown := set(models) - set(MODELS):
+        _stop(f"--only {min(unknown)!r} is no model: {', '.join(MODELS)} are")
     try:
         with console.status("opening the checkpoint") as status:
-            opened = open_checkpoint(checkpoint)
-            reports = build(opened, repository, lambda model: status.update(f"exporting {model}"))
+            opened = open_checkpoint(checkpoint, bert, revision, bert_revision)
+            reports = build(
+                opened, repository, lambda model: status.update(f"exporting {model}"), models
+            )
     except (CheckpointError, ParityError) as error:
         _stop(str(error))
     except OSError as error:
         _stop(f"cannot write into {repository}: {error.strerror or error}")
+    if report is not None:
+        report.write_text(json.dumps([asdict(line) for line in reports], indent=2) + "\n")
     console.print(_table(opened.name, reports))
     console.print(f"{repository} serves {opened.name} now")
 

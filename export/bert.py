@@ -1,35 +1,48 @@
 """BERT: `input_ids` and `attention_mask` (B, Lb) to `bert_tokens` (B, levels, Lb, Db).
 
-The levels are the hidden states that the checkpoint's fusion head attends to.
+The levels are the hidden states that the fusion head attends to. Any text model of
+transformers can stand here: RoBERTa, DistilBERT, GPT-2, T5's encoder.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import BertModel
+from transformers import (
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForTextEncoding,
+)
 
 from export.checkpoint import Checkpoint
 from export.part import Part, TensorSpec, integers, padding_mask
+from export.tokenizer import load_tokenizer
 
-MAX_TOKENS = 77  # prompts are padded to this or to what BERT takes, the smaller
+MAX_TOKENS = 77  # prompts are padded to this or to what the model takes, the smaller
 
 
 class Bert(nn.Module):
-    def __init__(self, encoder: BertModel, layers: list[int]):
+    def __init__(self, encoder: nn.Module, layers: list[int]):
         super().__init__()
         self.encoder, self.layers = encoder, layers
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        out = self.encoder(input_ids, attention_mask=attention_mask, output_hidden_states=True)
+        out = self.encoder(
+            input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True
+        )
         return torch.stack([out.hidden_states[i] for i in self.layers], dim=1)
 
 
 def part(checkpoint: Checkpoint) -> Part:
-    encoder = checkpoint.load("text_encoder_2", BertModel, add_pooling_layer=False)
+    encoder = _load(checkpoint)
+    if hasattr(encoder, "pooler"):
+        encoder.pooler = None  # makes one vector of a text; nothing here asks for it
     config = encoder.config
-    layers = checkpoint.config("fusion")["bert_layers"]
-    length = min(MAX_TOKENS, config.max_position_embeddings)
+    layers = _layers(checkpoint, config.num_hidden_layers)
+    positions = getattr(config, "max_position_embeddings", None) or MAX_TOKENS
+    tokenizer = load_tokenizer(checkpoint, "tokenizer_2")
+    length = min(MAX_TOKENS, positions, tokenizer.model_max_length)
     return Part(
         name="bert",
         module=Bert(encoder, layers),
@@ -46,3 +59,21 @@ def part(checkpoint: Checkpoint) -> Part:
             "attention_mask": padding_mask(batch, length),
         },
     )
+
+
+def _load(checkpoint: Checkpoint) -> nn.Module:
+    config = AutoConfig.from_pretrained(checkpoint.folders["text_encoder_2"])
+    encodes = type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING
+    options = {}
+    if hasattr(config, "relative_attention_num_buckets"):  # T5: torch cannot export its fused form
+        options["attn_implementation"] = "eager"
+    # The encoder alone, where a model also has a decoder.
+    model_class = AutoModelForTextEncoding if encodes else AutoModel
+    return checkpoint.load("text_encoder_2", model_class, **options)
+
+
+def _layers(checkpoint: Checkpoint, depth: int) -> list[int]:
+    """The hidden states that the fusion head was made for, or one at each third."""
+    if "fusion" in checkpoint.folders:
+        return checkpoint.config("fusion")["bert_layers"]
+    return sorted({max(1, depth * third // 3) for third in (1, 2, 3)})

@@ -1,24 +1,34 @@
 """Opening a checkpoint in diffusers layout: what must be there, and what is refused.
 
-Only safetensors are read; nothing here runs code that a checkpoint brings.
+A source is a folder or a hub id. Only safetensors are read; nothing here runs code that a
+checkpoint brings.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Classes that each part may be of.
+import huggingface_hub
+
+# Classes that each part may be of; None is any text model that transformers knows.
 PARTS = {
     "text_encoder": ("CLIPTextModel",),
-    "text_encoder_2": ("BertModel",),
+    "text_encoder_2": None,
     "fusion": ("FusionHead",),
     "unet": ("UNet2DConditionModel",),
     "vae": ("VQModel", "AutoencoderKL"),
 }
 OTHERS = ("tokenizer", "tokenizer_2", "scheduler")
+BERT_PARTS = ("text_encoder_2", "tokenizer_2")
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+# Of a hub repository: no pickles, no second copies of the weights, no single-file checkpoints.
+PIPELINE_FILES = ["model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors"]
+BERT_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
+UNUSED_FILES = ["*.fp16.*", "*.non_ema.*", "safety_checker/*", "onnx/*"]
 
 
 class CheckpointError(ValueError):
@@ -27,23 +37,25 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checked checkpoint folder.
+    """A checked checkpoint.
 
     Attributes:
-        folder: where it is.
-        classes: class name of each part, from `model_index.json`.
+        name: for people.
+        revisions: commit of each source that came from the hub, by hub id.
+        folders: where each part is; `fusion` may be missing, and then starts as the identity.
+        classes: class name of each part.
+        index: `model_index.json`.
     """
 
-    folder: Path
+    name: str
+    revisions: dict[str, str]
+    folders: dict[str, Path]
     classes: dict[str, str]
-
-    @property
-    def name(self) -> str:
-        return self.folder.resolve().name
+    index: dict[str, Any]
 
     def config(self, part: str) -> dict[str, Any]:
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
-        return json.loads((self.folder / part / name).read_text())
+        return json.loads((self.folders[part] / name).read_text())
 
     def load(self, part: str, model_class: Any, **options: Any) -> Any:
         """The part's torch module, in evaluation mode and FP32.
@@ -53,41 +65,90 @@ class Checkpoint:
         Raises:
             CheckpointError: its weights do not fit the class.
         """
+        folder = self.folders[part]
         try:
-            model = model_class.from_pretrained(self.folder / part, use_safetensors=True, **options)
+            model = model_class.from_pretrained(folder, use_safetensors=True, **options)
         except Exception as error:
-            raise CheckpointError(f"{self.folder / part} cannot be loaded: {error}") from error
+            raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
         return model.float().eval()
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Checks that a folder holds every part, each of a class that can be exported.
+def open_checkpoint(
+    source: str | Path,
+    bert: str | Path | None = None,
+    revision: str | None = None,
+    bert_revision: str | None = None,
+) -> Checkpoint:
+    """Checks that a checkpoint has every part, each of a class that can be exported.
+
+    Args:
+        source: folder or hub id of a checkpoint in diffusers layout.
+        bert: folder or hub id of a text model and its tokenizer, for `text_encoder_2` and
+            `tokenizer_2`; without a fusion head of its own the checkpoint gets a new one.
+        revision, bert_revision: commit, tag or branch, of hub ids.
 
     Raises:
         CheckpointError: with the first thing that is wrong.
     """
-    index = folder / "model_index.json"
-    if not folder.is_dir():
-        raise CheckpointError(f"checkpoint {folder} is not there")
-    if not index.is_file():
+    folder = _fetch(source, revision, PIPELINE_FILES)
+    index = _index(folder)
+    folders = {part: folder / part for part in (*PARTS, *OTHERS)}
+    classes = {
+        part: entry[1]
+        for part in folders
+        if isinstance(entry := index.get(part), list) and len(entry) == 2
+    }
+    sources = {str(source): folder}
+    if bert is not None:
+        bert_folder = sources[str(bert)] = _fetch(bert, bert_revision, BERT_FILES)
+        for part in BERT_PARTS:
+            folders[part], classes[part] = bert_folder, "AutoModel"
+    if "fusion" not in classes and bert is not None:
+        del folders["fusion"]
+    for part, place in folders.items():
+        if part not in classes or not place.is_dir():
+            hint = "; --bert names a text model to take" if part in BERT_PARTS else ""
+            raise CheckpointError(f"checkpoint {source} lacks its part {part}/{hint}")
+        if part in PARTS:
+            _check_part(part, place, classes[part])
+    revisions = {name: place.name for name, place in sources.items() if not Path(name).is_dir()}
+    return Checkpoint(Path(source).resolve().name, revisions, folders, classes, index)
+
+
+def _fetch(source: str | Path, revision: str | None, files: list[str]) -> Path:
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if not HUB_ID.fullmatch(str(source)):
+        raise CheckpointError(f"checkpoint {source} is not there")
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                str(source), revision=revision, allow_patterns=files, ignore_patterns=UNUSED_FILES
+            )
+        )
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        text = f"{source} is not a folder, and the hub did not give it: {reason}"
+        raise CheckpointError(text) from error
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    file = folder / "model_index.json"
+    if not file.is_file():
         raise CheckpointError(f"checkpoint {folder} has no model_index.json: not diffusers layout")
     try:
-        listed = json.loads(index.read_text())
+        return json.loads(file.read_text())
     except json.JSONDecodeError as error:
-        raise CheckpointError(f"{index} is not JSON: {error}") from error
-    classes = {}
-    for part in (*PARTS, *OTHERS):
-        entry = listed.get(part)
-        if not isinstance(entry, list) or len(entry) != 2 or not (folder / part).is_dir():
-            raise CheckpointError(f"checkpoint {folder} lacks its part {part}/")
-        classes[part] = entry[1]
-    for part, allowed in PARTS.items():
-        if classes[part] not in allowed:
-            raise CheckpointError(
-                f"{part} is a {classes[part]}, which cannot be exported: {' or '.join(allowed)} can"
-            )
-        if not (folder / part / "config.json").is_file():
-            raise CheckpointError(f"{folder / part} has no config.json")
-        if not any((folder / part).glob("*.safetensors")):
-            raise CheckpointError(f"{folder / part} has no safetensors; other formats are not read")
-    return Checkpoint(folder, classes)
+        raise CheckpointError(f"{file} is not JSON: {error}") from error
+
+
+def _check_part(part: str, folder: Path, name: str) -> None:
+    allowed = PARTS[part]
+    if allowed is not None and name not in allowed:
+        either = " or ".join(allowed)
+        raise CheckpointError(f"{part} is a {name}, which cannot be exported: {either} can")
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json")
+    if not any(folder.glob("*.safetensors")):
+        raise CheckpointError(f"{folder} has no safetensors; other formats are not read")

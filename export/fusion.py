@@ -10,13 +10,16 @@ from export.part import Part, TensorSpec, normal, padding_mask
 
 
 def part(checkpoint: Checkpoint, clip: Part, bert: Part) -> Part:
-    """The head between two parts that were loaded before.
+    """The head between two parts that were loaded before; a new one where there is none.
 
     Raises:
         CheckpointError: its widths are not those of the encoders.
     """
-    head = checkpoint.load("fusion", FusionHead)
     clip_axes, bert_axes = clip.output[1].axes, bert.output[1].axes
+    if "fusion" in checkpoint.folders:
+        head = checkpoint.load("fusion", FusionHead)
+    else:
+        head = new_head(clip_axes[-1], bert_axes[-1], bert.module.layers)
     for name, width, axes in (
         ("width", head.config.width, clip_axes),
         ("bert_width", head.config.bert_width, bert_axes),
@@ -39,3 +42,11 @@ def part(checkpoint: Checkpoint, clip: Part, bert: Part) -> Part:
             "attention_mask": padding_mask(batch, mask_axes[0]),
         },
     )
+
+
+def new_head(width: int, bert_width: int, bert_layers: list[int]) -> FusionHead:
+    """A head that gives CLIP's tokens back unchanged, ready to be trained."""
+    heads = max(count for count in range(1, 17) if width % count == 0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return FusionHead(width, bert_width, tuple(bert_layers), heads).eval()

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-from transformers import AutoTokenizer
 
 from export.checkpoint import Checkpoint, CheckpointError
 from export.part import Part
+from export.tokenizer import load_tokenizer
 from export.unet import side_multiple
 from export.vqgan_decoder import latent_to_rgb, scale_factor
 
@@ -36,9 +36,7 @@ def write(checkpoint: Checkpoint, parts: dict[str, Part], folder: Path) -> None:
     Raises:
         CheckpointError: the scheduler or a tokenizer is not one that can be served.
     """
-    clip = _tokenizer(checkpoint, "tokenizer", folder / "clip_tokenizer.json")
-    bert = _tokenizer(checkpoint, "tokenizer_2", folder / "bert_tokenizer.json")
-    index = json.loads((checkpoint.folder / "model_index.json").read_text())
+    index = checkpoint.index
     unet = parts["unet"].module.unet
     scale = scale_factor(checkpoint)
     pipeline = {
@@ -51,21 +49,21 @@ def write(checkpoint: Checkpoint, parts: dict[str, Part], folder: Path) -> None:
         "latent_channels": unet.config.in_channels,
         "clip_tokens": parts["clip_text"].inputs["input_ids"].axes[0],
         "bert_tokens": parts["bert"].inputs["input_ids"].axes[0],
-        "clip_pad": clip.pad_token_id,
-        "bert_pad": bert.pad_token_id,
+        "clip_pad": _padding(checkpoint, "tokenizer", folder / "clip_tokenizer.json"),
+        "bert_pad": _padding(checkpoint, "tokenizer_2", folder / "bert_tokenizer.json"),
         "timestep_cond": unet.config.time_cond_proj_dim,
         "latent_to_rgb": index.get("latent_to_rgb") or latent_to_rgb(parts["vqgan_decoder"]),
     }
     (folder / "pipeline.json").write_text(json.dumps(pipeline) + "\n")
 
 
-def _tokenizer(checkpoint: Checkpoint, part: str, file: Path) -> Any:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder / part, use_fast=True)
-        tokenizer.backend_tokenizer.save(str(file))
-    except Exception as error:
-        raise CheckpointError(f"{checkpoint.folder / part} cannot be loaded: {error}") from error
-    return tokenizer
+def _padding(checkpoint: Checkpoint, part: str, file: Path) -> int:
+    """Writes a tokenizer; gives the id that its model is padded with."""
+    tokenizer = load_tokenizer(checkpoint, part)
+    tokenizer.backend_tokenizer.save(str(file))
+    if tokenizer.pad_token_id is not None:
+        return tokenizer.pad_token_id
+    return tokenizer.eos_token_id or 0
 
 
 def _schedule(checkpoint: Checkpoint) -> dict[str, Any]:

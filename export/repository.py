@@ -12,17 +12,18 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from export import bert, clip_text, fusion, pipeline, unet, vqgan_decoder
-from export.checkpoint import Checkpoint
+from export.checkpoint import Checkpoint, CheckpointError
 from export.convert import OPSET, parity_error, to_onnx
 from export.part import Part
 from export.triton_config import with_tensors
 
 ENGINE = Path("text_to_image_stream/1")  # where pipeline.json and the tokenizers live
+MODELS = ("clip_text", "bert", "fusion", "unet", "vqgan_decoder")
 TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
 
 
@@ -58,32 +59,59 @@ def load_parts(checkpoint: Checkpoint) -> dict[str, Part]:
 
 
 def build(
-    checkpoint: Checkpoint, repository: Path, progress: Callable[[str], None] = lambda model: None
+    checkpoint: Checkpoint,
+    repository: Path,
+    progress: Callable[[str], None] = lambda model: None,
+    only: Sequence[str] = MODELS,
 ) -> list[ModelReport]:
     """Exports a checkpoint into a repository that has its folders and `config.pbtxt` files.
 
+    With `only`, the other models stay as an earlier export left them. Gives the reports of
+    the models that were built.
+
     Raises:
-        CheckpointError: the checkpoint cannot be exported.
+        CheckpointError: the checkpoint cannot be exported, or does not fit the models that stay.
         ParityError: a model does not say what its original says.
         OSError: the disk is full, or the repository cannot be written.
     """
     parts = load_parts(checkpoint)
-    with tempfile.TemporaryDirectory(prefix=".building-", dir=repository.parent) as name:
-        stage = Path(name)
+    kept = _kept(parts, repository, only)
+    with tempfile.TemporaryDirectory(prefix=".building-", dir=repository.parent) as scratch:
+        stage = Path(scratch)
         reports = []
-        for part in parts.values():
-            progress(part.name)
-            reports.append(_build_model(part, repository, stage))
+        for name in only:
+            progress(name)
+            reports.append(_build_model(parts[name], repository, stage))
         (stage / ENGINE).mkdir(parents=True)
         pipeline.write(checkpoint, parts, stage / ENGINE)
+        built = {report.model: asdict(report) for report in reports}
         manifest = {
             "checkpoint": checkpoint.name,
+            "revisions": checkpoint.revisions,
             "tools": {tool: importlib.metadata.version(tool) for tool in TOOLS},
-            "models": [asdict(report) for report in reports],
+            "models": [(kept | built)[name] for name in MODELS],
         }
         (stage / "MANIFEST.json").write_text(json.dumps(manifest, indent=2) + "\n")
         _put_in_place(stage, repository)
     return reports
+
+
+def _kept(parts: dict[str, Part], repository: Path, only: Sequence[str]) -> dict[str, dict]:
+    """Manifest lines of the models that stay."""
+    stay = [name for name in MODELS if name not in only]
+    if not stay:
+        return {}
+    try:
+        lines = json.loads((repository / "MANIFEST.json").read_text())["models"]
+    except FileNotFoundError:
+        text = f"{repository} has no export of {', '.join(stay)} to keep: export everything"
+        raise CheckpointError(text) from None
+    for name in stay:
+        config = (repository / name / "config.pbtxt").read_text()
+        if with_tensors(config, parts[name]) != config:
+            text = f"the {name} in {repository} has other tensors than this checkpoint's"
+            raise CheckpointError(f"{text}: export everything")
+    return {line["model"]: line for line in lines if line["model"] in stay}
 
 
 def _build_model(part: Part, repository: Path, stage: Path) -> ModelReport:

@@ -31,10 +31,12 @@ def part(checkpoint: Checkpoint, fusion: Part) -> Part:
     """The UNet behind a fusion head that was loaded before.
 
     Raises:
-        CheckpointError: its cross-attention is not as wide as the fused tokens.
+        CheckpointError: its cross-attention is not as wide as the fused tokens, or it wants
+            inputs that no prompt gives.
     """
     unet = checkpoint.load("unet", UNet2DConditionModel)
     channels, embedding = unet.config.in_channels, unet.config.time_cond_proj_dim
+    _check_inputs(unet)
     hidden_axes = fusion.output[1].axes
     if unet.config.cross_attention_dim != hidden_axes[-1]:
         raise CheckpointError(
@@ -68,3 +70,15 @@ def part(checkpoint: Checkpoint, fusion: Part) -> Part:
 def side_multiple(unet: UNet2DConditionModel) -> int:
     """Latent sides must be multiples of this, or the skip connections would not meet."""
     return 2 ** (len(unet.config.block_out_channels) - 1)
+
+
+def _check_inputs(unet: UNet2DConditionModel) -> None:
+    config = unet.config
+    for name in ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type"):
+        if config.get(name) is not None:
+            raise CheckpointError(f"unet has {name} {config[name]}: such inputs are not served")
+    if config.in_channels != config.out_channels:
+        raise CheckpointError(
+            f"unet has in_channels {config.in_channels} and out_channels {config.out_channels}:"
+            " only UNets that paint from noise alone are served"
+        )

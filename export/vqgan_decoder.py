@@ -30,6 +30,7 @@ def part(checkpoint: Checkpoint, latent_channels: int) -> Part:
         CheckpointError: it takes another number of channels.
     """
     vae = checkpoint.load("vae", getattr(diffusers, checkpoint.classes["vae"]))
+    vae.encoder = vae.quant_conv = None  # pictures never go in
     channels = vae.config.latent_channels
     if channels != latent_channels:
         raise CheckpointError(f"vae has latent_channels {channels}, unet has {latent_channels}")
@@ -53,7 +54,7 @@ def latent_to_rgb(decoder: Part) -> list[list[float]]:
     """The map of previews, fitted on what smooth random latents decode to."""
     channels = decoder.inputs["latent"].axes[0]
     smooth = [
-        nn.functional.interpolate(normal((64, channels, side, side)), size=(8, 8))
+        nn.functional.interpolate(normal((16, channels, side, side)), size=(8, 8))
         for side in (1, 2, 4, 8)
     ]
     latents = torch.cat(smooth)

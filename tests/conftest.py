@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import socket
 import subprocess
@@ -30,6 +31,14 @@ def skeleton(folder: Path) -> Path:
     ignore = shutil.ignore_patterns("*.onnx*", "*.json", "__pycache__")
     shutil.copytree(ROOT / "model_repository", folder, ignore=ignore)
     return folder
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.fixture(scope="session")

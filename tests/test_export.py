@@ -14,20 +14,19 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import ROOT, skeleton
+from conftest import ROOT, contents, skeleton
 from diffusers import VQModel
 
 import export.repository as repository_module
 from export.checkpoint import CheckpointError, open_checkpoint
 from export.convert import ParityError, parity_error
 from export.fusion_head import FusionHead
-from export.repository import build, load_parts
+from export.repository import MODELS, build, load_parts
 from export.triton_config import MARKER, with_tensors
 from training import data
 from twinbrush import images
 from twinbrush.onnx_runtime import read_config
 
-MODELS = ("clip_text", "bert", "fusion", "unet", "vqgan_decoder")
 ONNX_TYPES = {onnx.TensorProto.FLOAT: "TYPE_FP32", onnx.TensorProto.INT64: "TYPE_INT64"}
 
 
@@ -35,14 +34,6 @@ ONNX_TYPES = {onnx.TensorProto.FLOAT: "TYPE_FP32", onnx.TensorProto.INT64: "TYPE
 def broken(tiny, tmp_path) -> Path:
     """A copy of the tiny checkpoint to break."""
     return Path(shutil.copytree(tiny, tmp_path / "broken"))
-
-
-def contents(folder: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -39,7 +39,8 @@ class PromptTokenizer:
         """Tokens of the texts, cut where they are too long (see `warnings`)."""
         config = self._config
         clip = [_cut(self._clip, text, config.clip_tokens) for text in texts]
-        bert = [_cut(self._bert, text, config.bert_tokens) for text in texts]
+        # A tokenizer without special tokens makes nothing of an empty text; one token stands in.
+        bert = [_cut(self._bert, text, config.bert_tokens) or [config.bert_pad] for text in texts]
         return Tokens(
             clip_ids=_padded(clip, config.clip_tokens, config.clip_pad),
             bert_ids=_padded(bert, config.bert_tokens, config.bert_pad),

@@ -1,0 +1,161 @@
+"""Checkpoints of others: Stable Diffusion and LCM with any text model beside CLIP."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers.schedulers.scheduling_lcm as lcm_module
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, contents, open_engine, skeleton
+from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline
+
+from benchmarks.quality import paint
+from checkpoints import TEXT_MODELS, stable_diffusion, text_model
+from export.checkpoint import CheckpointError, open_checkpoint
+from export.convert import parity_error, to_onnx
+from export.repository import MODELS, build, load_parts
+
+PROMPT, STEPS = "a red circle", 4
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory) -> Path:
+    return text_model(tmp_path_factory.mktemp("bert") / "tiny-bert", "bert")
+
+
+@pytest.fixture(scope="module", params=["stable-diffusion", "lcm"])
+def foreign(request, tmp_path_factory, bert) -> tuple[Path, Path]:
+    """A checkpoint without BERT and fusion head, and its repository."""
+    folder = tmp_path_factory.mktemp("foreign")
+    source = stable_diffusion(folder / request.param, distilled=request.param == "lcm")
+    repository = skeleton(folder / "model_repository")
+    build(open_checkpoint(source, bert), repository)
+    return source, repository
+
+
+def draws():
+    """The noise of an image of seed 0, in the order in which the engine draws it."""
+    rng = np.random.default_rng(0)
+    return lambda *_, **__: torch.from_numpy(rng.standard_normal((1, 4, 8, 8), np.float32))
+
+
+def test_pictures_are_those_of_diffusers_own_pipeline(foreign, monkeypatch):
+    source, repository = foreign
+    distilled = source.name == "lcm"
+    pipeline_class = LatentConsistencyModelPipeline if distilled else StableDiffusionPipeline
+    pipeline = pipeline_class.from_pretrained(source, safety_checker=None, feature_extractor=None)
+    pipeline.set_progress_bar_config(disable=True)
+    draw = draws()
+    monkeypatch.setattr(lcm_module, "randn_tensor", draw)
+    theirs = pipeline(
+        PROMPT, num_inference_steps=STEPS, guidance_scale=5.0, latents=draw(), output_type="np"
+    ).images[0]
+    engine = open_engine(repository)
+    (ours,) = paint(engine, [PROMPT], steps=np.array([STEPS]), guidance_scale=np.array([5.0]))
+    engine.close()
+    assert ours.std() > 5
+    assert np.abs(ours - theirs * 255).max() <= 2
+
+
+@pytest.mark.parametrize("kind", TEXT_MODELS)
+def test_any_text_model_stands_beside_clip(kind, foreign, tmp_path):
+    source, _ = foreign
+    parts = load_parts(open_checkpoint(source, text_model(tmp_path / kind, kind)))
+    part = parts["bert"]
+    to_onnx(part, tmp_path / "model.onnx")
+    assert parity_error(part, tmp_path / "model.onnx") <= part.tolerance
+    levels, length, width = part.output[1].axes
+    assert (levels, length, width) == (len(part.module.layers), 16, 32)
+    assert "decoder" not in dict(part.module.encoder.named_children())
+
+
+def test_one_part_can_be_rebuilt(foreign, bert):
+    source, repository = foreign
+    before = contents(repository)
+    manifest = (repository / "MANIFEST.json").read_text()
+    reports = build(open_checkpoint(source, bert), repository, only=["fusion"])
+    assert [report.model for report in reports] == ["fusion"]
+    after = contents(repository)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed <= {
+        "MANIFEST.json", "fusion/1/model.onnx", "text_to_image_stream/1/pipeline.json"
+    }  # fmt: skip
+    models = json.loads((repository / "MANIFEST.json").read_text())["models"]
+    assert [model["model"] for model in models] == list(MODELS)
+    kept = [model for model in models if model["model"] != "fusion"]
+    assert kept == [m for m in json.loads(manifest)["models"] if m["model"] != "fusion"]
+
+
+def test_a_part_that_would_not_fit_the_others_is_not_rebuilt(foreign, tiny, bert, tmp_path):
+    source, repository = foreign
+    with pytest.raises(CheckpointError, match=r"has no export of .* to keep: export everything"):
+        build(open_checkpoint(source, bert), skeleton(tmp_path / "empty"), only=["unet"])
+    before = contents(repository)
+    other = text_model(tmp_path / "distilbert", "distilbert")
+    with pytest.raises(CheckpointError, match=r"the bert in .* has other tensors"):
+        build(open_checkpoint(source, other), repository, only=["unet"])
+    assert contents(repository) == before
+
+
+def test_a_checkpoint_without_bert_says_what_to_do(foreign):
+    with pytest.raises(CheckpointError, match="lacks its part text_encoder_2/; --bert names"):
+        open_checkpoint(foreign[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"addition_embed_type": "text_time"}, "unet has addition_embed_type text_time"),
+        ({"in_channels": 9}, "unet has in_channels 9 and out_channels 4"),
+    ],
+)
+def test_a_unet_that_wants_more_than_a_prompt_is_refused(
+    foreign, bert, change, message, monkeypatch
+):
+    opened = open_checkpoint(foreign[0], bert)
+    unet = load_parts(opened)["unet"].module.unet
+    unet.register_to_config(**change)
+    monkeypatch.setattr(type(opened), "load", lambda self, part, model_class, **options: unet)
+    from export import unet as unet_module
+
+    with pytest.raises(CheckpointError, match=message):
+        unet_module.part(opened, None)
+
+
+def run(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "export", *map(str, arguments)], capture_output=True, text=True,
+        cwd=ROOT, env={"PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", **environment},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nobody/nothing"], "nobody/nothing is not a folder, and the hub did not give it:"),
+        (["checkpoints/scenes-64", "--only", "unet,vae"], "--only 'vae' is no model: clip_text"),
+        (["checkpoints/scenes-64", "--report", "/no/such/place.json"], "/no/such is no folder"),
+        (["checkpoints/scenes-64", "--bert", "/no/such"], "checkpoint /no/such is not there"),
+    ],
+)
+def test_the_command_says_in_a_sentence_what_is_wrong(arguments, message, tmp_path):
+    done = run(*arguments, "--repository", skeleton(tmp_path / "model_repository"))
+    assert done.returncode == 1
+    assert message in done.stdout
+    assert len(done.stdout.strip().splitlines()) == 1
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_the_command_reports_what_it_built(foreign, bert, tmp_path):
+    source, repository = foreign
+    done = run(source, "--bert", bert, "--repository", repository, "--only", "fusion",
+               "--report", tmp_path / "report.json")  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    (line,) = json.loads((tmp_path / "report.json").read_text())
+    assert (line["model"], line["precision"]) == ("fusion", "fp32")
+    assert line["error"] < 1e-5
