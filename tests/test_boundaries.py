@@ -12,7 +12,7 @@ HEAVY = ("torch", "diffusers", "transformers", "onnxruntime", "tritonclient", "p
          "triton_python_backend_utils")  # fmt: skip
 ENGINE = (
     "batcher", "cancel_watch", "conditioning", "config", "denoise", "engine", "generation",
-    "images", "prompt", "relay", "request", "samplers", "server", "triton_install",
+    "images", "manifest", "prompt", "relay", "request", "samplers", "server", "triton_install",
     "triton_process",
 )  # fmt: skip
 

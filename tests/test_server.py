@@ -18,6 +18,8 @@ import pytest
 import tritonclient.grpc as grpc
 from tritonclient.utils import InferenceServerException
 
+from twinbrush.manifest import ManifestError, verify
+
 STUB = "triton_python_backend_stub"
 
 
@@ -152,12 +154,32 @@ def copy(repository, tmp_path) -> Path:
 def test_a_corrupt_onnx_file_is_named_with_its_reason(copy, start_server):
     before = leftovers()
     (copy / "unet" / "1" / "model.onnx").write_bytes(b"not a network")
-    server = start_server(copy, "--restart")
+    server = start_server(copy, "--restart", "--no-verify")
     assert server.process.wait(60) == 1, "a model that cannot load is no reason to start again"
     assert "unet cannot be loaded" in server.text()
     assert "model.onnx" in server.text()
     assert "Traceback" not in server.text()
     assert leftovers() <= before
+
+
+def test_a_file_that_was_not_exported_is_named_before_anything_starts(copy, start_server):
+    file = copy / "fusion" / "1" / "model.onnx"
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    server = start_server(copy)
+    assert server.process.wait(60) == 1
+    assert f"{file} is not the file that was exported" in server.text()
+    assert "--no-verify" in server.text()
+    file.unlink()
+    server = start_server(copy)
+    assert server.process.wait(60) == 1
+    assert server.text() == f"twinbrush: {file} is missing: export again\n"
+
+
+@pytest.mark.parametrize("text", ["no JSON", "[]", '{"models": [{"model": "unet"}]}'])
+def test_a_manifest_that_cannot_be_read_is_named(copy, text):
+    (copy / "MANIFEST.json").write_text(text)
+    with pytest.raises(ManifestError, match=r"MANIFEST\.json cannot be read"):
+        verify(copy)
 
 
 def test_a_missing_export_is_named_with_what_to_run(copy, start_server):

@@ -11,7 +11,7 @@ from export.checkpoint import open_checkpoint
 from training import bert, clip, diffusion, distill, vqgan
 from training.scenes import sample_scene
 
-ALPHAS_CUMPROD = diffusion.scheduler().alphas_cumprod
+ALPHAS_CUMPROD = distill.lcm_scheduler().alphas_cumprod
 T = torch.tensor([999, 499, 19])
 
 

@@ -59,7 +59,7 @@ def train(checkpoint: Path, runs: Path, steps: int, batch: int, bf16: bool) -> N
     fusion = FusionHead.from_pretrained(checkpoint / "fusion").eval()
     teacher = UNet2DConditionModel.from_pretrained(teacher_folder(checkpoint, runs)).eval()
     trainer = Trainer(new_student(teacher), runs / "distill", steps, 3e-4, 0.98, bf16=bf16)
-    alphas_cumprod = scheduler().alphas_cumprod
+    alphas_cumprod = lcm_scheduler().alphas_cumprod
     stride = len(alphas_cumprod) // SOLVER_STEPS
     with torch.no_grad():
         empty = fusion(*encoders([""]))

@@ -44,7 +44,11 @@ class RelayServer:
     """
 
     def __init__(self, address: str, submit: Submit):
-        self._server = _Listener(address, _Connection)
+        try:
+            self._server = _Listener(address, _Connection)
+        except OSError as error:
+            text = f"a server has one engine, and one listens already ({error.strerror})"
+            raise OSError(error.errno, f"{text}: unload it first, and run one instance") from None
         self._server.submit = submit
         threading.Thread(target=self._server.serve_forever, name="relay", daemon=True).start()
 

@@ -19,6 +19,7 @@ from typing import Annotated
 
 import typer
 
+from twinbrush import manifest
 from twinbrush.triton_install import NoTriton, find_triton
 from twinbrush.triton_process import ServerError, ServerOptions, TritonProcess
 
@@ -98,6 +99,9 @@ def main(
         str | None,
         typer.Option(help="Run this shell command once ready, then stop; a port of 0 is chosen."),
     ] = None,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Do not compare the files with MANIFEST.json.")
+    ] = False,
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Show the server's whole log, not only problems.")
     ] = False,
@@ -111,6 +115,8 @@ def main(
         signal.signal(number, _stop)
     starts_left = STARTS
     try:
+        if not no_verify:
+            manifest.verify(repository)
         while True:
             try:
                 serve(options, then)
@@ -125,6 +131,9 @@ def main(
                     raise typer.Exit(1) from None
                 say("starting again")
                 time.sleep(RESTART_PAUSE)
+    except manifest.ManifestError as error:
+        print(f"twinbrush: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
     except Stopped as stopped:
         if then is None:
             say("stopped")

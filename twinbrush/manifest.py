@@ -1,0 +1,40 @@
+"""The manifest that an export leaves in a model repository, held against the files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+NAME = "MANIFEST.json"
+
+
+class ManifestError(RuntimeError):
+    """A file of the repository is not the one that was exported; the message names it."""
+
+
+def verify(repository: Path) -> None:
+    """Compares every exported file with the hash in the manifest, where there is one.
+
+    Raises:
+        ManifestError: a file is missing or another, or the manifest cannot be read.
+    """
+    manifest = repository / NAME
+    if not manifest.is_file():
+        return
+    try:
+        models = json.loads(manifest.read_text())["models"]
+        expected = {
+            repository / model["model"] / "1" / name: sha256
+            for model in models
+            for name, sha256 in model["sha256"].items()
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise ManifestError(f"{manifest} cannot be read: {error!r}") from error
+    for file, sha256 in expected.items():
+        if not file.is_file():
+            raise ManifestError(f"{file} is missing: export again")
+        with file.open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != sha256:
+                text = f"{file} is not the file that was exported, by its hash in {NAME}"
+                raise ManifestError(f"{text}: export again, or start with --no-verify")
