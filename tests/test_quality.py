@@ -11,7 +11,7 @@ from conftest import open_engine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks import quality
+from benchmarks import autoencoder, quality
 from benchmarks.quality import Task, interval, score
 from benchmarks.reader import NO_SHAPE, Reading, read
 from training.scenes import BACKGROUNDS, HELD_OUT, Item, Scene, render, sample_scene
@@ -122,6 +122,16 @@ def test_the_command_ends_with_its_summary(repository, tmp_path, monkeypatch, ca
         "colour_binding", "steps", "n",
     ]  # fmt: skip
     assert (summary["steps"], summary["n"]) == (2, 6)
+
+
+def test_the_autoencoder_is_measured(tiny, tmp_path, capsys):
+    out = tmp_path / "autoencoder.json"
+    autoencoder.main(tiny, n=6, out=out)
+    result = json.loads(out.read_text())
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["n"] == 6
+    assert 0 < result["summary"]["psnr"] < 20  # random weights show nothing
+    assert 0 < result["summary"]["codes_used"] <= 100
+    assert result["read_right"]["one_object"]["n"] == 2
 
 
 def test_an_error_of_the_engine_is_not_a_picture(repository):

@@ -1,0 +1,74 @@
+"""`python -m benchmarks.autoencoder`: what of a picture survives the VQGAN of a checkpoint.
+
+Held-out scenes are encoded, quantised and decoded. What the reader still reads right is the most
+that a UNet on these latents can reach.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from diffusers import VQModel
+
+from benchmarks import machine
+from benchmarks.quality import NAMES, read, score, share, tasks
+from export.checkpoint import open_checkpoint
+from training import data
+
+GOALS = {"psnr": 28.0, "codes_used": 90.0}
+BATCH = 100
+
+
+@torch.no_grad()
+def main(
+    checkpoint: Annotated[Path, typer.Option(help="Checkpoint folder.")] = Path(
+        "checkpoints/scenes-64"
+    ),
+    n: Annotated[int, typer.Option(help="Held-out scenes.")] = 1000,
+    out: Annotated[Path, typer.Option(help="Result file.")] = Path(
+        "benchmarks/results/autoencoder.json"
+    ),
+) -> None:
+    """Measures reconstruction: PSNR in dB, codes used, and what the reader reads."""
+    opened = open_checkpoint(checkpoint)
+    vae = opened.load("vae", VQModel)
+    all_tasks = tasks(n)
+    psnr: list[float] = []
+    right: dict[str, list[bool]] = {name: [] for name in NAMES.values()}
+    used: set[int] = set()
+    for start in range(0, n, BATCH):
+        some = all_tasks[start : start + BATCH]
+        pictures = data.pictures([task.scene for task in some])
+        latents = vae.encode(pictures).latents
+        used.update(vae.quantize(latents)[2][2].flatten().tolist())
+        painted = vae.decode(latents).sample.clamp(-1, 1)
+        psnr += (10 * torch.log10(4 / (painted - pictures).square().mean((1, 2, 3)))).tolist()
+        pixels = ((painted + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        for task, picture in zip(some, pixels, strict=True):
+            right[NAMES[len(task.scene.items)]].append(score(task, read(picture)).all_correct)
+    summary = {
+        "psnr": round(float(np.mean(psnr)), 2),
+        "codes_used": round(100 * len(used) / vae.config["num_vq_embeddings"], 1),
+        "n": n,
+    }
+    result = {
+        "command": "python -m benchmarks.autoencoder",
+        "machine": machine.describe(),
+        "checkpoint": opened.name,
+        "goals": GOALS,
+        "summary": summary,
+        "read_right": {name: share(values) for name, values in right.items()},
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(summary | {name: cell and cell["percent"] for name, cell in
+                                result["read_right"].items()}))  # fmt: skip
+
+
+if __name__ == "__main__":
+    typer.run(main)
