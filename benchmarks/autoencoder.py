@@ -15,7 +15,7 @@ import torch
 import typer
 from diffusers import VQModel
 
-from benchmarks import machine
+from benchmarks.machine import write_result
 from benchmarks.quality import NAMES, read, score, share, tasks
 from export.checkpoint import open_checkpoint
 from training import data
@@ -56,18 +56,17 @@ def main(
         "codes_used": round(100 * len(used) / vae.config["num_vq_embeddings"], 1),
         "n": n,
     }
-    result = {
-        "command": "python -m benchmarks.autoencoder",
-        "machine": machine.describe(),
-        "checkpoint": opened.name,
-        "goals": GOALS,
-        "summary": summary,
-        "read_right": {name: share(values) for name, values in right.items()},
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    read_right = {name: share(values) for name, values in right.items()}
+    write_result(
+        out,
+        "python -m benchmarks.autoencoder",
+        checkpoint=opened.name,
+        goals=GOALS,
+        summary=summary,
+        read_right=read_right,
+    )
     print(json.dumps(summary | {name: cell and cell["percent"] for name, cell in
-                                result["read_right"].items()}))  # fmt: skip
+                                read_right.items()}))  # fmt: skip
 
 
 if __name__ == "__main__":

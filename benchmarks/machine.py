@@ -1,11 +1,13 @@
-"""What a result file says of the machine and the tools that made it."""
+"""Result files, and what they say of the machine and the tools that made them."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import re
+import sys
 from pathlib import Path
 
 TOOLS = ("numpy", "onnxruntime", "nvidia-pytriton", "tritonclient", "tokenizers", "pillow")
@@ -24,3 +26,10 @@ def describe() -> dict[str, object]:
         "python": platform.python_version(),
         "tools": {name: importlib.metadata.version(name) for name in TOOLS},
     }
+
+
+def write_result(out: Path, command: str, **parts: object) -> None:
+    """Writes a result file that names the command, with its options, and the machine."""
+    result = {"command": " ".join([command, *sys.argv[1:]]), "machine": describe(), **parts}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")

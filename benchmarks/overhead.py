@@ -23,9 +23,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import machine
 from benchmarks.load import Load, Send, closed_loop
 from benchmarks.local_engine import local_engine
+from benchmarks.machine import write_result
 from twinbrush.engine import Engine
 from twinbrush.generation import End, Event
 from twinbrush.onnx_runtime import LocalModels
@@ -66,19 +66,17 @@ def main(
     summary = {f"ratio_{name}": point["ratio"] for name, point in points.items()}
     summary["step_batching_c16"] = batching["ratio"]
     defaults = asdict(shared.config.defaults)
-    result = {
-        "command": "python -m benchmarks.overhead",
-        "machine": machine.describe(),
-        "checkpoint": shared.config.checkpoint,
-        "request": defaults | {"width": shared.config.native_side, "prompts": "all different"},
-        "goals": GOALS,
-        "summary": summary,
-        "server_over_in_process": points,
-        "shared_over_unshared": batching,
-        "profile_c1_ms_per_image": profile,
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(
+        out,
+        "python -m benchmarks.overhead",
+        checkpoint=shared.config.checkpoint,
+        request=defaults | {"width": shared.config.native_side, "prompts": "all different"},
+        goals=GOALS,
+        summary=summary,
+        server_over_in_process=points,
+        shared_over_unshared=batching,
+        profile_c1_ms_per_image=profile,
+    )
     _show(points, batching, profile)
     print(json.dumps(summary))
 

@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks import machine
 from benchmarks.local_engine import local_engine
+from benchmarks.machine import write_result
 from benchmarks.reader import Reading, read
 from training.scenes import Item, Scene, describe, middle_item, relation, render, sample_scene
 from twinbrush.engine import Engine
@@ -237,16 +237,14 @@ def main(
         summary[name] = _percent(table[name]["all_correct"])
     summary |= {key: _percent(table["all"][key]) for key in ("relation", "colour_binding")}
     summary |= {"steps": request["steps"], "n": n}
-    result = {
-        "command": "python -m benchmarks.quality",
-        "machine": machine.describe(),
-        "checkpoint": checkpoint,
-        "request": request,
-        "summary": summary,
-        "table": table,
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(
+        out,
+        "python -m benchmarks.quality",
+        checkpoint=checkpoint,
+        request=request,
+        summary=summary,
+        table=table,
+    )
     _show(table)
     print(json.dumps(summary))
 
