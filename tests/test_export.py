@@ -116,8 +116,7 @@ def test_previews_look_like_the_pictures():
     """Previews of scenes-64 explain most of what its pictures look like, cell by cell."""
     opened = open_checkpoint(ROOT / "checkpoints" / "scenes-64")
     vae = opened.load("vae", VQModel)
-    index = json.loads((opened.folder / "model_index.json").read_text())
-    to_rgb = np.array(index["latent_to_rgb"], np.float32)
+    to_rgb = np.array(opened.index["latent_to_rgb"], np.float32)
     batch, _ = data.scenes(seed=5, count=32)
     pictures = data.pictures(batch)
     with torch.no_grad():
