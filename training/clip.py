@@ -1,7 +1,8 @@
 """`python -m training.clip`: CLIP's two towers, contrastively (arXiv:2103.00020), from scratch.
 
-The tokenizer is trained here too. Writes `tokenizer/`, `text_encoder/` and `image_encoder/`
-of the checkpoint.
+Every scene comes with near misses (another shape or colour, colours or places traded), so that
+telling captions apart takes every word of them. The tokenizer is trained here too. Writes
+`tokenizer/`, `text_encoder/` and `image_encoder/` of the checkpoint.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from transformers import (
 from training import data
 from training.cli import stage_cli
 from training.loop import Trainer
+from training.scenes import near_misses
 
 TOWER = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4}
 
@@ -37,10 +39,11 @@ def train(checkpoint: Path, runs: Path, steps: int, batch: int, bf16: bool) -> N
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
 
     def loss_at(step: int) -> dict[str, torch.Tensor]:
-        scenes, rng = data.scenes(10_000_000 + step, batch)
+        bases, rng = data.scenes(10_000_000 + step, batch // 4)
+        scenes = [scene for base in bases for scene in (base, *near_misses(base, rng))]
         ids, _ = data.token_ids(tokenizer, data.captions(scenes, rng))
         out = model(input_ids=ids, pixel_values=data.pictures(scenes), return_loss=True)
-        hit = out.logits_per_text.argmax(1) == torch.arange(batch)
+        hit = out.logits_per_text.argmax(1) == torch.arange(len(scenes))
         return {"loss": out.loss, "accuracy": hit.float().mean()}
 
     trained = Trainer(model, runs / "clip", steps, 1e-3, 0.99, bf16=bf16).run(loss_at)
