@@ -173,7 +173,8 @@ def test_a_config_that_cannot_be_read_is_named_with_its_mistake(copy, start_serv
     server = start_server(copy)
     assert server.process.wait(60) == 1
     assert "unet cannot be loaded: failed to read text proto" in server.text()
-    assert f'{config} (2:4: Message type "inference.ModelConfig" has no field' in server.text()
+    assert f"{config} (Error parsing text-format inference.ModelConfig: 2:4: " in server.text()
+    assert 'has no field named "nam"' in server.text()
 
 
 def test_a_file_that_was_not_exported_is_named_before_anything_starts(copy, start_server):
