@@ -15,7 +15,7 @@ from transformers import (
     AutoModelForTextEncoding,
 )
 
-from export.checkpoint import Checkpoint
+from export.checkpoint import Checkpoint, CheckpointError
 from export.part import Part, TensorSpec, integers, padding_mask
 from export.tokenizer import load_tokenizer
 
@@ -75,5 +75,7 @@ def _load(checkpoint: Checkpoint) -> nn.Module:
 def _layers(checkpoint: Checkpoint, depth: int) -> list[int]:
     """The hidden states that the fusion head was made for, or one at each third."""
     if "fusion" in checkpoint.folders:
-        return checkpoint.config("fusion")["bert_layers"]
+        if not (layers := checkpoint.config("fusion").get("bert_layers")):
+            raise CheckpointError(f"{checkpoint.folders['fusion']} names no bert_layers")
+        return layers
     return sorted({max(1, depth * third // 3) for third in (1, 2, 3)})

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import ROOT, contents, skeleton
 from diffusers import VQModel
+from safetensors.torch import load_file, save_file
 
 import export.repository as repository_module
 from export.checkpoint import CheckpointError, open_checkpoint
@@ -165,6 +166,34 @@ def cut_weights(folder):
     weights.write_bytes(weights.read_bytes()[:1000])
 
 
+def a_tensor_less(folder):
+    weights = next((folder / "unet").glob("*.safetensors"))
+    tensors = load_file(weights)
+    del tensors["conv_in.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+
+
+def cut_config(folder):
+    config = folder / "fusion" / "config.json"
+    config.write_text(config.read_text()[:20])
+
+
+def config_without_layers(folder):
+    (folder / "fusion" / "config.json").write_text("{}")
+
+
+def no_vocabulary(folder):
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+
+
+def no_schedule(folder):
+    (folder / "scheduler" / "scheduler_config.json").unlink()
+
+
+def index_of_another_kind(folder):
+    (folder / "model_index.json").write_text("[]")
+
+
 def mismatched_widths(folder):
     FusionHead(width=64, bert_width=32, bert_layers=(1,), heads=2).save_pretrained(
         folder / "fusion"
@@ -181,6 +210,12 @@ def mismatched_widths(folder):
         (only_pickles, "text_encoder has no safetensors"),
         (another_class, "unet is a SD3Transformer2DModel, which cannot be exported"),
         (cut_weights, "vae cannot be loaded"),
+        (a_tensor_less, r"unet lacks 1 of its tensors, conv_in\.weight first"),
+        (cut_config, r"fusion/config\.json is not JSON"),
+        (config_without_layers, "fusion names no bert_layers"),
+        (no_vocabulary, "tokenizer has no vocabulary"),
+        (no_schedule, r"scheduler_config\.json is not there"),
+        (index_of_another_kind, r"model_index\.json is not a JSON object"),
         (mismatched_widths, "fusion has width 64, its encoder has 32"),
     ],
 )
