@@ -13,7 +13,7 @@ from export.graph import join_heads
 from export.part import Part
 from export.precision import Precision, in_precision
 
-OPSET = 23  # keeps attention as one node; ONNX Runtime 1.27 and TensorRT 10.14 run it
+OPSET = 23  # keeps attention as one node; ONNX Runtime 1.27 and TensorRT-RTX 1.7 run it
 
 
 class ParityError(RuntimeError):

@@ -34,14 +34,18 @@ def _before_split(value: ir.Value) -> ir.Value | None:
     """The (B, tokens, heads·d) that a value (B, heads, tokens, d) was split from."""
     swap = value.producer()
     split = swap.inputs[0].producer() if _swaps(swap) else None
-    return split.inputs[0] if _is(split, "Reshape") and len(split.inputs[0].shape) == 3 else None
+    return _tokens(split.inputs[0]) if _is(split, "Reshape") else None
 
 
 def _after_split(value: ir.Value) -> ir.Value | None:
     """The (B, tokens, heads·d) that a value (B, heads, tokens, d) becomes, and nothing else."""
     swap = _only_user(value)
     merge = _only_user(swap.outputs[0]) if _swaps(swap) else None
-    return merge.outputs[0] if _is(merge, "Reshape") and len(merge.outputs[0].shape) == 3 else None
+    return _tokens(merge.outputs[0]) if _is(merge, "Reshape") else None
+
+
+def _tokens(value: ir.Value) -> ir.Value | None:
+    return value if value.shape is not None and len(value.shape) == 3 else None
 
 
 def _only_user(value: ir.Value) -> ir.Node | None:

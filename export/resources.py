@@ -15,7 +15,7 @@ from pathlib import Path
 from export.precision import Precision
 
 BASE_BYTES = 1.5e9  # the interpreter with torch, transformers and ONNX Runtime
-CONVERSION_BYTES = 8  # of each weight of the model in conversion: its graph, and its session
+CONVERSION_BYTES = 6  # of each weight of the model in conversion: its graph, and its session
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
