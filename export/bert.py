@@ -31,7 +31,7 @@ class Bert(nn.Module):
         out = self.encoder(
             input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True
         )
-        return torch.stack([out.hidden_states[i] for i in self.layers], dim=1)
+        return torch.stack([out.hidden_states[i] for i in self.layers], dim=1).float()
 
 
 def part(checkpoint: Checkpoint) -> Part:
@@ -58,6 +58,11 @@ def part(checkpoint: Checkpoint) -> Part:
             "input_ids": integers((batch, length), config.vocab_size),
             "attention_mask": padding_mask(batch, length),
         },
+        full_precision=tuple(
+            module
+            for name, module in encoder.named_modules()
+            if name.rpartition(".")[2] in (encoder._keep_in_fp32_modules or ())
+        ),
     )
 
 

@@ -16,8 +16,8 @@ HEAVY = ("torch", "diffusers", "transformers", "onnxruntime", "tritonclient", "p
          "triton_python_backend_utils")  # fmt: skip
 ENGINE = (
     "batcher", "cancel_watch", "conditioning", "config", "denoise", "engine", "generation",
-    "images", "manifest", "prompt", "relay", "request", "samplers", "server", "triton_install",
-    "triton_process",
+    "images", "manifest", "prompt", "relay", "request", "samplers", "server", "tensorrt",
+    "triton_install", "triton_process",
 )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,11 @@ from export.checkpoint import CheckpointError, open_checkpoint
 from export.convert import ParityError, parity_error
 from export.fusion_head import FusionHead
 from export.repository import MODELS, build, load_parts
+from export.staging import staging
 from export.triton_config import MARKER, with_tensors
 from training import data
 from twinbrush import images
+from twinbrush.manifest import verify
 from twinbrush.onnx_runtime import read_config
 
 ONNX_TYPES = {onnx.TensorProto.FLOAT: "TYPE_FP32", onnx.TensorProto.INT64: "TYPE_INT64"}
@@ -227,10 +230,15 @@ def test_a_bad_checkpoint_is_named_and_nothing_is_touched(broken, repository, br
     assert contents(repository) == before
 
 
+def _writes_new(part, file, precision):
+    file.write_bytes(b"new")
+    return 2, 1
+
+
 def without_conversion(monkeypatch):
     """Lets a build go through its motions without the minutes of conversion."""
-    monkeypatch.setattr(repository_module, "to_onnx", lambda part, file: file.write_bytes(b"new"))
-    monkeypatch.setattr(repository_module, "parity_error", lambda part, file: 0.0)
+    monkeypatch.setattr(repository_module, "to_onnx", _writes_new)
+    monkeypatch.setattr(repository_module, "parity_error", lambda part, file, precision: 0.0)
 
 
 def test_a_scheduler_that_is_not_served_is_named(broken, repository, monkeypatch):
@@ -248,7 +256,7 @@ def test_a_build_that_fails_half_way_leaves_the_old_repository(
 ):
     without_conversion(monkeypatch)
 
-    def fails(part, file):
+    def fails(part, file, precision):
         if part.name == model:
             raise ParityError(f"{model}: error")
         return 0.0
@@ -293,3 +301,19 @@ def test_the_command_names_a_missing_checkpoint(tmp_path):
     assert done.returncode == 1
     assert "is not there" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_a_killed_export_leaves_the_old_repository_and_the_next_one_cleans_up(tiny, repository):
+    before = contents(repository)
+    command = [sys.executable, "-m", "export", str(tiny), "--repository", str(repository)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=ROOT)
+    while not (left := list(repository.parent.glob(".building-*/clip_text/1/model.onnx"))):
+        assert process.poll() is None, "it ended before it was killed"
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert contents(repository) == before
+    assert left[0].is_file()
+    verify(repository)
+    with staging(repository) as stage:
+        assert list(repository.parent.glob(".building-*")) == [stage]

@@ -19,7 +19,7 @@ from typing import Annotated
 
 import typer
 
-from twinbrush import manifest
+from twinbrush import manifest, tensorrt
 from twinbrush.triton_install import NoTriton, find_triton
 from twinbrush.triton_process import ServerError, ServerOptions, TritonProcess
 
@@ -130,8 +130,7 @@ def main(
         signal.signal(number, lambda number, frame: _signals.append(number))
     starts_left = STARTS
     try:
-        if not no_verify:
-            manifest.verify(repository)
+        _check(options, verify=not no_verify)
         while True:
             try:
                 serve(options, then)
@@ -153,6 +152,14 @@ def main(
         if then is None:
             say("stopped")
         raise typer.Exit(stopped.exit_code) from None
+
+
+def _check(options: ServerOptions, verify: bool) -> None:
+    """Holds the repository against its manifest and, with plans, against this machine."""
+    if verify:
+        manifest.verify(options.repository)
+    if options.config_name == tensorrt.CONFIG_NAME:
+        tensorrt.check_plans(options.repository, tensorrt.this_machine())
 
 
 def chosen_ports(*ports: int) -> list[int]:
