@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -182,7 +182,7 @@ def share(values: Iterable[bool | None]) -> dict[str, object] | None:
     return {"percent": percent, "interval": interval(sum(said), len(said)), "n": len(said)}
 
 
-def table_of(all_tasks: list[Task], scores: list[Score]) -> dict[str, dict[str, object]]:
+def table_of(all_tasks: list[Task], scores: list[Score]) -> dict[str, dict[str, Any]]:
     """Attribute by attribute, by number of objects and over all."""
     rows: dict[str, list[Score]] = {name: [] for name in (*NAMES.values(), "all")}
     for task, one in zip(all_tasks, scores, strict=True):
@@ -193,6 +193,22 @@ def table_of(all_tasks: list[Task], scores: list[Score]) -> dict[str, dict[str, 
         name: {a: share(getattr(one, a) for one in row) for a in attributes}
         for name, row in rows.items()
     }
+
+
+def measure(
+    engine: Engine, all_tasks: list[Task], **fields: str | float
+) -> dict[str, dict[str, Any]]:
+    """Paints the prompts, reads the pictures, and counts: the table of `table_of`.
+
+    `fields` are request fields that are not the checkpoint's defaults.
+    """
+    wire = {
+        name: np.array([value.encode()], object) if isinstance(value, str) else np.array([value])
+        for name, value in fields.items()
+    }
+    pictures = paint(engine, [task.prompt for task in all_tasks], **wire)
+    scores = [score(task, read(p)) for task, p in zip(all_tasks, pictures, strict=True)]
+    return table_of(all_tasks, scores)
 
 
 def reader_accuracy(all_tasks: list[Task]) -> float:
@@ -217,21 +233,15 @@ def main(
     all_tasks = tasks(n)
     ceiling = reader_accuracy(all_tasks)
     console.print(f"reader: {ceiling}% of {n} true pictures read right")
-    fields: dict[str, np.ndarray] = {}
-    if steps:
-        fields["steps"] = np.array([steps])
+    given: dict[str, str | float] = {"steps": steps} if steps else {}
     if sampler:
-        fields["sampler"] = np.array([sampler.encode()], object)
+        given["sampler"] = sampler
     if guidance >= 0:
-        fields["guidance_scale"] = np.array([guidance])
+        given["guidance_scale"] = guidance
     with local_engine(repository, LocalModels(repository)) as engine:
-        pictures = paint(engine, [task.prompt for task in all_tasks], **fields)
-        request = asdict(engine.config.defaults) | {k: v.item() for k, v in fields.items()}
+        table = measure(engine, all_tasks, **given)
+        request = asdict(engine.config.defaults) | given
         checkpoint = engine.config.checkpoint
-    if sampler:
-        request["sampler"] = sampler
-    scores = [score(t, read(p)) for t, p in zip(all_tasks, pictures, strict=True)]
-    table = table_of(all_tasks, scores)
     summary: dict[str, object] = {"reader_accuracy": ceiling}
     for name in NAMES.values():
         summary[name] = _percent(table[name]["all_correct"])
