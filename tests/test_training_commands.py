@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +16,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
+from test_captioned import MIXED, many, write
+from transformers import CLIPTokenizer
 
+from export.checkpoint import open_checkpoint
 from training import all as every_stage
-from training import data, sheets
+from training import data, distill, sheets
+from training.captioned import Captioned
 from training.cli import pick_device
 
 ROOT = Path(__file__).parent.parent
@@ -57,12 +63,18 @@ def test_a_command_with_a_bad_device_says_so_and_writes_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("stage", ["clip", "bert", "vqgan"])
-def test_a_killed_stage_ends_with_the_weights_of_an_undisturbed_one(tmp_path, stage):
-    flags = ("--steps", "12", "--save-every", "3")
+@pytest.mark.parametrize(("stage", "kind"), [("bert", None), ("vqgan", None), ("clip", "tar")])
+def test_a_killed_stage_ends_with_the_weights_of_an_undisturbed_one(tmp_path, stage, kind):
+    flags = ["--steps", "12", "--save-every", "3"]
+    if kind:
+        folder = write(kind, tmp_path / "data", many(30) + MIXED)
+        flags += ["--data", str(folder), "--shuffle", "7"]
     whole = run_stage(stage, tmp_path / "whole", *flags)
     assert whole.returncode == 0, whole.stderr
     killed = tmp_path / "killed"
+    trained = tmp_path / "whole" / "runs" / stage / "tokenizer"
+    if trained.exists():  # the library orders a tokenizer's letters anew in every process
+        shutil.copytree(trained, killed / "runs" / stage / "tokenizer")
     process = subprocess.Popen(
         stage_command(stage, killed, *flags), cwd=ROOT, stdout=subprocess.DEVNULL
     )
@@ -80,8 +92,38 @@ def test_a_killed_stage_ends_with_the_weights_of_an_undisturbed_one(tmp_path, st
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=0, atol=0, msg=name)
+    if kind:
+        assert resumed.stdout.splitlines()[-1] == whole.stdout.splitlines()[-1]
+        assert "used; left out: " in whole.stdout
     curves = [folder / "runs" / stage / "losses.csv" for folder in (tmp_path / "whole", killed)]
     assert curves[0].read_text() == curves[1].read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data", "{}/nowhere"], "error: --data: {}/nowhere does not exist\n"),
+        (["--data", "{}", "--keep", "x<1"],
+         "error: --keep: 'x<1' is not COLUMN>=NUMBER or COLUMN<=NUMBER\n"),
+        (["--data", "{}"], "error: --data: {} is empty\n"),
+    ],
+)  # fmt: skip
+def test_a_command_with_bad_data_says_so_and_writes_nothing(tmp_path, flags, message):
+    ended = run_stage("bert", tmp_path, *(flag.format(tmp_path) for flag in flags))
+    assert (ended.returncode, ended.stderr) == (1, message.format(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_stage_trains_on_captioned_pictures(tmp_path):
+    source = Captioned(write("parquet", tmp_path / "data", many(10) + MIXED))
+    checkpoint, runs = tmp_path / "checkpoint", tmp_path / "runs"
+    every_stage.train(checkpoint, runs, 2, 4, source=source)
+    opened = open_checkpoint(checkpoint)
+    assert opened.index["defaults"] == distill.DEFAULTS
+    tokenizer = CLIPTokenizer.from_pretrained(checkpoint / "tokenizer")
+    assert len(tokenizer("picture number")["input_ids"]) == 4  # two words of these captions
+    with safe_open(runs / "distill" / "state.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["position"])["counts"]["used"] == 8
 
 
 def test_all_stages_run_in_order_and_tell_their_times(tmp_path):

@@ -11,7 +11,9 @@ from typing import Annotated
 import torch
 import typer
 
-from training.data import SceneWorld
+from training.captioned import Captioned
+from training.data import BadInput, SceneWorld, Source
+from training.preparation import BOUNDS, Bound, Preparation
 
 DEVICES = ("auto", "cpu", "cuda")
 WORKERS = 8  # processes at most that draw scenes for a GPU
@@ -37,6 +39,29 @@ def stage_cli(train: Callable[..., None], steps: int | None, batch: int | None) 
         save_every: Annotated[
             int | None, typer.Option(min=1, help="Steps between saves: 100, and 500 on cuda.")
         ] = None,
+        path: Annotated[
+            Path | None,
+            typer.Option(
+                "--data",
+                help="Train on this: a folder of pictures and captions, WebDataset tars, or"
+                " parquet with COYO-700M's columns; without it on scenes.",
+            ),
+        ] = None,
+        keep: Annotated[
+            list[str],
+            typer.Option(
+                help="Rows to keep, COLUMN>=NUMBER or COLUMN<=NUMBER; repeatable; takes the place"
+                f" of the default of its column: {', '.join(map(str, BOUNDS))}."
+            ),
+        ] = [],  # noqa: B006
+        side: Annotated[int, typer.Option(help="Side of --data's pictures in pixels.")] = 64,
+        crop: Annotated[str, typer.Option(help="center or random.")] = "center",
+        max_aspect: Annotated[float, typer.Option(help="Longest long side over short.")] = 3.0,
+        min_caption: Annotated[int, typer.Option(help="Characters; shorter is left out.")] = 3,
+        max_caption: Annotated[int, typer.Option(help="Characters; longer is cut.")] = 300,
+        shuffle: Annotated[int, typer.Option(help="Rows of --data mixed at a time.")] = 2000,
+        fetchers: Annotated[int, typer.Option(help="Pictures loaded at a time.")] = 16,
+        timeout: Annotated[float, typer.Option(help="Seconds a web server may be silent.")] = 10.0,
         threads: Annotated[int, typer.Option(help="CPU threads; 0 takes all.")] = 0,
     ) -> None:
         if threads:
@@ -44,14 +69,19 @@ def stage_cli(train: Callable[..., None], steps: int | None, batch: int | None) 
         try:
             chosen = pick_device(device)
             on_cuda = chosen.type == "cuda"
-            source = SceneWorld(workers=min(WORKERS, os.cpu_count() or 1) if on_cuda else 0)
+            source: Source = SceneWorld(min(WORKERS, os.cpu_count() or 1) if on_cuda else 0)
+            if path is not None:
+                bounds = {bound.column: bound for bound in (*BOUNDS, *map(Bound.parse, keep))}
+                preparation = Preparation(
+                    side, crop, tuple(bounds.values()), max_aspect, min_caption, max_caption,
+                    timeout, fetchers=fetchers,
+                )  # fmt: skip
+                source = Captioned(path, preparation, shuffle)
             wanted_bf16 = on_cuda if bf16 is None else bf16
             saving = save_every or (500 if on_cuda else 100)
             train(checkpoint, runs, steps, batch, wanted_bf16, chosen, source, saving)
-        except ValueError as error:
+        except BadInput as error:
             raise SystemExit(f"error: {error}")
-        if report := source.report():
-            print(report)
 
     main.__doc__ = inspect.getdoc(inspect.getmodule(train))
     typer.run(main)
@@ -61,12 +91,12 @@ def pick_device(name: str) -> torch.device:
     """The device that a name of `DEVICES` means here; `auto` is cuda where there is one.
 
     Raises:
-        ValueError: for another name, and for cuda where there is none.
+        BadInput: for another name, and for cuda where there is none.
     """
     if name not in DEVICES:
-        raise ValueError(f"--device: {name!r} is not one of {', '.join(DEVICES)}")
+        raise BadInput(f"--device: {name!r} is not one of {', '.join(DEVICES)}")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device: 'cuda' needs an NVIDIA GPU and a torch built for it; use cpu")
+        raise BadInput("--device: 'cuda' needs an NVIDIA GPU and a torch built for it; use cpu")
     return torch.device(name)

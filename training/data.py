@@ -20,6 +20,10 @@ CPU = torch.device("cpu")
 MAX_TOKENS = 40  # of both tokenizers; the longest caption of a scene has 32 words
 
 
+class BadInput(ValueError):
+    """What was asked for cannot be done; one sentence that names the flag and its value."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """What a stage sees at a step.
@@ -46,11 +50,17 @@ class Batches(Protocol):
         """Goes on from a position.
 
         Raises:
-            ValueError: it is a position in data of another kind.
+            BadInput: it is a position in data of another kind.
         """
 
     def at(self, step: int) -> Any:
         """What belongs to a step; steps are asked for in order, each once."""
+
+    def report(self) -> str:
+        """What was used and what was left out so far, for people; empty if all is used."""
+
+    def close(self) -> None:
+        """Ends what was started to prepare batches ahead."""
 
 
 class Source(Protocol):
@@ -74,9 +84,6 @@ class Source(Protocol):
         self, seed: int, size: int, device: torch.device, captions_only: bool = False
     ) -> Batches:
         """`Batch`es of `size` on `device`, in an order drawn from `seed`."""
-
-    def report(self) -> str:
-        """What was used and what was left out so far, for people; empty if all is used."""
 
 
 def scenes(seed: int, count: int) -> tuple[list[Scene], np.random.Generator]:
@@ -118,9 +125,6 @@ class SceneWorld:
         self, seed: int, size: int, device: torch.device, captions_only: bool = False
     ) -> SceneBatches:
         return SceneBatches(_Drawn(seed, size, captions_only), device, self.workers)
-
-    def report(self) -> str:
-        return ""
 
 
 SCENES = SceneWorld()
@@ -167,11 +171,17 @@ class SceneBatches:
             self._ahead = iter(loader)
         return on_device(next(self._ahead), self._device)
 
+    def report(self) -> str:
+        return ""
+
+    def close(self) -> None:
+        self._ahead = None
+
 
 def check_no_position(position: dict[str, Any] | None) -> None:
-    """Raises ValueError where scenes shall go on from a position in other data."""
+    """Raises BadInput where scenes shall go on from a position in other data."""
     if position is not None:
-        raise ValueError("--data: none is given, but the run's save was trained on some")
+        raise BadInput("--data: none is given, but the run's save was trained on some")
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:

@@ -122,6 +122,12 @@ class Batches:
         chosen = rng.integers(SCENES, size=self.batch)
         return self._latents[chosen], [describe(self._truth[i], rng) for i in chosen], rng
 
+    def report(self) -> str:
+        return ""
+
+    def close(self) -> None:
+        """Nothing was started."""
+
 
 class EncodedBatches:
     """Latents of batches of pictures, encoded as they come, and their captions."""
@@ -144,6 +150,12 @@ class EncodedBatches:
         with torch.autocast(drawn.pictures.device.type, enabled=False):
             clean = self._vae.encode(drawn.pictures).latents * self._vae.config.scaling_factor
         return clean, drawn.captions, np.random.default_rng(60_000_000 + step)
+
+    def report(self) -> str:
+        return self._batches.report()
+
+    def close(self) -> None:
+        self._batches.close()
 
 
 def latent_batches(

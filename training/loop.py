@@ -105,6 +105,10 @@ class Trainer:
                 if self.step % self.save_every == 0 or self.step == self.steps:
                     self._save(batches.position if batches else None)
                     self._draw(samples)
+        if batches:
+            batches.close()
+            if report := batches.report():
+                print(f"{self.folder.name}: {report}")
         return self.ema.module
 
     def _update(self, loss_at: Callable[[int], dict[str, Tensor]]) -> dict[str, Tensor]:
