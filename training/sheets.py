@@ -42,7 +42,9 @@ def draw_losses(curve: Path, path: Path) -> None:
     for i, (axis, name) in enumerate(zip(axes, heading[1:], strict=True), 1):
         mean = np.convolve(table[:, i], np.full(window, 1 / window), mode="valid")
         axis.plot(table[:, 0], table[:, i], color="#9ecae1", linewidth=0.8)
-        axis.plot(table[window - 1 :, 0], mean, color="#08519c")
+        axis.plot(
+            table[window - 1 :, 0], mean, color="#08519c", marker="." if len(mean) == 1 else None
+        )
         axis.set_ylabel(name)
         axis.grid(alpha=0.3)
     axes[-1].set_xlabel("step")
@@ -67,14 +69,14 @@ def grid(pictures: Tensor, columns: int, captions: list[str] | None = None) -> I
 def similarities(matrix: Tensor, pictures: Tensor, captions: list[str]) -> Image.Image:
     """Captions (rows) against pictures (columns): `matrix` (N, N), `pictures` (N, 3, S, S)."""
     count = len(captions)
-    figure = _figure(4 + 0.55 * count, 1 + 0.55 * count)
-    top, below = figure.subplots(2, 1, sharex=True, height_ratios=(1, count))
-    top.imshow(np.concatenate(list(_uint8(pictures)), axis=1), extent=(0, count, 0, 1))
-    top.axis("off")
-    shown = below.imshow(matrix.float().cpu(), extent=(0, count, count, 0), cmap="viridis")
-    below.set_yticks(np.arange(count) + 0.5, [textwrap.shorten(text, 60) for text in captions])
-    below.set_xticks([])
-    figure.colorbar(shown, ax=[top, below], label="similarity")
+    figure = _figure(5 + 0.55 * count, 0.55 * (count + 1))
+    axis = figure.subplots()
+    shown = axis.imshow(matrix.float().cpu(), extent=(0, count, count, 0))
+    strip = np.concatenate(list(_uint8(pictures)), axis=1)
+    axis.imshow(strip, extent=(0, count, 0, -1))  # a row of its own above the first
+    axis.set(xlim=(0, count), ylim=(count, -1), xticks=[])
+    axis.set_yticks(np.arange(count) + 0.5, [textwrap.shorten(text, 50) for text in captions])
+    figure.colorbar(shown, label="similarity")
     return _rendered(figure)
 
 
