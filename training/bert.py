@@ -19,10 +19,22 @@ from transformers import (
 from training import data
 from training.cli import stage_cli
 from training.loop import Trainer
+from training.tokenizers import trained_tokenizer
+
+STEPS, BATCH = 800, 96
 
 
-def train(checkpoint: Path, runs: Path, steps: int, batch: int, bf16: bool) -> None:
-    tokenizer = BertTokenizer().train_new_from_iterator(data.corpus(seed=2, count=4000), 1000)
+def train(
+    checkpoint: Path,
+    runs: Path,
+    steps: int,
+    batch: int,
+    bf16: bool = False,
+    device: torch.device = data.CPU,
+    source: data.Source = data.SCENES,
+    save_every: int = 100,
+) -> None:
+    tokenizer = trained_tokenizer(BertTokenizer, source, 2, runs / "bert")
     tokenizer.save_pretrained(checkpoint / "tokenizer_2")
     torch.manual_seed(0)
     model = BertForMaskedLM(
@@ -31,23 +43,26 @@ def train(checkpoint: Path, runs: Path, steps: int, batch: int, bf16: bool) -> N
             num_hidden_layers=4, num_attention_heads=4,
             max_position_embeddings=data.MAX_TOKENS, pad_token_id=tokenizer.pad_token_id,
         )
-    )  # fmt: skip
+    ).to(device)  # fmt: skip
+    batches = source.batches(20_000_000, batch, device, captions_only=True)
 
     def loss_at(step: int) -> dict[str, torch.Tensor]:
         collate = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.25, seed=step)
-        scenes, rng = data.scenes(20_000_000 + step, batch)
-        ids, mask = data.token_ids(tokenizer, data.captions(scenes, rng))
+        ids, mask = data.token_ids(tokenizer, batches.at(step).captions)
         masked = collate(
             [{"input_ids": i, "attention_mask": m} for i, m in zip(ids, mask, strict=True)]
         )
+        masked = {name: tensor.to(device) for name, tensor in masked.items()}
         out = model(**masked)
         wanted = masked["labels"] != -100
         hit = out.logits.argmax(-1)[wanted] == masked["labels"][wanted]
         return {"loss": out.loss, "accuracy": hit.float().mean()}
 
-    trained = Trainer(model, runs / "bert", steps, 1e-3, 0.99, bf16=bf16).run(loss_at)
+    trained = Trainer(
+        model, runs / "bert", steps, 1e-3, 0.99, save_every=save_every, bf16=bf16
+    ).run(loss_at, batches)
     trained.bert.save_pretrained(checkpoint / "text_encoder_2")
 
 
 if __name__ == "__main__":
-    stage_cli(train, steps=800, batch=96)
+    stage_cli(train, STEPS, BATCH)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -10,25 +11,92 @@ from typing import Annotated
 import torch
 import typer
 
+from training.captioned import Captioned
+from training.data import BadInput, SceneWorld, Source
+from training.preparation import BOUNDS, Bound, Preparation
 
-def stage_cli(train: Callable[[Path, Path, int, int, bool], None], steps: int, batch: int) -> None:
-    """Runs `train(checkpoint, runs, steps, batch, bf16)` from the command line."""
+DEVICES = ("auto", "cpu", "cuda")
+WORKERS = 8  # processes at most that draw scenes for a GPU
+
+
+def stage_cli(train: Callable[..., None], steps: int | None, batch: int | None) -> None:
+    """Runs a stage's `train` from the command line, with the stage's own steps and batch."""
 
     def main(
         checkpoint: Annotated[Path, typer.Option(help="Checkpoint folder to write.")] = Path(
             "checkpoints/scenes-64"
         ),
-        runs: Annotated[Path, typer.Option(help="Folder of saves and loss curves.")] = Path("runs"),
-        steps: Annotated[int, typer.Option(help="Optimiser steps in all.")] = steps,
-        batch: Annotated[int, typer.Option(help="Scenes a step.")] = batch,
+        runs: Annotated[Path, typer.Option(help="Folder of saves and curves.")] = Path("runs"),
+        steps: Annotated[
+            int | None, typer.Option(min=1, help="Optimiser steps of a stage.")
+        ] = steps,
+        batch: Annotated[int | None, typer.Option(min=1, help="Pictures a step.")] = batch,
+        device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
         bf16: Annotated[
-            bool, typer.Option(help="bfloat16 matrix products; pays on CPUs with AMX.")
-        ] = False,
+            bool | None,
+            typer.Option(help="bfloat16 products: on by default on cuda; pays on CPUs with AMX."),
+        ] = None,
+        save_every: Annotated[
+            int | None, typer.Option(min=1, help="Steps between saves: 100, and 500 on cuda.")
+        ] = None,
+        path: Annotated[
+            Path | None,
+            typer.Option(
+                "--data",
+                help="Train on this: a folder of pictures and captions, WebDataset tars, or"
+                " parquet with COYO-700M's columns; without it on scenes.",
+            ),
+        ] = None,
+        keep: Annotated[
+            list[str],
+            typer.Option(
+                help="Rows to keep, COLUMN>=NUMBER or COLUMN<=NUMBER; repeatable; takes the place"
+                f" of the default of its column: {', '.join(map(str, BOUNDS))}."
+            ),
+        ] = [],  # noqa: B006
+        side: Annotated[int, typer.Option(help="Side of --data's pictures in pixels.")] = 64,
+        crop: Annotated[str, typer.Option(help="center or random.")] = "center",
+        max_aspect: Annotated[float, typer.Option(help="Longest long side over short.")] = 3.0,
+        min_caption: Annotated[int, typer.Option(help="Characters; shorter is left out.")] = 3,
+        max_caption: Annotated[int, typer.Option(help="Characters; longer is cut.")] = 300,
+        shuffle: Annotated[int, typer.Option(help="Rows of --data mixed at a time.")] = 2000,
+        fetchers: Annotated[int, typer.Option(help="Pictures loaded at a time.")] = 16,
+        timeout: Annotated[float, typer.Option(help="Seconds a web server may be silent.")] = 10.0,
         threads: Annotated[int, typer.Option(help="CPU threads; 0 takes all.")] = 0,
     ) -> None:
         if threads:
             torch.set_num_threads(threads)
-        train(checkpoint, runs, steps, batch, bf16)
+        try:
+            chosen = pick_device(device)
+            on_cuda = chosen.type == "cuda"
+            source: Source = SceneWorld(min(WORKERS, os.cpu_count() or 1) if on_cuda else 0)
+            if path is not None:
+                bounds = {bound.column: bound for bound in (*BOUNDS, *map(Bound.parse, keep))}
+                preparation = Preparation(
+                    side, crop, tuple(bounds.values()), max_aspect, min_caption, max_caption,
+                    timeout, fetchers=fetchers,
+                )  # fmt: skip
+                source = Captioned(path, preparation, shuffle)
+            wanted_bf16 = on_cuda if bf16 is None else bf16
+            saving = save_every or (500 if on_cuda else 100)
+            train(checkpoint, runs, steps, batch, wanted_bf16, chosen, source, saving)
+        except BadInput as error:
+            raise SystemExit(f"error: {error}")
 
     main.__doc__ = inspect.getdoc(inspect.getmodule(train))
     typer.run(main)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that a name of `DEVICES` means here; `auto` is cuda where there is one.
+
+    Raises:
+        BadInput: for another name, and for cuda where there is none.
+    """
+    if name not in DEVICES:
+        raise BadInput(f"--device: {name!r} is not one of {', '.join(DEVICES)}")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise BadInput("--device: 'cuda' needs an NVIDIA GPU and a torch built for it; use cpu")
+    return torch.device(name)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from PIL import Image
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -20,33 +21,54 @@ from transformers import (
 from training import data
 from training.cli import stage_cli
 from training.loop import Trainer
-from training.scenes import near_misses
+from training.sheets import similarities
+from training.tokenizers import trained_tokenizer
+
+STEPS, BATCH = 900, 192
 
 TOWER = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4}
 
 
-def train(checkpoint: Path, runs: Path, steps: int, batch: int, bf16: bool) -> None:
-    tokenizer = CLIPTokenizer().train_new_from_iterator(data.corpus(seed=1, count=4000), 1000)
+def train(
+    checkpoint: Path,
+    runs: Path,
+    steps: int,
+    batch: int,
+    bf16: bool = False,
+    device: torch.device = data.CPU,
+    source: data.Source = data.SCENES,
+    save_every: int = 100,
+) -> None:
+    tokenizer = trained_tokenizer(CLIPTokenizer, source, 1, runs / "clip")
     tokenizer.save_pretrained(checkpoint / "tokenizer")
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     text = TOWER | special | {
         "vocab_size": len(tokenizer), "max_position_embeddings": data.MAX_TOKENS,
         "num_attention_heads": 4, "pad_token_id": tokenizer.pad_token_id,
     }  # fmt: skip
-    vision = TOWER | {"num_attention_heads": 4, "image_size": 64, "patch_size": 8,
+    vision = TOWER | {"num_attention_heads": 4, "image_size": source.side, "patch_size": 8,
               "projection_dim": 128}  # fmt: skip
     torch.manual_seed(0)
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
+    model.to(device)
+    batches = source.batches(10_000_000, batch, device, near_misses=True)
+    shown = data.on_device(source.sample(19_999_999, 12), device)
+    shown_ids, _ = data.token_ids(tokenizer, shown.captions, device)
 
     def loss_at(step: int) -> dict[str, torch.Tensor]:
-        bases, rng = data.scenes(10_000_000 + step, batch // 4)
-        scenes = [scene for base in bases for scene in (base, *near_misses(base, rng))]
-        ids, _ = data.token_ids(tokenizer, data.captions(scenes, rng))
-        out = model(input_ids=ids, pixel_values=data.pictures(scenes), return_loss=True)
-        hit = out.logits_per_text.argmax(1) == torch.arange(len(scenes))
+        drawn = batches.at(step)
+        ids, _ = data.token_ids(tokenizer, drawn.captions, device)
+        out = model(input_ids=ids, pixel_values=drawn.pictures, return_loss=True)
+        hit = out.logits_per_text.argmax(1) == torch.arange(batch, device=device)
         return {"loss": out.loss, "accuracy": hit.float().mean()}
 
-    trained = Trainer(model, runs / "clip", steps, 1e-3, 0.99, bf16=bf16).run(loss_at)
+    def samples(averaged: CLIPModel) -> Image.Image:
+        out = averaged(input_ids=shown_ids, pixel_values=shown.pictures)
+        cosines = out.logits_per_text / averaged.logit_scale.exp()
+        return similarities(cosines, shown.pictures, shown.captions)
+
+    trainer = Trainer(model, runs / "clip", steps, 1e-3, 0.99, save_every=save_every, bf16=bf16)
+    trained = trainer.run(loss_at, batches, samples)
     trained.text_model.save_pretrained(checkpoint / "text_encoder")
     image_encoder = CLIPVisionModelWithProjection(trained.config.vision_config)
     image_encoder.vision_model.load_state_dict(trained.vision_model.state_dict())
@@ -55,4 +77,4 @@ def train(checkpoint: Path, runs: Path, steps: int, batch: int, bf16: bool) -> N
 
 
 if __name__ == "__main__":
-    stage_cli(train, steps=400, batch=192)
+    stage_cli(train, STEPS, BATCH)

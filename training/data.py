@@ -1,14 +1,98 @@
-"""Batches of scenes: pictures, captions and tokens, each a pure function of a seed."""
+"""What stages train on: the interface, and scenes, each batch a pure function of its step.
+
+Captioned pictures from disk and the web, the other thing to train on, are in `captioned`.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from training.scenes import Scene, describe, render, sample_scene
+from training.scenes import SIDE, Scene, describe, near_misses, render, sample_scene
 
-MAX_TOKENS = 40  # of both tokenizers; the longest caption has 32 words
+CPU = torch.device("cpu")
+MAX_TOKENS = 40  # of both tokenizers; the longest caption of a scene has 32 words
+
+
+class BadInput(ValueError):
+    """What was asked for cannot be done; one sentence that names the flag and its value."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a stage sees at a step.
+
+    Attributes:
+        pictures: (B, 3, S, S) in [-1, 1]; (0, 3, S, S) where only captions were asked for.
+        captions: one a picture.
+        scenes: the truth of the pictures where they are scenes, else empty.
+    """
+
+    pictures: Tensor
+    captions: list[str]
+    scenes: list[Scene]
+
+
+class Batches(Protocol):
+    """Batches in the order of the steps."""
+
+    @property
+    def position(self) -> dict[str, Any] | None:
+        """Where the next batch begins, in JSON's types; None where its step says it."""
+
+    def resume(self, position: dict[str, Any] | None) -> None:
+        """Goes on from a position.
+
+        Raises:
+            BadInput: it is a position in data of another kind.
+        """
+
+    def at(self, step: int) -> Any:
+        """What belongs to a step; steps are asked for in order, each once."""
+
+    def report(self) -> str:
+        """What was used and what was left out so far, for people; empty if all is used."""
+
+    def close(self) -> None:
+        """Ends what was started to prepare batches ahead."""
+
+
+class Source(Protocol):
+    """A world to train on.
+
+    Attributes:
+        side: of its pictures, in pixels.
+        vocabulary: the size of a tokenizer for its captions.
+    """
+
+    side: int
+    vocabulary: int
+
+    def corpus(self, seed: int, count: int) -> list[str]:
+        """Captions to train tokenizers on, `count` at most."""
+
+    def sample(self, seed: int, count: int) -> Batch:
+        """The same pictures and captions every time, `count` at most, on the CPU."""
+
+    def batches(
+        self,
+        seed: int,
+        size: int,
+        device: torch.device,
+        captions_only: bool = False,
+        near_misses: bool = False,
+    ) -> Batches:
+        """`Batch`es of `size` on `device`, in an order drawn from `seed`.
+
+        With `near_misses`, pictures come with others that differ from them in one thing, where
+        the source has such.
+        """
 
 
 def scenes(seed: int, count: int) -> tuple[list[Scene], np.random.Generator]:
@@ -32,7 +116,102 @@ def corpus(seed: int, count: int) -> list[str]:
     return captions(batch, rng)
 
 
-def token_ids(tokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class SceneWorld:
+    """The scenes of `scenes-64`; `workers` processes draw them ahead, none draws on demand."""
+
+    workers: int = 0
+    side: int = SIDE
+    vocabulary: int = 1000
+
+    def corpus(self, seed: int, count: int) -> list[str]:
+        return corpus(seed, count)
+
+    def sample(self, seed: int, count: int) -> Batch:
+        return _Drawn(seed, count)[0]
+
+    def batches(
+        self,
+        seed: int,
+        size: int,
+        device: torch.device,
+        captions_only: bool = False,
+        near_misses: bool = False,
+    ) -> SceneBatches:
+        drawn = _Drawn(seed, size, captions_only, near_misses)
+        return SceneBatches(drawn, device, self.workers)
+
+
+SCENES = SceneWorld()
+
+
+@dataclass(frozen=True)
+class _Drawn(Dataset):
+    """The batch of every step, drawn from `seed + step`."""
+
+    seed: int
+    size: int
+    captions_only: bool = False
+    near_misses: bool = False
+
+    def __getitem__(self, step: int) -> Batch:
+        if self.near_misses:  # three to a scene
+            bases, rng = scenes(self.seed + step, -(-self.size // 4))
+            truth = [scene for base in bases for scene in (base, *near_misses(base, rng))]
+            truth = truth[: self.size]
+        else:
+            truth, rng = scenes(self.seed + step, self.size)
+        texts = captions(truth, rng)
+        return Batch(pictures(truth) if not self.captions_only else no_pictures(), texts, truth)
+
+
+def no_pictures(side: int = SIDE) -> Tensor:
+    return torch.empty(0, 3, side, side)
+
+
+class SceneBatches:
+    """Batches of scenes; their position is the step itself."""
+
+    position = None
+
+    def __init__(self, drawn: _Drawn, device: torch.device, workers: int):
+        self._drawn, self._device, self._workers = drawn, device, workers
+        self._ahead: Iterator[Batch] | None = None
+
+    def resume(self, position: dict[str, Any] | None) -> None:
+        check_no_position(position)
+
+    def at(self, step: int) -> Batch:
+        if not self._workers:
+            return on_device(self._drawn[step], self._device)
+        if self._ahead is None:
+            loader = DataLoader(
+                self._drawn, batch_size=None, sampler=range(step, 2**40), num_workers=self._workers,
+                prefetch_factor=4,
+            )  # fmt: skip
+            self._ahead = iter(loader)
+        return on_device(next(self._ahead), self._device)
+
+    def report(self) -> str:
+        return ""
+
+    def close(self) -> None:
+        self._ahead = None
+
+
+def check_no_position(position: dict[str, Any] | None) -> None:
+    """Raises BadInput where scenes shall go on from a position in other data."""
+    if position is not None:
+        raise BadInput("--data: none is given, but the run's save was trained on some")
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    return Batch(batch.pictures.to(device, non_blocking=True), batch.captions, batch.scenes)
+
+
+def token_ids(
+    tokenizer, texts: list[str], device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
     """Ids and mask, padded to `MAX_TOKENS`: both (B, MAX_TOKENS) int64."""
     encoded = tokenizer(
         texts,
@@ -42,4 +221,4 @@ def token_ids(tokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:
         return_tensors="pt",
         return_attention_mask=True,
     )
-    return encoded["input_ids"], encoded["attention_mask"]
+    return encoded["input_ids"].to(device), encoded["attention_mask"].to(device)

@@ -27,8 +27,11 @@ from export.preview import fit_preview
 from training import data
 from training.cli import stage_cli
 from training.loop import Trainer
+from training.sampling import Sampler
 from training.scenes import describe
 
+STEPS, BATCH = 7000, 64
+LATENT_CELL = 8  # pixels a side
 SCENES = 40_000  # distinct pictures; each gets a new caption every time it is drawn
 BERT_LAYERS = (2, 4)
 CAPTION_DROP = 0.1
@@ -46,11 +49,12 @@ def scheduler() -> DPMSolverMultistepScheduler:
 class Painter(nn.Module):
     """What is trained: the fusion head and the UNet."""
 
-    def __init__(self) -> None:
+    def __init__(self, side: int = 64) -> None:
         super().__init__()
         self.fusion = FusionHead(width=128, bert_width=128, bert_layers=BERT_LAYERS, heads=4)
         self.unet = UNet2DConditionModel(
-            sample_size=8, in_channels=8, out_channels=8, block_out_channels=(96, 192),
+            sample_size=side // LATENT_CELL, in_channels=8, out_channels=8,
+            block_out_channels=(96, 192),
             down_block_types=("CrossAttnDownBlock2D",) * 2,
             up_block_types=("CrossAttnUpBlock2D",) * 2,
             layers_per_block=1, cross_attention_dim=128, attention_head_dim=4,
@@ -60,18 +64,21 @@ class Painter(nn.Module):
 class Encoders:
     """The frozen CLIP and BERT of a checkpoint, from texts to what the fusion head takes."""
 
-    def __init__(self, checkpoint: Path):
+    def __init__(self, checkpoint: Path, device: torch.device = data.CPU):
+        self.device = device
         self.tokenizer = CLIPTokenizer.from_pretrained(checkpoint / "tokenizer")
         self.clip = CLIPTextModel.from_pretrained(checkpoint / "text_encoder").eval()
+        self.clip.to(device)
         self.tokenizer_2 = BertTokenizer.from_pretrained(checkpoint / "tokenizer_2")
         self.bert = BertModel.from_pretrained(
             checkpoint / "text_encoder_2", add_pooling_layer=False
         ).eval()
+        self.bert.to(device)
 
     @torch.no_grad()
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
-        ids, _ = data.token_ids(self.tokenizer, texts)
-        ids_2, mask = data.token_ids(self.tokenizer_2, texts)
+        ids, _ = data.token_ids(self.tokenizer, texts, self.device)
+        ids_2, mask = data.token_ids(self.tokenizer_2, texts, self.device)
         states = self.bert(ids_2, attention_mask=mask, output_hidden_states=True).hidden_states
         return (
             self.clip(ids).last_hidden_state,
@@ -98,17 +105,66 @@ def latents(checkpoint: Path, runs: Path) -> Tensor:
 class Batches:
     """Latents of the training scenes, each time with a new caption: a pure function of a step."""
 
-    def __init__(self, checkpoint: Path, runs: Path, batch: int):
+    position = None
+
+    def __init__(self, checkpoint: Path, runs: Path, batch: int, device: torch.device = data.CPU):
         self.batch = batch
-        self._latents = latents(checkpoint, runs)
+        self._latents = latents(checkpoint, runs).to(device)
         seeds = range(SCENES // 100)
         self._truth = [s for seed in seeds for s in data.scenes(50_000_000 + seed, 100)[0]]
+
+    def resume(self, position: dict | None) -> None:
+        data.check_no_position(position)
 
     def at(self, step: int) -> tuple[Tensor, list[str], np.random.Generator]:
         """Clean latents (B, C, h, w), their captions, and a generator for what else is drawn."""
         rng = np.random.default_rng(60_000_000 + step)
         chosen = rng.integers(SCENES, size=self.batch)
         return self._latents[chosen], [describe(self._truth[i], rng) for i in chosen], rng
+
+    def report(self) -> str:
+        return ""
+
+    def close(self) -> None:
+        """Nothing was started."""
+
+
+class EncodedBatches:
+    """Latents of batches of pictures, encoded as they come, and their captions."""
+
+    def __init__(self, checkpoint: Path, batches: data.Batches, device: torch.device):
+        self._batches = batches
+        self._vae = VQModel.from_pretrained(checkpoint / "vae").eval().to(device)
+
+    @property
+    def position(self) -> dict | None:
+        return self._batches.position
+
+    def resume(self, position: dict | None) -> None:
+        self._batches.resume(position)
+
+    @torch.no_grad()
+    def at(self, step: int) -> tuple[Tensor, list[str], np.random.Generator]:
+        """As `Batches.at`."""
+        drawn = self._batches.at(step)
+        with torch.autocast(drawn.pictures.device.type, enabled=False):
+            clean = self._vae.encode(drawn.pictures).latents * self._vae.config.scaling_factor
+        return clean, drawn.captions, np.random.default_rng(60_000_000 + step)
+
+    def report(self) -> str:
+        return self._batches.report()
+
+    def close(self) -> None:
+        self._batches.close()
+
+
+def latent_batches(
+    checkpoint: Path, runs: Path, batch: int, device: torch.device, source: data.Source
+) -> Batches | EncodedBatches:
+    """Clean latents and captions of a source: of scenes encoded once, of others as they come."""
+    if isinstance(source, data.SceneWorld):
+        return Batches(checkpoint, runs, batch, device)
+    return EncodedBatches(checkpoint, source.batches(60_000_000, batch, device), device)
 
 
 def noised(x0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
@@ -117,48 +173,65 @@ def noised(x0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
     return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
 
 
-def train(checkpoint: Path, runs: Path, steps: int, batch: int, bf16: bool) -> None:
-    batches = Batches(checkpoint, runs, batch)
-    encoders = Encoders(checkpoint)
-    alphas_cumprod = scheduler().alphas_cumprod
+def train(
+    checkpoint: Path,
+    runs: Path,
+    steps: int,
+    batch: int,
+    bf16: bool = False,
+    device: torch.device = data.CPU,
+    source: data.Source = data.SCENES,
+    save_every: int = 100,
+) -> None:
+    batches = latent_batches(checkpoint, runs, batch, device, source)
+    encoders = Encoders(checkpoint, device)
+    alphas_cumprod = scheduler().alphas_cumprod.to(device)
     torch.manual_seed(0)
-    painter = Painter()
+    painter = Painter(source.side).to(device)
+    sampler = Sampler(checkpoint, encoders, source, device)
 
     def loss_at(step: int) -> dict[str, Tensor]:
         x0, texts, rng = batches.at(step)
         texts = ["" if rng.random() < CAPTION_DROP else text for text in texts]
         draw = torch.Generator().manual_seed(step)
-        noise = torch.randn(x0.shape, generator=draw)
-        t = torch.randint(1000, (batch,), generator=draw)
+        noise = torch.randn(x0.shape, generator=draw).to(device)
+        t = torch.randint(1000, (batch,), generator=draw).to(device)
         x_t = noised(x0, noise, alphas_cumprod[t])
         v = noised(noise, -x0, alphas_cumprod[t])
         hidden = painter.fusion(*encoders(texts))
         v_pred = painter.unet(x_t, t, encoder_hidden_states=hidden).sample
         return {"loss": F.mse_loss(v_pred.float(), v)}
 
-    trainer = Trainer(painter, runs / "diffusion", steps, 8e-4, 0.999, bf16=bf16)
-    trained = trainer.run(loss_at)
+    trainer = Trainer(
+        painter, runs / "diffusion", steps, 8e-4, 0.999, save_every=save_every, bf16=bf16
+    )
+    trained = trainer.run(
+        loss_at,
+        batches,
+        lambda averaged: sampler.sheet(averaged.unet, averaged.fusion, scheduler(), DEFAULTS),
+    )
     trained.fusion.save_pretrained(checkpoint / "fusion")
     trained.unet.save_pretrained(checkpoint / "unet")
-    write_index(checkpoint, scheduler(), DEFAULTS)
+    write_index(checkpoint, scheduler(), DEFAULTS, source)
 
 
 @torch.no_grad()
-def latent_to_rgb(checkpoint: Path) -> list[list[float]]:
+def latent_to_rgb(checkpoint: Path, source: data.Source = data.SCENES) -> list[list[float]]:
     """The map of previews, fitted on true pictures."""
     vae = VQModel.from_pretrained(checkpoint / "vae").eval()
-    batch, _ = data.scenes(59_999_999, 512)
-    pictures = data.pictures(batch)
+    pictures = source.sample(59_999_999, 512).pictures
     return fit_preview(vae.encode(pictures).latents * vae.config.scaling_factor, pictures)
 
 
-def write_index(checkpoint: Path, noise_schedule: SchedulerMixin, defaults: dict) -> None:
+def write_index(
+    checkpoint: Path, noise_schedule: SchedulerMixin, defaults: dict, source: data.Source
+) -> None:
     """Writes `scheduler/` and `model_index.json`, which names the class of every part."""
     noise_schedule.save_pretrained(checkpoint / "scheduler")
     index = {
         "_class_name": "TwinbrushPipeline",
         "defaults": defaults,
-        "latent_to_rgb": latent_to_rgb(checkpoint),
+        "latent_to_rgb": latent_to_rgb(checkpoint, source),
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer_2": ["transformers", "BertTokenizer"],
@@ -173,4 +246,4 @@ def write_index(checkpoint: Path, noise_schedule: SchedulerMixin, defaults: dict
 
 
 if __name__ == "__main__":
-    stage_cli(train, steps=7000, batch=64)
+    stage_cli(train, STEPS, BATCH)

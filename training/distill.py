@@ -18,11 +18,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from export.fusion_head import FusionHead
+from training import data
 from training.cli import stage_cli
-from training.diffusion import Batches, Encoders, noised, scheduler, write_index
+from training.diffusion import Encoders, latent_batches, noised, scheduler, write_index
 from training.loop import Trainer
+from training.sampling import Sampler
 from twinbrush.samplers import guidance_embedding
 
+STEPS, BATCH = 2500, 64
 SOLVER_STEPS = 50  # of the DDIM solver whose steps the student joins up
 GUIDANCE = (1.0, 6.0)  # scales that the student learns
 EMBEDDING = 256  # width of the guidance embedding
@@ -53,13 +56,27 @@ def new_student(teacher: UNet2DConditionModel) -> UNet2DConditionModel:
     return student
 
 
-def train(checkpoint: Path, runs: Path, steps: int, batch: int, bf16: bool) -> None:
-    batches = Batches(checkpoint, runs, batch)
-    encoders = Encoders(checkpoint)
-    fusion = FusionHead.from_pretrained(checkpoint / "fusion").eval()
+def train(
+    checkpoint: Path,
+    runs: Path,
+    steps: int,
+    batch: int,
+    bf16: bool = False,
+    device: torch.device = data.CPU,
+    source: data.Source = data.SCENES,
+    save_every: int = 100,
+) -> None:
+    batches = latent_batches(checkpoint, runs, batch, device, source)
+    encoders = Encoders(checkpoint, device)
+    fusion = FusionHead.from_pretrained(checkpoint / "fusion").eval().to(device)
     teacher = UNet2DConditionModel.from_pretrained(teacher_folder(checkpoint, runs)).eval()
-    trainer = Trainer(new_student(teacher), runs / "distill", steps, 3e-4, 0.98, bf16=bf16)
-    alphas_cumprod = lcm_scheduler().alphas_cumprod
+    teacher.to(device)
+    student = new_student(teacher).to(device)
+    trainer = Trainer(
+        student, runs / "distill", steps, 3e-4, 0.98, save_every=save_every, bf16=bf16
+    )
+    alphas_cumprod = lcm_scheduler().alphas_cumprod.to(device)
+    sampler = Sampler(checkpoint, encoders, source, device)
     stride = len(alphas_cumprod) // SOLVER_STEPS
     with torch.no_grad():
         empty = fusion(*encoders([""]))
@@ -67,11 +84,12 @@ def train(checkpoint: Path, runs: Path, steps: int, batch: int, bf16: bool) -> N
     def loss_at(step: int) -> dict[str, Tensor]:
         x0, texts, rng = batches.at(step)
         draw = torch.Generator().manual_seed(step)
-        noise = torch.randn(x0.shape, generator=draw)
-        t = torch.randint(1, SOLVER_STEPS + 1, (batch,), generator=draw) * stride - 1
+        noise = torch.randn(x0.shape, generator=draw).to(device)
+        t = torch.randint(1, SOLVER_STEPS + 1, (batch,), generator=draw).to(device) * stride - 1
         scales = rng.uniform(*GUIDANCE, size=batch)
-        embedding = torch.from_numpy(np.stack([guidance_embedding(w, EMBEDDING) for w in scales]))
-        w = torch.from_numpy(scales).float()[:, None, None, None]
+        embedding = np.stack([guidance_embedding(w, EMBEDDING) for w in scales])
+        embedding = torch.from_numpy(embedding).to(device)
+        w = torch.from_numpy(scales).float().to(device)[:, None, None, None]
         x_t = noised(x0, noise, alphas_cumprod[t])
         with torch.no_grad():
             hidden = fusion(*encoders(texts))
@@ -88,9 +106,13 @@ def train(checkpoint: Path, runs: Path, steps: int, batch: int, bf16: bool) -> N
         said = consistency(trainer.module, x_t, t, hidden, embedding, alphas_cumprod)
         return {"loss": F.huber_loss(said, target, delta=0.1)}
 
-    trained = trainer.run(loss_at)
+    trained = trainer.run(
+        loss_at,
+        batches,
+        lambda averaged: sampler.sheet(averaged, fusion, lcm_scheduler(), DEFAULTS),
+    )
     trained.save_pretrained(checkpoint / "unet")
-    write_index(checkpoint, lcm_scheduler(), DEFAULTS)
+    write_index(checkpoint, lcm_scheduler(), DEFAULTS, source)
 
 
 def ddim_step(
@@ -98,7 +120,9 @@ def ddim_step(
 ) -> tuple[Tensor, Tensor]:
     """One solver step towards the picture: the latents, and their timesteps, -1 at its end."""
     before = t - stride
-    alpha_bar = torch.where(before < 0, torch.ones(()), alphas_cumprod[before.clamp(min=0)])
+    alpha_bar = torch.where(
+        before < 0, torch.ones((), device=t.device), alphas_cumprod[before.clamp(min=0)]
+    )
     x0 = noised(x_t, -v, alphas_cumprod[t])
     epsilon = noised(v, x_t, alphas_cumprod[t])
     return noised(x0, epsilon, alpha_bar), before
@@ -122,4 +146,4 @@ def consistency(
 
 
 if __name__ == "__main__":
-    stage_cli(train, steps=2500, batch=64)
+    stage_cli(train, STEPS, BATCH)

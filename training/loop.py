@@ -1,32 +1,45 @@
 """The training loop that every stage shares: resume, save, learning rate, EMA, loss curve.
 
-A stage gives its modules and a function from a step number to a loss. Because batches are
-drawn from a generator seeded by the step number, a run that was killed goes on from its last
-save exactly as if it had not been. Saves are safetensors and replace each other atomically.
+A stage gives its modules and a function from a step number to a loss. What is drawn at a step
+depends on its number alone, or on a position in the data that is kept in the save, so a run
+that was killed goes on from its last save exactly as if it had not been. Saves are safetensors
+and replace each other atomically.
 """
 
 from __future__ import annotations
 
 import csv
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import get_cosine_schedule_with_warmup
 
-_PLAIN = (
-    SDPBackend.MATH
-)  # short sequences: the fused kernel's backward is slower, above all in bf16
+from training.data import Batches
+from training.sheets import draw_losses, replace_picture
+
+# Short sequences: on a CPU the fused kernel's backward is slower, above all in bf16.
+_ATTENTION = {
+    "cpu": [SDPBackend.MATH],
+    "cuda": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
+}
+_LOG_EVERY = 10  # steps; reading a loss waits for the device
 
 
 class Trainer:
-    """Trains `module` for `steps` steps, saving into `folder/` every `save_every`.
+    """Trains `module`, on the device where it is, for `steps` steps, into files of `folder`.
+
+    Every `save_every` steps it writes `state.safetensors`, `losses.png` and, where the stage
+    has something to show, `samples.png`; `losses.csv` grows between them.
 
     Raises:
         ValueError: the folder holds a save of a module with other tensors.
@@ -44,6 +57,7 @@ class Trainer:
     ):
         self.module, self.folder, self.steps, self.save_every = module, folder, steps, save_every
         self.bf16 = bf16
+        self.device = next(module.parameters()).device
         trainable = [p for p in module.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trainable, learning_rate, weight_decay=0.01)
         self.schedule = get_cosine_schedule_with_warmup(
@@ -51,6 +65,7 @@ class Trainer:
         )
         self.ema = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
         self.step = 0
+        self._position: dict | None = None  # of the data, in the save that was loaded
         folder.mkdir(parents=True, exist_ok=True)
         if self._state.exists():
             self._load()
@@ -59,28 +74,56 @@ class Trainer:
     def _state(self) -> Path:
         return self.folder / "state.safetensors"
 
-    def run(self, loss_at: Callable[[int], dict[str, Tensor]]) -> nn.Module:
-        """Trains to the end; `loss_at(step)["loss"]` is minimised. Returns the EMA module."""
+    def run(
+        self,
+        loss_at: Callable[[int], dict[str, Tensor]],
+        batches: Batches | None = None,
+        samples: Callable[[nn.Module], Image.Image] | None = None,
+    ) -> nn.Module:
+        """Trains to the end; `loss_at(step)["loss"]` is minimised.
+
+        Args:
+            loss_at: the losses of a step, and what else is worth a curve.
+            batches: where `loss_at` takes its data from; their position is saved and restored.
+            samples: draws `samples.png` with the EMA module.
+
+        Returns:
+            The EMA module.
+        """
+        if batches and self.step:
+            batches.resume(self._position)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[loss]}")) as bar:
             task = bar.add_task(self.folder.name, total=self.steps, completed=self.step, loss="")
             while self.step < self.steps:
-                with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16), sdpa_kernel(_PLAIN):
-                    losses = loss_at(self.step)
-                self.optimizer.zero_grad(set_to_none=True)
-                losses["loss"].backward()
-                nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], 1.0)
-                self.optimizer.step()
-                self.schedule.step()
-                self.ema.update_parameters(self.module)
-                self.step += 1
-                shown = {k: round(v.item(), 5) for k, v in losses.items()}
-                bar.update(task, completed=self.step, loss=f"loss {shown['loss']:.4f}")
-                if self.step % 10 == 0:
+                losses = self._update(loss_at)
+                bar.update(task, completed=self.step)
+                if self.step % _LOG_EVERY == 0 or self.step == self.steps:
+                    shown = {k: round(v.item(), 5) for k, v in losses.items()}
+                    bar.update(task, loss=f"loss {shown['loss']:.4f}")
                     self._log(shown)
                 if self.step % self.save_every == 0 or self.step == self.steps:
-                    self._save()
+                    self._save(batches.position if batches else None)
+                    self._draw(samples)
+        if batches:
+            batches.close()
+            if report := batches.report():
+                print(f"{self.folder.name}: {report}")
         return self.ema.module
+
+    def _update(self, loss_at: Callable[[int], dict[str, Tensor]]) -> dict[str, Tensor]:
+        torch.manual_seed(self.step)  # dropout, which a resumed run must draw again
+        kind = self.device.type
+        with torch.autocast(kind, torch.bfloat16, self.bf16), sdpa_kernel(_ATTENTION[kind]):
+            losses = loss_at(self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses["loss"].backward()
+        nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], 1.0)
+        self.optimizer.step()
+        self.schedule.step()
+        self.ema.update_parameters(self.module)
+        self.step += 1
+        return losses
 
     def _log(self, losses: dict[str, float]) -> None:
         path = self.folder / "losses.csv"
@@ -91,18 +134,26 @@ class Trainer:
                 writer.writerow(["step", *losses])
             writer.writerow([self.step, *losses.values()])
 
-    def _save(self) -> None:
+    @torch.no_grad()
+    def _draw(self, samples: Callable[[nn.Module], Image.Image] | None) -> None:
+        draw_losses(self.folder / "losses.csv", self.folder / "losses.png")
+        if samples:
+            training = self.ema.training
+            replace_picture(samples(self.ema.module.eval()), self.folder / "samples.png")
+            self.ema.train(training)
+
+    def _save(self, position: dict | None) -> None:
         tensors = {f"module.{k}": v for k, v in self.module.state_dict().items()}
         tensors |= {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
         for i, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in state.items()}
         part = self._state.with_suffix(".part")
         tensors = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
-        save_file(tensors, part, metadata={"step": str(self.step)})
+        save_file(tensors, part, {"step": str(self.step), "position": json.dumps(position)})
         os.replace(part, self._state)
 
     def _load(self) -> None:
-        tensors = load_file(self._state)
+        tensors = load_file(self._state, device=str(self.device))
         self.module.load_state_dict(_under("module.", tensors))
         self.ema.load_state_dict(_under("ema.", tensors))
         state: dict[int, dict[str, Tensor]] = {}
@@ -115,6 +166,17 @@ class Trainer:
         self.schedule.last_epoch = self.step
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self.schedule.lr_lambdas[0](self.step)
+        with safe_open(self._state, "pt") as file:
+            self._position = json.loads(file.metadata().get("position", "null"))
+        self._forget_after(self.step)
+
+    def _forget_after(self, step: int) -> None:
+        """Drops the rows of the loss curve that were written after the save."""
+        path = self.folder / "losses.csv"
+        if path.exists():
+            heading, *rows = path.read_text().splitlines(keepends=True)
+            kept = (row for row in rows if int(row.split(",", 1)[0]) <= step)
+            path.write_text(heading + "".join(kept))
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,14 +13,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import VQModel
+from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection
 
 from training import data
 from training.cli import stage_cli
 from training.loop import Trainer
+from training.sheets import grid
 from training.vqgan_losses import (
     OPPONENT,
     Discriminator,
@@ -33,6 +36,7 @@ from training.vqgan_losses import (
     rgb,
 )
 
+STEPS, BATCH = 4400, 32
 NOISE = 0.3  # standard deviation; finer steps than this a UNet need not paint
 REVIVE_EVERY = 100  # steps
 WATCHING = 0.2  # share of the steps that the discriminator learns before it is listened to
@@ -49,13 +53,13 @@ class Weights:
 class Autoencoder(nn.Module):
     """The model and the scale of its latents; it sees and gives opponent colours."""
 
-    def __init__(self) -> None:
+    def __init__(self, side: int = 64) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.model = VQModel(
             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
             block_out_channels=(16, 32, 64, 96), layers_per_block=1, norm_num_groups=8,
-            latent_channels=8, vq_embed_dim=8, num_vq_embeddings=1024, sample_size=64,
+            latent_channels=8, vq_embed_dim=8, num_vq_embeddings=1024, sample_size=side,
             scaling_factor=1.0,
         )  # fmt: skip
         self.scale = nn.BatchNorm2d(self.model.config["latent_channels"], affine=False)
@@ -76,20 +80,36 @@ class Quantised(nn.Module):
         self.requires_grad_(True)
 
 
-def autoencoder(folder: Path, steps: int, batch: int, bf16: bool) -> VQModel:
+def autoencoder(
+    folder: Path,
+    steps: int,
+    batch: int,
+    bf16: bool,
+    device: torch.device,
+    source: data.Source,
+    save_every: int,
+) -> VQModel:
     """A model whose latents have unit variance and stand noise; its codebook says nothing yet."""
-    stage = Autoencoder()
+    stage = Autoencoder(source.side).to(device)
     model = stage.model
+    batches = source.batches(30_000_000, batch, device)
+    shown = source.sample(39_999_998, 8).pictures.to(device)
 
     def loss_at(step: int) -> dict[str, Tensor]:
-        scenes, _ = data.scenes(30_000_000 + step, batch)
-        x = data.pictures(scenes)
+        x = batches.at(step).pictures
         z = stage.scale(model.encode(opponent(x)).latents.float())
-        z = z + NOISE * torch.randn(z.shape, generator=torch.Generator().manual_seed(step))
+        noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(step))
+        z = z + NOISE * noise.to(device)
         y = rgb(model.decoder(model.post_quant_conv(z)).float())
         return {"loss": reconstruction(y, x), "psnr": psnr(y, x)}
 
-    trained = Trainer(stage, folder, steps, 1.5e-3, 0.998, bf16=bf16).run(loss_at)
+    def samples(averaged: Autoencoder) -> Image.Image:
+        z = averaged.scale(averaged.model.encode(opponent(shown)).latents)
+        painted = rgb(averaged.model.decoder(averaged.model.post_quant_conv(z)))
+        return grid(torch.cat([shown, painted]), columns=len(shown))
+
+    trainer = Trainer(stage, folder, steps, 1.5e-3, 0.998, save_every=save_every, bf16=bf16)
+    trained = trainer.run(loss_at, batches, samples)
     fold_scale(trained)
     fold_colours(trained.model)
     return trained.model
@@ -103,29 +123,33 @@ def refine(
     steps: int,
     batch: int,
     bf16: bool,
+    device: torch.device,
+    source: data.Source,
+    save_every: int,
 ) -> VQModel:
     """Trains codebook and decoder of `vae`, whose encoder stays; gives `vae` back."""
-    vae.requires_grad_(False).eval()
+    vae.requires_grad_(False).eval().to(device)
     vae.quantize.legacy = False
-    stage = Quantised(vae)
-    perception = Perception(tower)
+    stage = Quantised(vae).to(device)
+    perception = Perception(tower.to(device))
     last = vae.decoder.conv_out.weight
+    batches = source.batches(40_000_000, batch, device)
+    shown = source.sample(39_999_998, 8).pictures.to(device)
 
     def loss_at(step: int) -> dict[str, Tensor]:
-        scenes, rng = data.scenes(40_000_000 + step, batch)
-        x = data.pictures(scenes)
+        x = batches.at(step).pictures
         if step % REVIVE_EVERY == 0 and step < 0.9 * steps:
-            revive(vae, stage.use, seed=step)
+            revive(vae, stage.use, step, source)
         with torch.no_grad():
             z = vae.encode(x).latents.float()
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(device.type, enabled=False):
             z, codebook, (_, _, codes) = stage.quantize(z)
-        stage.use.index_add_(0, codes.flatten(), torch.ones(codes.numel()))
+        stage.use.index_add_(0, codes.flatten(), torch.ones_like(codes.flatten(), dtype=z.dtype))
         y = stage.decoder(z.detach()).float()
         loss = reconstruction(y, x)
         if weights.perceptual:
-            down, right = rng.integers(8, size=2).tolist()
-            loss = loss + weights.perceptual * perception(y, x, (down, right))
+            shift = tuple(np.random.default_rng(40_000_000 + step).integers(8, size=2).tolist())
+            loss = loss + weights.perceptual * perception(y, x, shift)
         parts = {"psnr": psnr(y, x), "codes_used": (stage.use > 0).float().mean()}
         if weights.adversarial:
             fooling, parts["judging"] = hinge(stage.discriminator, y, x)
@@ -135,32 +159,37 @@ def refine(
             loss = loss + parts["judging"]
         return {"loss": loss + codebook, **parts}
 
-    trained = Trainer(stage, folder, steps, 1e-3, 0.998, bf16=bf16).run(loss_at)
+    def samples(averaged: Quantised) -> Image.Image:
+        z = averaged.quantize(vae.encode(shown).latents)[0]
+        return grid(torch.cat([shown, averaged.decoder(z)]), columns=len(shown))
+
+    trainer = Trainer(stage, folder, steps, 1e-3, 0.998, save_every=save_every, bf16=bf16)
+    trained = trainer.run(loss_at, batches, samples)
     vae.quantize = trained.quantize
     vae.post_quant_conv, vae.decoder = trained.decoder
     return vae
 
 
 @torch.no_grad()
-def revive(vae: VQModel, use: Tensor, seed: int) -> None:
+def revive(vae: VQModel, use: Tensor, seed: int, source: data.Source = data.SCENES) -> None:
     """Moves codes that nothing used onto encoder outputs, in eight rounds.
 
     Outputs are drawn in proportion to their squared distance from the codes that live
     (k-means++), so that rare details get codes and flat backgrounds do not take them all.
     """
-    scenes, _ = data.scenes(seed, 128)
-    z = vae.encode(data.pictures(scenes)).latents.float()
-    vectors = z.permute(0, 2, 3, 1).flatten(0, 2)
+    x = source.sample(seed, 128).pictures.to(use.device)
+    vectors = vae.encode(x).latents.float().permute(0, 2, 3, 1).flatten(0, 2)
     codes = vae.quantize.embedding.weight.data
     draw = torch.Generator().manual_seed(seed)
     live = use > 0
     for part in (~live).nonzero().flatten().chunk(8):
         if not len(part):
             break  # all live
-        near = torch.ones(len(vectors))
+        near = torch.ones(len(vectors), device=use.device)
         if live.any():
             near = torch.cdist(vectors, codes[live]).amin(dim=1) ** 2 + 1e-9
-        codes[part] = vectors[torch.multinomial(near, len(part), generator=draw)]
+        chosen = torch.multinomial(near.cpu(), len(part), generator=draw)
+        codes[part] = vectors[chosen.to(use.device)]
         live[part] = True
     use.zero_()
 
@@ -177,19 +206,30 @@ def fold_scale(stage: Autoencoder) -> None:
 def fold_colours(model: VQModel) -> None:
     """Makes a model of opponent colours one of RGB, exactly."""
     first, last = model.encoder.conv_in, model.decoder.conv_out
-    first.weight.copy_(torch.einsum("kohw,oc->kchw", first.weight, OPPONENT))
-    back = torch.linalg.inv(OPPONENT)
+    colours = OPPONENT.to(first.weight.device)
+    first.weight.copy_(torch.einsum("kohw,oc->kchw", first.weight, colours))
+    back = torch.linalg.inv(colours)
     last.weight.copy_(torch.einsum("co,okhw->ckhw", back, last.weight))
     last.bias.copy_(back @ last.bias)
 
 
-def train(checkpoint: Path, runs: Path, steps: int, batch: int, bf16: bool) -> None:
-    vae = autoencoder(runs / "autoencoder", steps // 2, batch, bf16)
+def train(
+    checkpoint: Path,
+    runs: Path,
+    steps: int,
+    batch: int,
+    bf16: bool = False,
+    device: torch.device = data.CPU,
+    source: data.Source = data.SCENES,
+    save_every: int = 100,
+) -> None:
+    how = (batch, bf16, device, source, save_every)
+    vae = autoencoder(runs / "autoencoder", steps // 2, *how)
     vae.save_pretrained(checkpoint / "vae")
     tower = CLIPVisionModelWithProjection.from_pretrained(checkpoint / "image_encoder")
-    refine(vae, tower, Weights(), runs / "vqgan", steps - steps // 2, batch, bf16)
+    refine(vae, tower, Weights(), runs / "vqgan", steps - steps // 2, *how)
     vae.save_pretrained(checkpoint / "vae")
 
 
 if __name__ == "__main__":
-    stage_cli(train, steps=4400, batch=32)
+    stage_cli(train, STEPS, BATCH)

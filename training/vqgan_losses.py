@@ -18,12 +18,13 @@ OPPONENT = OPPONENT / OPPONENT.norm(dim=1, keepdim=True) * torch.tensor([[1.0], 
 
 def opponent(picture: Tensor) -> Tensor:
     """RGB (B, 3, H, W) in opponent colours."""
-    return torch.einsum("oc,bchw->bohw", OPPONENT, picture)
+    return torch.einsum("oc,bchw->bohw", OPPONENT.to(picture.device), picture)
 
 
 def rgb(picture: Tensor) -> Tensor:
     """Opponent colours (B, 3, H, W) in RGB."""
-    return torch.einsum("co,bohw->bchw", torch.linalg.inv(OPPONENT), picture)
+    back = torch.linalg.inv(OPPONENT).to(picture.device)
+    return torch.einsum("co,bohw->bchw", back, picture)
 
 
 def reconstruction(y: Tensor, x: Tensor) -> Tensor:

@@ -1,0 +1,177 @@
+"""The stages as commands: devices, pictures of a run, kills, and all stages in a row."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from test_captioned import MIXED, many, write
+from transformers import CLIPTokenizer
+
+from export.checkpoint import open_checkpoint
+from training import all as every_stage
+from training import data, distill, sheets
+from training.captioned import Captioned
+from training.cli import pick_device
+
+ROOT = Path(__file__).parent.parent
+FEW_SCENES = "from training import all, diffusion; diffusion.SCENES = 100; "
+
+
+def stage_command(stage: str, folder: Path, *flags: str) -> list[str]:
+    return [
+        sys.executable, "-m", f"training.{stage}", "--checkpoint", str(folder / "checkpoint"),
+        "--runs", str(folder / "runs"), "--batch", "4", "--threads", "1", "--device", "cpu", *flags,
+    ]  # fmt: skip
+
+
+def run_stage(stage: str, folder: Path, *flags: str) -> subprocess.CompletedProcess:
+    command = stage_command(stage, folder, *flags)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:0", ""])
+def test_an_unknown_device_is_named(name):
+    with pytest.raises(ValueError, match=f"--device: '{name}' is not one of auto, cpu, cuda"):
+        pick_device(name)
+
+
+def test_cuda_without_a_gpu_is_one_clear_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="--device: 'cuda' needs an NVIDIA GPU"):
+        pick_device("cuda")
+    assert pick_device("auto").type == "cpu"
+
+
+def test_a_command_with_a_bad_device_says_so_and_writes_nothing(tmp_path):
+    ended = run_stage("clip", tmp_path, "--device", "tpu")
+    assert ended.returncode == 1
+    assert ended.stderr == "error: --device: 'tpu' is not one of auto, cpu, cuda\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("stage", "kind"), [("bert", None), ("vqgan", None), ("clip", "tar")])
+def test_a_killed_stage_ends_with_the_weights_of_an_undisturbed_one(tmp_path, stage, kind):
+    flags = ["--steps", "12", "--save-every", "3"]
+    if kind:
+        folder = write(kind, tmp_path / "data", many(30) + MIXED)
+        flags += ["--data", str(folder), "--shuffle", "7"]
+    whole = run_stage(stage, tmp_path / "whole", *flags)
+    assert whole.returncode == 0, whole.stderr
+    killed = tmp_path / "killed"
+    trained = tmp_path / "whole" / "runs" / stage / "tokenizer"
+    if trained.exists():  # the library orders a tokenizer's letters anew in every process
+        shutil.copytree(trained, killed / "runs" / stage / "tokenizer")
+    process = subprocess.Popen(
+        stage_command(stage, killed, *flags), cwd=ROOT, stdout=subprocess.DEVNULL
+    )
+    state = killed / "runs" / stage / "state.safetensors"
+    while not state.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert load_file(state)["ema.n_averaged"] < 12
+    resumed = run_stage(stage, killed, *flags)
+    assert resumed.returncode == 0, resumed.stderr
+    theirs = load_file(tmp_path / "whole" / "runs" / stage / "state.safetensors")
+    ours = load_file(state)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=0, msg=name)
+    if kind:
+        assert resumed.stdout.splitlines()[-1] == whole.stdout.splitlines()[-1]
+        assert "used; left out: " in whole.stdout
+    curves = [folder / "runs" / stage / "losses.csv" for folder in (tmp_path / "whole", killed)]
+    assert curves[0].read_text() == curves[1].read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data", "{}/nowhere"], "error: --data: {}/nowhere does not exist\n"),
+        (["--data", "{}", "--keep", "x<1"],
+         "error: --keep: 'x<1' is not COLUMN>=NUMBER or COLUMN<=NUMBER\n"),
+        (["--data", "{}"], "error: --data: {} is empty\n"),
+    ],
+)  # fmt: skip
+def test_a_command_with_bad_data_says_so_and_writes_nothing(tmp_path, flags, message):
+    ended = run_stage("bert", tmp_path, *(flag.format(tmp_path) for flag in flags))
+    assert (ended.returncode, ended.stderr) == (1, message.format(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_stage_trains_on_captioned_pictures(tmp_path):
+    source = Captioned(write("parquet", tmp_path / "data", many(10) + MIXED))
+    checkpoint, runs = tmp_path / "checkpoint", tmp_path / "runs"
+    every_stage.train(checkpoint, runs, 2, 4, source=source)
+    opened = open_checkpoint(checkpoint)
+    assert opened.index["defaults"] == distill.DEFAULTS
+    tokenizer = CLIPTokenizer.from_pretrained(checkpoint / "tokenizer")
+    assert len(tokenizer("picture number")["input_ids"]) == 4  # two words of these captions
+    with safe_open(runs / "distill" / "state.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["position"])["counts"]["used"] == 8
+
+
+def test_all_stages_run_in_order_and_tell_their_times(tmp_path):
+    runs = tmp_path / "runs"
+    code = FEW_SCENES + (
+        f"from pathlib import Path; all.train(Path({str(tmp_path / 'checkpoint')!r}),"
+        f" Path({str(runs)!r}), steps=2, batch=4)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+    times = json.loads((runs / "times.json").read_text())
+    assert list(times) == ["clip", "bert", "vqgan", "diffusion", "distill"]
+    assert all(seconds > 0 for seconds in times.values())
+    for stage in times:
+        assert Image.open(runs / stage / "losses.png").size[0] > 500
+    columns = sheets.MARGIN + 4 * (sheets.TILE + sheets.MARGIN)
+    for stage in ("diffusion", "distill"):
+        assert Image.open(runs / stage / "samples.png").size[0] == columns
+    originals = np.asarray(Image.open(runs / "vqgan" / "samples.png"))
+    shown = data.SCENES.sample(39_999_998, 8).pictures
+    assert (originals[: sheets.TILE] == np.asarray(sheets.grid(shown, 8))[: sheets.TILE]).all()
+    assert Image.open(runs / "clip" / "samples.png").size[0] > 500
+
+
+def test_time_is_added_up_over_sessions_and_written_while_it_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(every_stage, "WRITE_EVERY", 0.02)
+    path = tmp_path / "times.json"
+    path.write_text('{"clip": 100.0, "bert": 7.0}')
+    with every_stage.timed(path, "clip"):
+        time.sleep(0.3)
+        during = json.loads(path.read_text())
+    assert during["bert"] == 7.0
+    assert 100.0 < during["clip"] <= json.loads(path.read_text())["clip"] < 130
+
+
+def test_workers_draw_the_scenes_that_the_steps_name():
+    world = data.SceneWorld(workers=2)
+    ahead, on_demand = (w.batches(7, 3, data.CPU) for w in (world, data.SCENES))
+    for step in (5, 6, 7):
+        theirs, ours = on_demand.at(step), ahead.at(step)
+        assert ours.captions == theirs.captions
+        assert torch.equal(ours.pictures, theirs.pictures)
+
+
+def test_a_loss_curve_keeps_every_column(tmp_path):
+    with (tmp_path / "losses.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["step", "loss", "psnr"], [10, 1.0, 20.0], [20, 0.5, 24.0]])
+    sheets.draw_losses(tmp_path / "losses.csv", tmp_path / "two.png")
+    (tmp_path / "losses.csv").write_text("step,loss\n10,1.0\n")
+    sheets.draw_losses(tmp_path / "losses.csv", tmp_path / "one.png")
+    two, one = (Image.open(tmp_path / name).size for name in ("two.png", "one.png"))
+    assert two[1] == 2 * one[1]

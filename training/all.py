@@ -1,0 +1,79 @@
+"""`python -m training.all`: every stage in order, each going on from its last save.
+
+How long each stage took, in seconds over all sessions, is in `RUNS/times.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from training import bert, clip, data, diffusion, distill, vqgan
+from training.cli import stage_cli
+
+STAGES = (clip, bert, vqgan, diffusion, distill)
+WRITE_EVERY = 5.0  # seconds of work whose time a kill may lose
+
+
+def train(
+    checkpoint: Path,
+    runs: Path,
+    steps: int | None = None,
+    batch: int | None = None,
+    bf16: bool = False,
+    device: torch.device = data.CPU,
+    source: data.Source = data.SCENES,
+    save_every: int = 100,
+) -> None:
+    """Runs every stage; `steps` and `batch` are each stage's own where they are None."""
+    runs.mkdir(parents=True, exist_ok=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn()) as bar:
+        task = bar.add_task("stages", total=len(STAGES))
+        for stage in STAGES:
+            name = stage.__name__.rpartition(".")[-1]
+            bar.update(task, description=f"stages: {name}")
+            with timed(runs / "times.json", name):
+                stage.train(
+                    checkpoint, runs, steps or stage.STEPS, batch or stage.BATCH, bf16, device,
+                    source, save_every,
+                )  # fmt: skip
+            bar.advance(task)
+
+
+@contextmanager
+def timed(path: Path, name: str) -> Iterator[None]:
+    """Adds the time spent inside to `name` in a JSON file, also while it goes on."""
+    times = json.loads(path.read_text()) if path.exists() else {}
+    before, started, ended = times.get(name, 0.0), time.monotonic(), threading.Event()
+
+    def write() -> None:
+        times[name] = round(before + time.monotonic() - started, 1)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(times, indent=2) + "\n")
+        os.replace(part, path)
+
+    def keep_writing() -> None:
+        while not ended.wait(WRITE_EVERY):
+            write()
+
+    writer = threading.Thread(target=keep_writing, daemon=True)
+    writer.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        writer.join()
+        write()
+
+
+if __name__ == "__main__":
+    stage_cli(train, None, None)

@@ -1,0 +1,73 @@
+"""Samples of the UNet in training: a few fixed prompts, always from the same noise.
+
+It samples with diffusers' schedulers; how a checkpoint is served is the engine's business.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from diffusers import SchedulerMixin, UNet2DConditionModel, VQModel
+from PIL import Image
+from torch import Tensor
+
+from export.fusion_head import FusionHead
+from training.data import Source
+from training.sheets import grid
+from twinbrush.samplers import guidance_embedding
+
+COLUMNS, COUNT = 4, 8
+SEED = 58_999_999  # of the prompts
+
+
+class ReadsText(Protocol):
+    """Texts to what the fusion head takes."""
+
+    def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+class Sampler:
+    """Paints the same prompts of a source from the same noise with any UNet."""
+
+    def __init__(self, checkpoint: Path, encoders: ReadsText, source: Source, device: torch.device):
+        self._vae = VQModel.from_pretrained(checkpoint / "vae").eval().to(device)
+        self._captions = source.sample(SEED, COUNT).captions
+        self._conditions = encoders(self._captions)
+        self._empty = encoders([""])
+        self._device = device
+
+    @torch.no_grad()
+    def sheet(
+        self,
+        unet: UNet2DConditionModel,
+        fusion: FusionHead,
+        schedule: SchedulerMixin,
+        defaults: dict[str, float],
+    ) -> Image.Image:
+        """A grid of the prompts, sampled with `defaults`' `steps` and `guidance_scale`.
+
+        A UNet with `time_cond_proj_dim` is told the scale; another is led in two rows.
+        """
+        hidden = fusion(*self._conditions)
+        empty = fusion(*self._empty).expand_as(hidden)
+        scale, width = defaults["guidance_scale"], unet.config.time_cond_proj_dim
+        draw = torch.Generator().manual_seed(0)
+        shape = (len(hidden), unet.config.in_channels, *(unet.config.sample_size,) * 2)
+        x_t = torch.randn(shape, generator=draw)
+        schedule.set_timesteps(int(defaults["steps"]))
+        for t in schedule.timesteps:
+            x = x_t.to(self._device)
+            if width:
+                told = torch.from_numpy(guidance_embedding(scale, width)).to(self._device)
+                told = told.expand(len(x), -1)
+                out = unet(x, t, encoder_hidden_states=hidden, timestep_cond=told).sample
+            else:
+                led = torch.cat([empty, hidden])
+                out = unet(x.repeat(2, 1, 1, 1), t, encoder_hidden_states=led).sample
+                without, with_prompt = out.chunk(2)
+                out = without + scale * (with_prompt - without)
+            x_t = schedule.step(out.cpu(), t, x_t, generator=draw).prev_sample
+        latents = x_t.to(self._device) / self._vae.config.scaling_factor
+        return grid(self._vae.decode(latents).sample, COLUMNS, self._captions)
