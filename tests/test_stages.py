@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, LCMScheduler, UNet2DConditionModel
@@ -137,11 +139,13 @@ def test_all_stages_make_a_checkpoint_that_export_takes(tmp_path, monkeypatch):
     for stage in (clip, bert, vqgan, diffusion):
         stage.train(checkpoint, runs, steps=2, batch=4, bf16=False)
     assert open_checkpoint(checkpoint).index["defaults"] == diffusion.DEFAULTS
-    teacher = load_file(checkpoint / "unet" / "diffusion_pytorch_model.safetensors")
+    weights = Path("unet", "diffusion_pytorch_model.safetensors")
+    teacher = load_file(checkpoint / weights)
     for steps in (2, 3):  # the second goes on from the first, and from the teacher that it kept
         distill.train(checkpoint, runs, steps=steps, batch=4, bf16=False)
-        kept = load_file(runs / "teacher" / "diffusion_pytorch_model.safetensors")
+        kept = load_file(tmp_path / "checkpoint-teacher" / weights)
         assert all(torch.equal(kept[name], tensor) for name, tensor in teacher.items())
+    assert open_checkpoint(tmp_path / "checkpoint-teacher").index["defaults"] == diffusion.DEFAULTS
     opened = open_checkpoint(checkpoint)
     assert opened.index["defaults"] == distill.DEFAULTS
     unet = UNet2DConditionModel.from_pretrained(checkpoint / "unet")

@@ -2,7 +2,8 @@
 
 Latent diffusion (arXiv:2112.10752) with v-prediction (arXiv:2202.00512, appendix D) and a
 schedule that ends in pure noise (arXiv:2305.08891). A tenth of the captions is dropped for
-classifier-free guidance. Writes `fusion/`, `unet/`, `scheduler/` and `model_index.json`.
+classifier-free guidance. Writes `fusion/`, `unet/` (in FP16, half the size), `scheduler/` and
+`model_index.json`.
 """
 
 from __future__ import annotations
@@ -211,7 +212,7 @@ def train(
         lambda averaged: sampler.sheet(averaged.unet, averaged.fusion, scheduler(), DEFAULTS),
     )
     trained.fusion.save_pretrained(checkpoint / "fusion")
-    trained.unet.save_pretrained(checkpoint / "unet")
+    trained.unet.half().save_pretrained(checkpoint / "unet")
     write_index(checkpoint, scheduler(), DEFAULTS, source)
 
 

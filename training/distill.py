@@ -2,8 +2,8 @@
 
 Latent consistency distillation (arXiv:2310.04378): the student learns to say at every noise
 level what the teacher, led by its guidance, would arrive at; the guidance scale becomes an
-input (`timestep_cond`). The teacher moves to `RUNS/teacher`; writes `unet/`, `scheduler/` and
-`model_index.json`.
+input (`timestep_cond`). The teacher moves into a checkpoint of its own, `CHECKPOINT-teacher`,
+which shares every other part; writes `unet/`, `scheduler/` and `model_index.json`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ STEPS, BATCH = 2500, 64
 SOLVER_STEPS = 50  # of the DDIM solver whose steps the student joins up
 GUIDANCE = (1.0, 6.0)  # scales that the student learns
 EMBEDDING = 256  # width of the guidance embedding
+OWN_PARTS = ("unet", "scheduler")  # of the teacher and of the student
 DEFAULTS = {"steps": 4, "guidance_scale": 3.0}
 
 
@@ -38,13 +39,22 @@ def lcm_scheduler() -> LCMScheduler:
     )
 
 
-def teacher_folder(checkpoint: Path, runs: Path) -> Path:
-    """Where the teacher is, moved out of the checkpoint when it is still there."""
-    folder = runs / "teacher"
+def teacher_of(checkpoint: Path) -> Path:
+    """The checkpoint that is distilled, moved out of `checkpoint` while it is still there.
+
+    What both share is linked, not copied.
+    """
+    folder = checkpoint.with_name(f"{checkpoint.name}-teacher")
     config = UNet2DConditionModel.load_config(checkpoint / "unet")
     if config.get("time_cond_proj_dim") is None:
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(checkpoint / "unet", folder)
+        folder.mkdir()
+        shutil.copy(checkpoint / "model_index.json", folder)
+        for part in filter(Path.is_dir, checkpoint.iterdir()):
+            if part.name in OWN_PARTS:
+                shutil.copytree(part, folder / part.name)
+            else:
+                (folder / part.name).symlink_to(Path("..", checkpoint.name, part.name))
     return folder
 
 
@@ -69,8 +79,8 @@ def train(
     batches = latent_batches(checkpoint, runs, batch, device, source)
     encoders = Encoders(checkpoint, device)
     fusion = FusionHead.from_pretrained(checkpoint / "fusion").eval().to(device)
-    teacher = UNet2DConditionModel.from_pretrained(teacher_folder(checkpoint, runs)).eval()
-    teacher.to(device)
+    teacher = UNet2DConditionModel.from_pretrained(teacher_of(checkpoint) / "unet").eval()
+    teacher.float().to(device)
     student = new_student(teacher).to(device)
     trainer = Trainer(
         student, runs / "distill", steps, 3e-4, 0.98, save_every=save_every, bf16=bf16
@@ -111,7 +121,7 @@ def train(
         batches,
         lambda averaged: sampler.sheet(averaged, fusion, lcm_scheduler(), DEFAULTS),
     )
-    trained.save_pretrained(checkpoint / "unet")
+    trained.half().save_pretrained(checkpoint / "unet")
     write_index(checkpoint, lcm_scheduler(), DEFAULTS, source)
 
 
