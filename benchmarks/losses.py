@@ -1,0 +1,138 @@
+"""`python -m benchmarks.losses`: what perceptual and adversarial terms do to the VQGAN's pictures.
+
+Decoders of one encoder are trained anew, from the same weights, on the same pictures, for the
+same steps: with reconstruction alone, with each term, and with both. Held-out scenes are then
+decoded by all. Writes a sheet of them, side by side, beside the result file.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from diffusers import VQModel
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+from skimage.metrics import structural_similarity
+from torch import Tensor
+from transformers import CLIPVisionModelWithProjection
+
+from benchmarks.machine import write_result
+from benchmarks.quality import read, score, share, tasks
+from export.checkpoint import open_checkpoint
+from training import data
+from training.vqgan import Weights, refine
+
+VARIANTS = {
+    "reconstruction": Weights(0, 0),
+    "perceptual": Weights(adversarial=0),
+    "adversarial": Weights(perceptual=0),
+    "both": Weights(),
+}
+EDGE = 0.25  # difference of neighbouring pixels, of 2, from which they are an edge
+SHOWN, TILE, LABEL = 10, 96, 110
+console = Console()
+
+
+def main(
+    checkpoint: Annotated[Path, typer.Option(help="Whose encoder and vision tower are used.")] = (
+        Path("checkpoints/scenes-64")
+    ),
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each decoder.")] = 1500,
+    batch: Annotated[int, typer.Option(min=1, help="Scenes a step.")] = 32,
+    bf16: Annotated[bool, typer.Option(help="bfloat16 products in training.")] = False,
+    n: Annotated[int, typer.Option(min=1, help="Held-out scenes.")] = 600,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 takes all.")] = 0,
+    out: Annotated[Path, typer.Option(help="Result file; the sheet goes beside it.")] = Path(
+        "benchmarks/results/losses.json"
+    ),
+) -> None:
+    """Measures PSNR, SSIM, edge sharpness, and what the reader reads right."""
+    if threads:
+        torch.set_num_threads(threads)
+    all_tasks = tasks(n)
+    true = data.pictures([task.scene for task in all_tasks])
+    painted: dict[str, Tensor] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, weights in VARIANTS.items():
+            console.print(f"training a decoder: {name}")
+            vae, tower = _untrained(checkpoint)
+            folder = Path(scratch, name)
+            how = (batch, bf16, data.CPU, data.SCENES, steps)
+            painted[name] = _decoded(refine(vae, tower, weights, folder, steps, *how), true)
+    results = {name: _measures(y, true, all_tasks) for name, y in painted.items()}
+    write_result(
+        out, "python -m benchmarks.losses", checkpoint=checkpoint.name, steps=steps, batch=batch,
+        n=n, weights={name: asdict(weights) for name, weights in VARIANTS.items()},
+        results=results,
+    )  # fmt: skip
+    sheet({"true": true, **painted}, out.with_suffix(".png"))
+    print(json.dumps(results))
+
+
+def _untrained(checkpoint: Path) -> tuple[VQModel, CLIPVisionModelWithProjection]:
+    """The checkpoint's encoder with a fresh decoder, always the same, and its vision tower."""
+    opened = open_checkpoint(checkpoint)
+    trained = opened.load("vae", VQModel)
+    torch.manual_seed(0)
+    vae = VQModel.from_config(trained.config)
+    vae.encoder, vae.quant_conv = trained.encoder, trained.quant_conv
+    tower = CLIPVisionModelWithProjection.from_pretrained(checkpoint / "image_encoder")
+    return vae, tower
+
+
+@torch.no_grad()
+def _decoded(vae: VQModel, pictures: Tensor) -> Tensor:
+    parts = [vae.decode(vae.encode(some).latents).sample for some in pictures.split(100)]
+    return torch.cat(parts).clamp(-1, 1)
+
+
+def _measures(y: Tensor, x: Tensor, all_tasks: list) -> dict[str, Any]:
+    """Means over pictures (N, 3, H, W) in [-1, 1]."""
+    psnr = 10 * torch.log10(4 / (y - x).square().mean((1, 2, 3)))
+    ssim = [
+        structural_similarity(a, b, channel_axis=0, data_range=2.0)
+        for a, b in zip(y.numpy(), x.numpy(), strict=True)
+    ]
+    pixels = ((y + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    right = [score(t, read(p)).all_correct for t, p in zip(all_tasks, pixels, strict=True)]
+    return {
+        "psnr": round(float(psnr.mean()), 2),
+        "ssim": round(float(np.mean(ssim)), 4),
+        "edge_sharpness": round(edge_sharpness(y, x), 4),
+        "read_right": share(right),
+    }
+
+
+def edge_sharpness(y: Tensor, x: Tensor) -> float:
+    """How steep `y` is where `x` has edges, over how steep `x` is: 1 is as sharp, 0 is flat."""
+    steep = total = 0.0
+    for dim in (2, 3):
+        true, shown = x.diff(dim=dim), y.diff(dim=dim)
+        edge = true.abs() > EDGE
+        steep += float((shown * true.sign())[edge].sum())
+        total += float(true.abs()[edge].sum())
+    return steep / total
+
+
+def sheet(rows: dict[str, Tensor], file: Path) -> None:
+    """The first pictures of every variant, a row each."""
+    picture = Image.new("RGB", (LABEL + SHOWN * TILE, len(rows) * TILE), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
+    for i, (name, pictures) in enumerate(rows.items()):
+        draw.text((6, i * TILE + TILE // 2 - 8), name, "#222222", font)
+        pixels = ((pictures[:SHOWN] + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        for k, one in enumerate(pixels):
+            tile = Image.fromarray(one).resize((TILE, TILE), Image.Resampling.NEAREST)
+            picture.paste(tile, (LABEL + k * TILE, i * TILE))
+    picture.save(file)
+
+
+if __name__ == "__main__":
+    typer.run(main)
