@@ -16,7 +16,10 @@ from rich.table import Table
 
 from export.checkpoint import CheckpointError, open_checkpoint
 from export.convert import ParityError
+from export.precision import Precision
 from export.repository import MODELS, ModelReport, build
+from export.resources import ResourceError
+from export.tensorrt import TensorRTError, load_tensorrt
 
 console = Console()
 
@@ -39,6 +42,12 @@ def main(
     only: Annotated[
         str, typer.Option(help=f"Models to rebuild, with commas: {', '.join(MODELS)}.")
     ] = ",".join(MODELS),
+    precision: Annotated[
+        str, typer.Option(help=f"That the models compute in: {' or '.join(Precision)}.")
+    ] = Precision.FP32.value,
+    tensorrt: Annotated[
+        bool, typer.Option("--tensorrt", help="Build TensorRT plans too, for this machine.")
+    ] = False,
     report: Annotated[
         Path | None, typer.Option(help="Writes the table into this file, as JSON.")
     ] = None,
@@ -57,13 +66,17 @@ def main(
         _stop(f"--report {report}: {report.parent} is no folder")
     if unknown := set(models) - set(MODELS):
         _stop(f"--only {min(unknown)!r} is no model: {', '.join(MODELS)} are")
+    if precision not in list(Precision):
+        _stop(f"--precision {precision!r} is not allowed: {' or '.join(Precision)}")
     try:
+        trt = load_tensorrt() if tensorrt else None
         with console.status("opening the checkpoint") as status:
             opened = open_checkpoint(checkpoint, bert, revision, bert_revision)
             reports = build(
-                opened, repository, lambda model: status.update(f"exporting {model}"), models
-            )
-    except (CheckpointError, ParityError) as error:
+                opened, repository, lambda model: status.update(f"exporting {model}"), models,
+                Precision(precision), trt,
+            )  # fmt: skip
+    except (CheckpointError, ParityError, ResourceError, TensorRTError) as error:
         _stop(str(error))
     except OSError as error:
         _stop(f"cannot write into {repository}: {error.strerror or error}")
@@ -87,12 +100,12 @@ def _stop(reason: str) -> None:
 
 def _table(name: str, reports: list[ModelReport]) -> Table:
     table = Table(title=f"{name}, against PyTorch", title_justify="left")
-    for heading in ("model", "parameters", "MB", "precision", "error", "seconds"):
+    for heading in ("model", "parameters", "MB", "precision", "nodes", "error", "seconds"):
         table.add_column(heading, justify="left" if heading == "model" else "right")
     for r in reports:
         table.add_row(
             r.model, f"{r.parameters / 1e6:.2f} M", f"{r.bytes / 1e6:.1f}", r.precision,
-            f"{r.error:.1e}", f"{r.seconds:.1f}",
+            f"{r.nodes_traced} → {r.nodes}", f"{r.error:.1e}", f"{r.seconds:.1f}",
         )  # fmt: skip
     return table
 

@@ -15,7 +15,7 @@ from transformers import (
     AutoModelForTextEncoding,
 )
 
-from export.checkpoint import Checkpoint
+from export.checkpoint import Checkpoint, CheckpointError
 from export.part import Part, TensorSpec, integers, padding_mask
 from export.tokenizer import load_tokenizer
 
@@ -31,7 +31,7 @@ class Bert(nn.Module):
         out = self.encoder(
             input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True
         )
-        return torch.stack([out.hidden_states[i] for i in self.layers], dim=1)
+        return torch.stack([out.hidden_states[i] for i in self.layers], dim=1).float()
 
 
 def part(checkpoint: Checkpoint) -> Part:
@@ -58,6 +58,11 @@ def part(checkpoint: Checkpoint) -> Part:
             "input_ids": integers((batch, length), config.vocab_size),
             "attention_mask": padding_mask(batch, length),
         },
+        full_precision=tuple(
+            module
+            for name, module in encoder.named_modules()
+            if name.rpartition(".")[2] in (encoder._keep_in_fp32_modules or ())
+        ),
     )
 
 
@@ -75,5 +80,7 @@ def _load(checkpoint: Checkpoint) -> nn.Module:
 def _layers(checkpoint: Checkpoint, depth: int) -> list[int]:
     """The hidden states that the fusion head was made for, or one at each third."""
     if "fusion" in checkpoint.folders:
-        return checkpoint.config("fusion")["bert_layers"]
+        if not (layers := checkpoint.config("fusion").get("bert_layers")):
+            raise CheckpointError(f"{checkpoint.folders['fusion']} names no bert_layers")
+        return layers
     return sorted({max(1, depth * third // 3) for third in (1, 2, 3)})

@@ -23,6 +23,8 @@ PARTS = {
     "vae": ("VQModel", "AutoencoderKL"),
 }
 OTHERS = ("tokenizer", "tokenizer_2", "scheduler")
+# Files of which a tokenizer has at least one; without, transformers makes an empty one.
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model")
 BERT_PARTS = ("text_encoder_2", "tokenizer_2")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Of a hub repository: no pickles, no second copies of the weights, no single-file checkpoints.
@@ -55,7 +57,7 @@ class Checkpoint:
 
     def config(self, part: str) -> dict[str, Any]:
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
-        return json.loads((self.folders[part] / name).read_text())
+        return _json_object(self.folders[part] / name)
 
     def load(self, part: str, model_class: Any, **options: Any) -> Any:
         """The part's torch module, in evaluation mode and FP32.
@@ -63,13 +65,20 @@ class Checkpoint:
         `options` go to the class.
 
         Raises:
-            CheckpointError: its weights do not fit the class.
+            CheckpointError: its weights do not fit the class, or some are missing.
         """
         folder = self.folders[part]
         try:
-            model = model_class.from_pretrained(folder, use_safetensors=True, **options)
+            model, found = model_class.from_pretrained(
+                folder, use_safetensors=True, output_loading_info=True, **options
+            )
         except Exception as error:
             raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
+        # A pooler makes one vector of a text, which nothing here asks for.
+        missing = sorted(name for name in found["missing_keys"] if "pooler" not in name)
+        if missing:
+            text = f"{folder} lacks {len(missing)} of its tensors, {missing[0]} first"
+            raise CheckpointError(text)
         return model.float().eval()
 
 
@@ -111,6 +120,10 @@ def open_checkpoint(
             raise CheckpointError(f"checkpoint {source} lacks its part {part}/{hint}")
         if part in PARTS:
             _check_part(part, place, classes[part])
+        elif part == "scheduler":
+            _json_object(place / "scheduler_config.json")
+        elif not any(file for name in VOCABULARIES for file in place.glob(name)):
+            raise CheckpointError(f"{place} has no vocabulary: one of {', '.join(VOCABULARIES)}")
     revisions = {name: place.name for name, place in sources.items() if not Path(name).is_dir()}
     return Checkpoint(Path(source).resolve().name, revisions, folders, classes, index)
 
@@ -137,10 +150,19 @@ def _index(folder: Path) -> dict[str, Any]:
     file = folder / "model_index.json"
     if not file.is_file():
         raise CheckpointError(f"checkpoint {folder} has no model_index.json: not diffusers layout")
+    return _json_object(file)
+
+
+def _json_object(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+        content = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is not there") from None
+    except ValueError as error:
         raise CheckpointError(f"{file} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} is not a JSON object")
+    return content
 
 
 def _check_part(part: str, folder: Path, name: str) -> None:
@@ -150,5 +172,6 @@ def _check_part(part: str, folder: Path, name: str) -> None:
         raise CheckpointError(f"{part} is a {name}, which cannot be exported: {either} can")
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json")
+    _json_object(folder / "config.json")
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(f"{folder} has no safetensors; other formats are not read")

@@ -16,7 +16,7 @@ class ClipText(nn.Module):
         self.encoder = encoder
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return self.encoder(input_ids=input_ids).last_hidden_state
+        return self.encoder(input_ids=input_ids).last_hidden_state.float()
 
 
 def part(checkpoint: Checkpoint) -> Part:

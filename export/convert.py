@@ -9,45 +9,52 @@ import onnxruntime as ort
 import torch
 from torch.export import Dim
 
+from export.graph import join_heads
 from export.part import Part
+from export.precision import Precision, in_precision
 
-OPSET = 23  # keeps attention as one node; ONNX Runtime 1.27 and later run it
+OPSET = 23  # keeps attention as one node; ONNX Runtime 1.27 and TensorRT-RTX 1.7 run it
 
 
 class ParityError(RuntimeError):
     """An exported model does not say what its original says."""
 
 
-def to_onnx(part: Part, file: Path) -> None:
-    """Writes the ONNX file, with batch and named axes dynamic.
+def to_onnx(part: Part, file: Path, precision: Precision = Precision.FP32) -> tuple[int, int]:
+    """Writes the ONNX file, strongly typed, with batch and named axes dynamic.
 
     Weights of over 2 GB go into `model.onnx.data` beside it.
+
+    Returns:
+        Nodes of the graph as it was traced, and as it was written.
     """
-    example = part.example(2, 2)
     shapes = {
         name: {
             i: Dim.DYNAMIC for i, axis in enumerate(("batch", *spec.axes)) if isinstance(axis, str)
         }
         for name, spec in part.inputs.items()
     }
-    size = sum(p.numel() * p.element_size() for p in part.module.parameters())
-    torch.onnx.export(
-        part.module,
-        kwargs=example,
-        f=str(file),
+    program = torch.onnx.export(
+        in_precision(part, precision),
+        kwargs=part.example(2, 2),
         input_names=list(part.inputs),
         output_names=[part.output[0]],
         dynamic_shapes=shapes,
         opset_version=OPSET,
         dynamo=True,
-        external_data=size > 1.9e9,
+        optimize=False,
         verbose=False,
     )
+    traced = len(program.model.graph)
+    program.optimize()
+    join_heads(program.model)
+    program.save(file)
+    return traced, len(program.model.graph)
 
 
 @torch.no_grad()
-def parity_error(part: Part, file: Path) -> float:
-    """Largest difference to PyTorch, as a share of the largest output.
+def parity_error(part: Part, file: Path, precision: Precision = Precision.FP32) -> float:
+    """Largest difference to PyTorch in FP32, as a share of the largest output.
 
     Taken over two batches and two sizes.
 
@@ -68,8 +75,7 @@ def parity_error(part: Part, file: Path) -> float:
         if got.shape != expected.shape or not np.isfinite(got).all():
             raise ParityError(f"{part.name}: got {got.shape}, expected finite {expected.shape}")
         worst = max(worst, float(np.abs(got - expected).max() / np.abs(expected).max()))
-    if worst > part.tolerance:
-        raise ParityError(
-            f"{part.name}: error {worst:.2e} against PyTorch is over {part.tolerance:.0e}"
-        )
+    tolerance = precision.tolerance(part)
+    if worst > tolerance:
+        raise ParityError(f"{part.name}: error {worst:.2e} against PyTorch is over {tolerance:.0e}")
     return worst

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
 
 from export.checkpoint import Checkpoint, CheckpointError
 from export.fusion_head import FusionHead
 from export.part import Part, TensorSpec, normal, padding_mask
+
+
+class Fusion(nn.Module):
+    def __init__(self, head: FusionHead):
+        super().__init__()
+        self.head = head
+
+    def forward(self, clip_tokens: Tensor, bert_tokens: Tensor, attention_mask: Tensor) -> Tensor:
+        dtype = self.head.dtype
+        return self.head(clip_tokens.to(dtype), bert_tokens.to(dtype), attention_mask).float()
 
 
 def part(checkpoint: Checkpoint, clip: Part, bert: Part) -> Part:
@@ -29,7 +40,7 @@ def part(checkpoint: Checkpoint, clip: Part, bert: Part) -> Part:
     mask_axes = bert.inputs["attention_mask"].axes
     return Part(
         name="fusion",
-        module=head,
+        module=Fusion(head),
         inputs={
             "clip_tokens": TensorSpec(torch.float32, clip_axes),
             "bert_tokens": TensorSpec(torch.float32, bert_axes),

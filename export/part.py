@@ -28,11 +28,13 @@ class Part:
 
     Attributes:
         name: of the model, the same everywhere.
-        module: takes `inputs` by name and returns the output tensor.
+        module: takes `inputs` by name and returns the output tensor, both FP32 whatever the
+            precision of its weights.
         inputs: in the order of the module's signature.
         output: name and spec of the only output.
         example: (batch, size) -> inputs; `size` sets the axes that vary and means nothing else.
-        tolerance: highest error against PyTorch, as a share of the largest output.
+        tolerance: highest error against PyTorch, as a share of the largest output, in FP32.
+        full_precision: modules inside that also an FP16 model computes in FP32.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Part:
     output: tuple[str, TensorSpec]
     example: Callable[[int, int], dict[str, Tensor]]
     tolerance: float = 1e-4
+    full_precision: tuple[nn.Module, ...] = ()
 
     def __post_init__(self) -> None:
         self.module.eval()

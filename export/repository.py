@@ -1,26 +1,27 @@
-"""Building a model repository beside the one that serves, and putting it in its place.
-
-Nothing of the old repository is touched before everything new is built and compared, so an
-export that fails at any point leaves it as it was.
-"""
+"""Building a model repository: every model of a checkpoint, converted, compared, recorded."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
-import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from export import bert, clip_text, fusion, pipeline, unet, vqgan_decoder
-from export.checkpoint import Checkpoint, CheckpointError
+from export.checkpoint import PARTS, Checkpoint, CheckpointError
 from export.convert import OPSET, parity_error, to_onnx
 from export.part import Part
+from export.precision import Precision
+from export.resources import check_resources
+from export.staging import put_in_place, staging
+from export.tensorrt import engine_limits, stage_plan
 from export.triton_config import with_tensors
+from twinbrush.manifest import NAME as MANIFEST
+from twinbrush.manifest import sha256_of
+from twinbrush.tensorrt import PLAN
 
 ENGINE = Path("text_to_image_stream/1")  # where pipeline.json and the tokenizers live
 MODELS = ("clip_text", "bert", "fusion", "unet", "vqgan_decoder")
@@ -35,8 +36,11 @@ class ModelReport:
         parameters: how many the network has.
         bytes: of the ONNX file and its external data.
         sha256: of each file, by name.
+        precision: that it computes in.
+        nodes_traced, nodes: of the graph as PyTorch traced it, and as it is served.
         error: against PyTorch, as a share of the largest output.
         seconds: that its export took.
+        plan: TensorRT and GPU that its plan was made for, where it has one.
     """
 
     model: str
@@ -45,8 +49,11 @@ class ModelReport:
     sha256: dict[str, str]
     precision: str
     opset: int
+    nodes_traced: int
+    nodes: int
     error: float
     seconds: float
+    plan: dict[str, str] | None = None
 
 
 def load_parts(checkpoint: Checkpoint) -> dict[str, Part]:
@@ -63,27 +70,32 @@ def build(
     repository: Path,
     progress: Callable[[str], None] = lambda model: None,
     only: Sequence[str] = MODELS,
+    precision: Precision = Precision.FP32,
+    trt: Any = None,
 ) -> list[ModelReport]:
     """Exports a checkpoint into a repository that has its folders and `config.pbtxt` files.
 
-    With `only`, the other models stay as an earlier export left them. Gives the reports of
-    the models that were built.
+    With `only`, the other models stay as an earlier export left them. With `trt`, TensorRT's
+    module, every model gets a plan too. Gives the reports of the models that were built.
 
     Raises:
         CheckpointError: the checkpoint cannot be exported, or does not fit the models that stay.
         ParityError: a model does not say what its original says.
+        TensorRTError: a plan cannot be built.
+        ResourceError: the machine has not enough memory or disk.
         OSError: the disk is full, or the repository cannot be written.
     """
+    _check_resources(checkpoint, repository, only, precision)
     parts = load_parts(checkpoint)
     kept = _kept(parts, repository, only)
-    with tempfile.TemporaryDirectory(prefix=".building-", dir=repository.parent) as scratch:
-        stage = Path(scratch)
+    with staging(repository) as stage:
+        (stage / ENGINE).mkdir(parents=True)
+        pipeline.write(checkpoint, parts, stage / ENGINE)
         reports = []
         for name in only:
             progress(name)
-            reports.append(_build_model(parts[name], repository, stage))
-        (stage / ENGINE).mkdir(parents=True)
-        pipeline.write(checkpoint, parts, stage / ENGINE)
+            report = _build_model(parts[name], precision, repository, stage)
+            reports.append(_with_plan(report, trt, repository, stage) if trt else report)
         built = {report.model: asdict(report) for report in reports}
         manifest = {
             "checkpoint": checkpoint.name,
@@ -91,9 +103,18 @@ def build(
             "tools": {tool: importlib.metadata.version(tool) for tool in TOOLS},
             "models": [(kept | built)[name] for name in MODELS],
         }
-        (stage / "MANIFEST.json").write_text(json.dumps(manifest, indent=2) + "\n")
-        _put_in_place(stage, repository)
+        (stage / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        put_in_place(stage, repository)
     return reports
+
+
+def _check_resources(
+    checkpoint: Checkpoint, repository: Path, only: Sequence[str], precision: Precision
+) -> None:
+    folders = dict(zip(MODELS, (checkpoint.folders.get(part) for part in PARTS), strict=True))
+    built = [folder for model in only if (folder := folders[model])]
+    loaded = [folder for folder in folders.values() if folder]
+    check_resources(loaded, built, repository, precision)
 
 
 def _kept(parts: dict[str, Part], repository: Path, only: Sequence[str]) -> dict[str, dict]:
@@ -102,7 +123,7 @@ def _kept(parts: dict[str, Part], repository: Path, only: Sequence[str]) -> dict
     if not stay:
         return {}
     try:
-        lines = json.loads((repository / "MANIFEST.json").read_text())["models"]
+        lines = json.loads((repository / MANIFEST).read_text())["models"]
     except FileNotFoundError:
         text = f"{repository} has no export of {', '.join(stay)} to keep: export everything"
         raise CheckpointError(text) from None
@@ -114,12 +135,12 @@ def _kept(parts: dict[str, Part], repository: Path, only: Sequence[str]) -> dict
     return {line["model"]: line for line in lines if line["model"] in stay}
 
 
-def _build_model(part: Part, repository: Path, stage: Path) -> ModelReport:
+def _build_model(part: Part, precision: Precision, repository: Path, stage: Path) -> ModelReport:
     started = time.monotonic()
     folder = stage / part.name / "1"
     folder.mkdir(parents=True)
-    to_onnx(part, folder / "model.onnx")
-    error = parity_error(part, folder / "model.onnx")
+    nodes_traced, nodes = to_onnx(part, folder / "model.onnx", precision)
+    error = parity_error(part, folder / "model.onnx", precision)
     config = repository / part.name / "config.pbtxt"
     (stage / part.name / "config.pbtxt").write_text(with_tensors(config.read_text(), part))
     files = sorted(folder.iterdir())
@@ -127,25 +148,19 @@ def _build_model(part: Part, repository: Path, stage: Path) -> ModelReport:
         model=part.name,
         parameters=sum(p.numel() for p in part.module.parameters()),
         bytes=sum(file.stat().st_size for file in files),
-        sha256={file.name: _sha256(file) for file in files},
-        precision="fp32",
+        sha256={file.name: sha256_of(file) for file in files},
+        precision=precision.value,
         opset=OPSET,
+        nodes_traced=nodes_traced,
+        nodes=nodes,
         error=error,
         seconds=round(time.monotonic() - started, 2),
     )
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _put_in_place(stage: Path, repository: Path) -> None:
-    """Renames every staged file to its place, the manifest last; renames need no space."""
-    staged = sorted(path.relative_to(stage) for path in stage.rglob("*") if path.is_file())
-    for file in sorted(staged, key=lambda path: path.name == "MANIFEST.json"):
-        (repository / file).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(stage / file, repository / file)
-    for data in repository.glob("*/1/model.onnx.data"):  # of a larger model before
-        if data.relative_to(repository) not in staged:
-            data.unlink()
+def _with_plan(report: ModelReport, trt: Any, repository: Path, stage: Path) -> ModelReport:
+    folder = stage / report.model / "1"
+    limits = engine_limits(repository, stage / ENGINE / "pipeline.json")
+    made_for = stage_plan(trt, folder / "model.onnx", repository, stage, limits)
+    hashes = report.sha256 | {PLAN: sha256_of(folder / PLAN)}
+    return replace(report, sha256=hashes, plan=asdict(made_for))

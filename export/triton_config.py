@@ -6,12 +6,13 @@ accelerators) and is kept; what stands below follows from the checkpoint.
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
-from export.part import Part, TensorSpec
+if TYPE_CHECKING:  # reading a configuration needs no torch
+    from export.part import Part, TensorSpec
 
 MARKER = "# Tensors: written by `python -m export` from the checkpoint.\n"
-DATA_TYPES = {torch.int64: "TYPE_INT64", torch.float32: "TYPE_FP32"}
+DATA_TYPES = {"torch.int64": "TYPE_INT64", "torch.float32": "TYPE_FP32"}
 
 
 def with_tensors(config: str, part: Part) -> str:
@@ -24,6 +25,6 @@ def with_tensors(config: str, part: Part) -> str:
 def _block(kind: str, name: str, spec: TensorSpec) -> str:
     sizes = [str(axis) if isinstance(axis, int) else "-1" for axis in ("batch", *spec.axes)]
     return (
-        f'{kind} {{\n  name: "{name}"\n  data_type: {DATA_TYPES[spec.dtype]}\n'
+        f'{kind} {{\n  name: "{name}"\n  data_type: {DATA_TYPES[str(spec.dtype)]}\n'
         f"  dims: [ {', '.join(sizes)} ]\n}}"
     )

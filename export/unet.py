@@ -22,9 +22,15 @@ class UNet(nn.Module):
         encoder_hidden_states: Tensor,
         timestep_cond: Tensor | None = None,
     ) -> Tensor:
+        dtype = self.unet.dtype
+        if timestep_cond is not None:
+            timestep_cond = timestep_cond.to(dtype)
         return self.unet(
-            sample, timestep, encoder_hidden_states, timestep_cond=timestep_cond
-        ).sample
+            sample.to(dtype),
+            timestep,
+            encoder_hidden_states.to(dtype),
+            timestep_cond=timestep_cond,
+        ).sample.float()
 
 
 def part(checkpoint: Checkpoint, fusion: Part) -> Part:

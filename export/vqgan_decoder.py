@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import diffusers
 import torch
+from diffusers import VQModel
 from torch import Tensor, nn
 
 from export.checkpoint import Checkpoint, CheckpointError
@@ -20,7 +21,11 @@ class Decoder(nn.Module):
         self.vae, self.scaling_factor, self.shift_factor = vae, scaling_factor, shift_factor
 
     def forward(self, latent: Tensor) -> Tensor:
-        return self.vae.decode(latent / self.scaling_factor + self.shift_factor).sample
+        latent = latent / self.scaling_factor + self.shift_factor
+        if not isinstance(self.vae, VQModel):
+            return self.vae.decode(latent.to(self.vae.dtype)).sample.float()
+        code = self.vae.quantize(latent)[0].to(self.vae.post_quant_conv.weight.dtype)
+        return self.vae.decode(code, force_not_quantize=True).sample.float()
 
 
 def part(checkpoint: Checkpoint, latent_channels: int) -> Part:
@@ -41,6 +46,8 @@ def part(checkpoint: Checkpoint, latent_channels: int) -> Part:
         inputs={"latent": TensorSpec(torch.float32, (channels, "height", "width"))},
         output=("image", TensorSpec(torch.float32, (3, "image_height", "image_width"))),
         example=lambda batch, size: {"latent": normal((batch, channels, 4 * size, 4 * size + 4))},
+        # A codebook rounded to FP16 has other nearest codes.
+        full_precision=(vae.quantize,) if isinstance(vae, VQModel) else (),
     )
 
 

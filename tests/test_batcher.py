@@ -105,6 +105,34 @@ def test_a_short_job_overtakes_long_ones():
         assert short in batcher.next_batch()
 
 
+@given(st.integers(1, 40), st.integers(0, 300), st.integers(1, 10))
+def test_a_short_job_is_not_held_back_by_long_ones_whenever_it_comes(crowd, calls_before, steps):
+    """Every other call is its own, once those are done that had fewer steps left than it."""
+    batcher = StepBatcher()
+    for _ in range(crowd):
+        batcher.add(Job("g", 2, 50, capacity=2))
+    for _ in range(calls_before):
+        batcher.next_batch()
+    short = Job("g", 2, steps, capacity=2)
+    batcher.add(short)
+    for _ in range(3 * steps):
+        batcher.next_batch()
+    assert short.step == steps
+
+
+@pytest.mark.parametrize(("steps", "arriving"), [(1, 1), (1, 3), (3, 1)])
+def test_a_long_job_waits_only_for_those_that_came_while_it_could_have_run(steps, arriving):
+    """Every other call goes by deadline, whatever comes when the long one is late."""
+    batcher = StepBatcher()
+    long = Job("g", 1, 50, capacity=1)
+    batcher.add(long)
+    for _ in range(2 * (50 + 50 * arriving * steps)):
+        for _ in range(arriving):
+            batcher.add(Job("g", 1, steps, capacity=1))
+        batcher.next_batch()
+    assert long.step == 50
+
+
 def test_a_long_job_is_not_starved_by_an_endless_stream_of_short_ones():
     batcher = StepBatcher()
     long = Job("g", 1, 50, capacity=4)

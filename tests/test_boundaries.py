@@ -7,13 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from twinbrush.onnx_runtime import read_config
+from twinbrush.request import FIELDS
+from twinbrush_client.wire import DATA_TYPES
+
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "diffusers", "transformers", "onnxruntime", "tritonclient", "pytriton",
          "triton_python_backend_utils")  # fmt: skip
 ENGINE = (
     "batcher", "cancel_watch", "conditioning", "config", "denoise", "engine", "generation",
-    "images", "manifest", "prompt", "relay", "request", "samplers", "server", "triton_install",
-    "triton_process",
+    "images", "manifest", "prompt", "relay", "request", "samplers", "server", "tensorrt",
+    "triton_install", "triton_process",
 )  # fmt: skip
 
 
@@ -49,6 +53,18 @@ def test_triton_io_knows_nothing_of_diffusion():
     text = (ROOT / "twinbrush" / "triton_io.py").read_text().lower()
     for word in ("unet", "latent", "timestep", "sigma", "vqgan", "clip_text", "hidden_states"):
         assert word not in text, word
+
+
+def test_the_front_doors_and_the_client_take_the_fields_of_a_request():
+    def taken(model):
+        config = read_config(ROOT / "model_repository" / model / "config.pbtxt")
+        return {t["name"]: t["data_type"].removeprefix("TYPE_") for t in config["input"]}
+
+    wire = {name: kind.replace("BYTES", "STRING") for name, kind in DATA_TYPES.items()}
+    assert set(wire) == set(FIELDS)
+    assert taken("text_to_image_stream") == wire | {"cancel": "STRING"}
+    del wire["progress"], wire["preview_every"]
+    assert taken("text_to_image") == wire
 
 
 def test_the_engine_knows_nothing_of_triton():

@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +17,18 @@ import pytest
 import torch
 from conftest import ROOT, contents, skeleton
 from diffusers import VQModel
+from safetensors.torch import load_file, save_file
 
 import export.repository as repository_module
 from export.checkpoint import CheckpointError, open_checkpoint
 from export.convert import ParityError, parity_error
 from export.fusion_head import FusionHead
 from export.repository import MODELS, build, load_parts
+from export.staging import staging
 from export.triton_config import MARKER, with_tensors
 from training import data
 from twinbrush import images
+from twinbrush.manifest import verify
 from twinbrush.onnx_runtime import read_config
 
 ONNX_TYPES = {onnx.TensorProto.FLOAT: "TYPE_FP32", onnx.TensorProto.INT64: "TYPE_INT64"}
@@ -165,6 +169,34 @@ def cut_weights(folder):
     weights.write_bytes(weights.read_bytes()[:1000])
 
 
+def a_tensor_less(folder):
+    weights = next((folder / "unet").glob("*.safetensors"))
+    tensors = load_file(weights)
+    del tensors["conv_in.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+
+
+def cut_config(folder):
+    config = folder / "fusion" / "config.json"
+    config.write_text(config.read_text()[:20])
+
+
+def config_without_layers(folder):
+    (folder / "fusion" / "config.json").write_text("{}")
+
+
+def no_vocabulary(folder):
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+
+
+def no_schedule(folder):
+    (folder / "scheduler" / "scheduler_config.json").unlink()
+
+
+def index_of_another_kind(folder):
+    (folder / "model_index.json").write_text("[]")
+
+
 def mismatched_widths(folder):
     FusionHead(width=64, bert_width=32, bert_layers=(1,), heads=2).save_pretrained(
         folder / "fusion"
@@ -181,6 +213,12 @@ def mismatched_widths(folder):
         (only_pickles, "text_encoder has no safetensors"),
         (another_class, "unet is a SD3Transformer2DModel, which cannot be exported"),
         (cut_weights, "vae cannot be loaded"),
+        (a_tensor_less, r"unet lacks 1 of its tensors, conv_in\.weight first"),
+        (cut_config, r"fusion/config\.json is not JSON"),
+        (config_without_layers, "fusion names no bert_layers"),
+        (no_vocabulary, "tokenizer has no vocabulary"),
+        (no_schedule, r"scheduler_config\.json is not there"),
+        (index_of_another_kind, r"model_index\.json is not a JSON object"),
         (mismatched_widths, "fusion has width 64, its encoder has 32"),
     ],
 )
@@ -192,10 +230,15 @@ def test_a_bad_checkpoint_is_named_and_nothing_is_touched(broken, repository, br
     assert contents(repository) == before
 
 
+def _writes_new(part, file, precision):
+    file.write_bytes(b"new")
+    return 2, 1
+
+
 def without_conversion(monkeypatch):
     """Lets a build go through its motions without the minutes of conversion."""
-    monkeypatch.setattr(repository_module, "to_onnx", lambda part, file: file.write_bytes(b"new"))
-    monkeypatch.setattr(repository_module, "parity_error", lambda part, file: 0.0)
+    monkeypatch.setattr(repository_module, "to_onnx", _writes_new)
+    monkeypatch.setattr(repository_module, "parity_error", lambda part, file, precision: 0.0)
 
 
 def test_a_scheduler_that_is_not_served_is_named(broken, repository, monkeypatch):
@@ -213,7 +256,7 @@ def test_a_build_that_fails_half_way_leaves_the_old_repository(
 ):
     without_conversion(monkeypatch)
 
-    def fails(part, file):
+    def fails(part, file, precision):
         if part.name == model:
             raise ParityError(f"{model}: error")
         return 0.0
@@ -258,3 +301,19 @@ def test_the_command_names_a_missing_checkpoint(tmp_path):
     assert done.returncode == 1
     assert "is not there" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_a_killed_export_leaves_the_old_repository_and_the_next_one_cleans_up(tiny, repository):
+    before = contents(repository)
+    command = [sys.executable, "-m", "export", str(tiny), "--repository", str(repository)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=ROOT)
+    while not (left := list(repository.parent.glob(".building-*/clip_text/1/model.onnx"))):
+        assert process.poll() is None, "it ended before it was killed"
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert contents(repository) == before
+    assert left[0].is_file()
+    verify(repository)
+    with staging(repository) as stage:
+        assert list(repository.parent.glob(".building-*")) == [stage]

@@ -5,6 +5,8 @@ import pytest
 from conftest import open_engine
 from transformers import BertTokenizer, CLIPTokenizer
 
+from twinbrush.prompt import PromptTokenizer
+
 PROMPTS = ["a large red circle", "A Café, ünïcode — and 数字 12!", "x", "very " * 40 + "long"]
 
 
@@ -32,3 +34,11 @@ def test_only_what_is_cut_is_told(tokenizer):
     assert clip.startswith("prompt has ")
     assert clip.endswith("CLIP tokens and was cut to 16")
     assert bert.endswith("BERT tokens and was cut to 16")
+
+
+@pytest.mark.parametrize("content", [None, "{"])
+def test_a_tokenizer_that_cannot_be_read_is_named(tmp_path, content):
+    if content is not None:
+        (tmp_path / "clip_tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match=r"clip_tokenizer\.json cannot be read .*export"):
+        PromptTokenizer(tmp_path, config=None)  # type: ignore[arg-type]

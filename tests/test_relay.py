@@ -102,20 +102,35 @@ def test_an_engine_that_closes_says_so(relay):
     assert (error.code, str(error)) == ("UNAVAILABLE", "the server is shutting down")
 
 
-def test_an_engine_that_is_lost_is_told_and_found_again(relay):
+@pytest.mark.parametrize(
+    "last_words",
+    [b"", b'{"tick', b'{"ticket": 0, "index": 0, "seed": 1, "warnings": [], "bytes": 9}\nabc'],
+)
+def test_an_engine_that_is_lost_is_told_and_found_again(relay, last_words):
     address = relay.address + "-lost"
     client, answers = RelayClient(address), queue.SimpleQueue()
     with socket.socket(socket.AF_UNIX) as lost:
         lost.bind(address)
         lost.listen()
         client.submit(client.new_ticket(), fields(), answers.put)
-        lost.accept()[0].close()
+        connection, _ = lost.accept()
+        connection.recv(10_000)  # else closing is a reset, which drops what was sent
+        connection.sendall(last_words)
+        connection.close()
     error = answers.get(timeout=WAIT)
     assert (error.code, str(error)) == ("UNAVAILABLE", "the engine went away")
     relay.address, relay.client = address, client
     server = relay.serve()
     assert relay.ask(steps=1, seed=4)[1].get(timeout=WAIT)[0].seed == 4
     server.close()
+
+
+def test_a_request_that_was_cut_short_harms_nobody(relay, capfd):
+    with socket.socket(socket.AF_UNIX) as cut:
+        cut.connect(relay.address)
+        cut.sendall(b'{"ticket": 0, "fie')
+    assert relay.ask(steps=1, seed=6)[1].get(timeout=WAIT)[0].seed == 6
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_without_an_engine_a_request_is_refused():

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tritonclient.grpc as grpc
+from conftest import free_ports
 from tritonclient.utils import InferenceServerException
 
 from twinbrush.manifest import ManifestError, verify
@@ -72,8 +73,10 @@ def ask(server, **fields):
     return client.infer("text_to_image", inputs, client_timeout=60)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_it_starts_serves_and_stops_without_leftovers(repository, start_server, number):
+@pytest.mark.parametrize(
+    "signals", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGINT, signal.SIGTERM]]
+)
+def test_it_starts_serves_and_stops_without_leftovers(repository, start_server, signals):
     before = leftovers()
     server = start_server(repository)
     server.wait_for("ready in")
@@ -82,7 +85,9 @@ def test_it_starts_serves_and_stops_without_leftovers(repository, start_server, 
     family = processes(server.process.pid)
     assert sum(STUB in command for command in family.values()) == 7
     assert len(ask(server).as_numpy("image")) == 1
-    server.process.send_signal(number)
+    for number in signals:
+        server.process.send_signal(number)
+        time.sleep(0.3)  # the launcher is cleaning up when the next one comes
     assert server.process.wait(20) == 0
     assert "stopped" in server.text()
     assert_gone(server, before, family)
@@ -162,6 +167,16 @@ def test_a_corrupt_onnx_file_is_named_with_its_reason(copy, start_server):
     assert leftovers() <= before
 
 
+def test_a_config_that_cannot_be_read_is_named_with_its_mistake(copy, start_server):
+    config = copy / "unet" / "config.pbtxt"
+    config.write_text(config.read_text().replace("name:", "nam:", 1))
+    server = start_server(copy)
+    assert server.process.wait(60) == 1
+    assert "unet cannot be loaded: failed to read text proto" in server.text()
+    assert f"{config} (Error parsing text-format inference.ModelConfig: 2:4: " in server.text()
+    assert 'has no field named "nam"' in server.text()
+
+
 def test_a_file_that_was_not_exported_is_named_before_anything_starts(copy, start_server):
     file = copy / "fusion" / "1" / "model.onnx"
     file.write_bytes(file.read_bytes()[:-1] + b"!")
@@ -224,6 +239,16 @@ def test_a_port_in_use_is_named_with_its_flag(repository, start_server):
     assert "--grpc-port" in done.stderr
 
 
+def test_one_port_for_two_endpoints_is_refused(repository):
+    command = [sys.executable, "-m", "twinbrush.server", "--repository", str(repository)]
+    port = str(free_ports(1)[0])
+    done = subprocess.run(
+        [*command, "--http-port", port, "--grpc-port", port], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert f"--http-port and --grpc-port are both {port}" in done.stderr
+
+
 def test_an_empty_repository_is_named(tmp_path):
     command = [sys.executable, "-m", "twinbrush.server", "--repository", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -242,9 +267,12 @@ def test_the_config_name_reaches_the_server(copy, start_server):
 
 
 def test_a_command_runs_while_the_server_lives_and_gives_the_exit_code(repository, tmp_path):
+    """Also behind a proxy, which must not be asked for what is on this machine."""
     command = [sys.executable, "-m", "twinbrush.server", "--repository", str(repository)]
     ports = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
     client = Path(sys.executable).parent / "twinbrush"
     then = f"{client} generate 'a red circle' --seed 3 --out {tmp_path}; exit 7"
-    assert subprocess.run([*command, *ports, "--then", then]).returncode == 7
+    env = os.environ | {"http_proxy": "http://127.0.0.1:9", "no_proxy": ""}
+    done = subprocess.run([*command, *ports, "--then", then], env=env, timeout=60)
+    assert done.returncode == 7
     assert [path.name for path in tmp_path.iterdir()] == ["a-red-circle-3.png"]

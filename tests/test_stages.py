@@ -6,10 +6,12 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, LCMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from export.checkpoint import open_checkpoint
-from training import bert, clip, diffusion, distill, vqgan
+from training import bert, clip, diffusion, distill, vqgan, vqgan_losses
 from training.scenes import sample_scene
+from training.vqgan_losses import opponent, rgb
 
 ALPHAS_CUMPROD = distill.lcm_scheduler().alphas_cumprod
 T = torch.tensor([999, 499, 19])
@@ -67,9 +69,59 @@ def test_a_new_student_says_what_its_teacher_does_at_any_scale():
     torch.testing.assert_close(ours, theirs)
 
 
+def test_folded_colours_and_scale_change_nothing():
+    stage = vqgan.Autoencoder().eval()
+    stage.scale.running_mean.copy_(draw(8))
+    stage.scale.running_var.copy_(draw(8).exp())
+    x = draw(2, 3, 64, 64)
+    with torch.no_grad():
+        latents = stage.scale(stage.model.encode(opponent(x)).latents)
+        pictures = rgb(stage.model.decoder(stage.model.post_quant_conv(latents)))
+        vqgan.fold_scale(stage)
+        vqgan.fold_colours(stage.model)
+        torch.testing.assert_close(stage.model.encode(x).latents, latents, rtol=1e-3, atol=1e-3)
+        decoded = stage.model.decoder(stage.model.post_quant_conv(latents))
+    torch.testing.assert_close(decoded, pictures, rtol=1e-3, atol=1e-3)
+
+
+def test_a_judge_and_what_it_judges_learn_apart():
+    judge = vqgan_losses.Discriminator()
+    y = draw(2, 3, 32, 32).requires_grad_()
+    fooling, judging = vqgan_losses.hinge(judge, y, draw(2, 3, 32, 32, seed=1))
+    fooling.backward(retain_graph=True)
+    assert y.grad.abs().sum() > 0
+    assert all(p.grad is None for p in judge.parameters())
+    y.grad = None
+    judging.backward()
+    assert y.grad is None
+    assert all(p.grad is not None for p in judge.parameters())
+
+
+def test_the_adaptive_weight_makes_both_gradients_equal():
+    last = draw(4).requires_grad_()
+    loss, fooling = (7 * last).sum(), (0.5 * last).sum()
+    weight = vqgan_losses.adaptive_weight(loss, fooling, last)
+    assert float(weight) == pytest.approx(14, rel=1e-3)
+
+
+def test_perception_grows_with_the_difference_and_moves_with_its_grid():
+    config = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        image_size=32, patch_size=8, projection_dim=16,
+    )  # fmt: skip
+    perception = vqgan_losses.Perception(CLIPVisionModelWithProjection(config))
+    x = draw(2, 3, 32, 32)
+    same, near, far = (
+        float(perception(x + e * draw(2, 3, 32, 32, seed=1), x, (0, 0))) for e in (0, 0.1, 1)
+    )
+    assert same == pytest.approx(0, abs=1e-6)
+    assert 0 < near < far
+    assert float(perception(x + draw(2, 3, 32, 32, seed=1), x, (3, 5))) != pytest.approx(far)
+
+
 @pytest.mark.parametrize("live", [0, 5, 1024])
 def test_revival_takes_the_codes_that_nothing_used(live):
-    model, use = vqgan.build(), torch.zeros(1024)
+    model, use = vqgan.Autoencoder().model.eval(), torch.zeros(1024)
     use[:live] = 1
     before = model.quantize.embedding.weight.detach().clone()
     vqgan.revive(model, use, seed=0)

@@ -17,6 +17,7 @@ from training.scenes import (
     SHAPES,
     describe,
     middle_item,
+    near_misses,
     relation,
     render,
     sample_scene,
@@ -54,6 +55,19 @@ def test_a_caption_names_every_object_and_a_true_relation(seed):
         assert not any(word in text for word in ("left", "right", "above", "below", "between"))
     if "between" in text:
         assert middle_item(scene) is not None
+
+
+@given(seeds)
+@settings(max_examples=50, deadline=None)
+def test_near_misses_are_other_scenes_of_the_training_world(seed):
+    rng = np.random.default_rng(seed)
+    scene = sample_scene(rng)
+    for other in near_misses(scene, rng):
+        assert other != scene
+        assert not other.held_out
+        assert other.background == scene.background
+        describe(other, rng)  # its objects stand in clear relations
+        assert not (render(other) == render(scene)).all()
 
 
 def test_relations_are_opposite_both_ways():

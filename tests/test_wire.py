@@ -9,6 +9,8 @@ import json
 import queue
 import random
 import shutil
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -20,7 +22,7 @@ import tritonclient.grpc as grpc
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
-from twinbrush_client.wire import inputs
+from twinbrush_client.wire import DATA_TYPES, NUMPY_TYPES, inputs
 
 UNARY, STREAM = "text_to_image", "text_to_image_stream"
 
@@ -146,27 +148,44 @@ def test_bad_input_names_field_value_and_what_is_allowed(server, fields, message
     assert message in text
 
 
-def wrong(name, data_type, array):
-    tensor = grpc.InferInput(name, list(array.shape), data_type)
-    tensor.set_data_from_numpy(array)
-    return [*inputs({"prompt": "a red circle"}), tensor]
-
-
-@pytest.mark.parametrize(
-    ("name", "data_type", "array", "message"),
-    [
-        ("steps", "FP32", np.array([4.0], np.float32), "'steps'"),
-        ("steps", "INT32", np.array([4, 5], np.int32), "'steps'"),
-        ("seed", "INT32", np.array([4], np.int32), "'seed'"),
-        ("wdith", "INT32", np.array([64], np.int32), "'wdith'"),
-    ],
-)
-def test_wrong_types_shapes_and_names_are_refused_by_name(server, name, data_type, array, message):
+@pytest.mark.parametrize("name", DATA_TYPES)
+def test_a_wrong_type_or_shape_of_any_input_is_refused_by_name(server, name):
     client = grpc.InferenceServerClient(server.address)
-    with pytest.raises(InferenceServerException, match=message):
-        client.infer(UNARY, wrong(name, data_type, array))
-    _, text = stream(server, raw=wrong(name, data_type, array))
-    assert message in text
+    data_type = DATA_TYPES[name]
+    tensors = []
+    for kind, array in (
+        ("FP64", np.zeros(1, np.float64)),
+        (data_type, np.array([b"a", b"b"] if data_type == "BYTES" else [1, 1],
+                             NUMPY_TYPES[data_type])),
+    ):  # fmt: skip
+        tensor = grpc.InferInput(name, list(array.shape), kind)
+        tensor.set_data_from_numpy(array)
+        tensors.append(tensor)
+    prompt = inputs({"prompt": "a red circle"}) if name != "prompt" else []
+    for tensor in tensors:
+        if name not in ("progress", "preview_every"):
+            with pytest.raises(InferenceServerException, match=f"'{name}'") as error:
+                client.infer(UNARY, [*prompt, tensor])
+            assert error.value.status() == "StatusCode.INVALID_ARGUMENT"
+        assert f"'{name}'" in stream(server, raw=[*prompt, tensor])[1]
+
+
+def test_an_unknown_input_is_refused_by_name(server):
+    client = grpc.InferenceServerClient(server.address)
+    tensor = grpc.InferInput("wdith", [1], "INT32")
+    tensor.set_data_from_numpy(np.array([64], np.int32))
+    raw = [*inputs({"prompt": "a red circle"}), tensor]
+    with pytest.raises(InferenceServerException, match="'wdith'"):
+        client.infer(UNARY, raw)
+    assert "'wdith'" in stream(server, raw=raw)[1]
+
+
+def test_what_only_the_stream_takes_is_not_offered_by_the_unary_door(server):
+    with pytest.raises(urllib.error.HTTPError) as error:
+        post(server, f"{UNARY}/generate", preview_every=2)
+    text = error.value.read().decode()
+    assert "preview_every=2 is not allowed: inputs are prompt, " in text
+    assert "preview_every" not in text.partition("inputs are")[2]
 
 
 @pytest.mark.parametrize(
@@ -250,6 +269,17 @@ def test_a_cancelled_unary_request_stops_the_work(server):
 def test_a_deadline_stops_the_work(server):
     with work_stops(server), pytest.raises(InferenceServerException, match="Deadline Exceeded"):
         infer(server, **SLOW, timeout=0.3)
+
+
+@pytest.mark.parametrize("ask", ["client.generate({})", "list(client.stream({}))"])
+def test_a_client_that_is_killed_stops_the_work(server, ask):
+    with work_stops(server) as before:
+        code = "from twinbrush_client import Client; client = Client({!r}); " + ask
+        arguments = "'a red circle', **" + repr(SLOW)
+        process = subprocess.Popen([sys.executable, "-c", code.format(server.address, arguments)])
+        wait_for_a_call(server, before)
+        process.kill()
+        process.wait()
 
 
 def cancel(server, request_id):

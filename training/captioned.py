@@ -87,8 +87,14 @@ class Captioned:
             batches.close()
 
     def batches(
-        self, seed: int, size: int, device: torch.device, captions_only: bool = False
+        self,
+        seed: int,
+        size: int,
+        device: torch.device,
+        captions_only: bool = False,
+        near: bool = False,
     ) -> CaptionedBatches:
+        """Batches of any pictures: which ones are near misses of others is not known."""
         return CaptionedBatches(self, seed, size, device, captions_only)
 
     def rows(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from training.scenes import SIDE, Scene, describe, render, sample_scene
+from training.scenes import SIDE, Scene, describe, near_misses, render, sample_scene
 
 CPU = torch.device("cpu")
 MAX_TOKENS = 40  # of both tokenizers; the longest caption of a scene has 32 words
@@ -81,9 +81,17 @@ class Source(Protocol):
         """The same pictures and captions every time, `count` at most, on the CPU."""
 
     def batches(
-        self, seed: int, size: int, device: torch.device, captions_only: bool = False
+        self,
+        seed: int,
+        size: int,
+        device: torch.device,
+        captions_only: bool = False,
+        near: bool = False,
     ) -> Batches:
-        """`Batch`es of `size` on `device`, in an order drawn from `seed`."""
+        """`Batch`es of `size` on `device`, in an order drawn from `seed`.
+
+        With `near`, a source that can draws a picture's near misses beside it.
+        """
 
 
 def scenes(seed: int, count: int) -> tuple[list[Scene], np.random.Generator]:
@@ -119,12 +127,17 @@ class SceneWorld:
         return corpus(seed, count)
 
     def sample(self, seed: int, count: int) -> Batch:
-        return _Drawn(seed, count, captions_only=False)[0]
+        return _Drawn(seed, count)[0]
 
     def batches(
-        self, seed: int, size: int, device: torch.device, captions_only: bool = False
+        self,
+        seed: int,
+        size: int,
+        device: torch.device,
+        captions_only: bool = False,
+        near: bool = False,
     ) -> SceneBatches:
-        return SceneBatches(_Drawn(seed, size, captions_only), device, self.workers)
+        return SceneBatches(_Drawn(seed, size, captions_only, near), device, self.workers)
 
 
 SCENES = SceneWorld()
@@ -136,10 +149,13 @@ class _Drawn(Dataset):
 
     seed: int
     size: int
-    captions_only: bool
+    captions_only: bool = False
+    near: bool = False
 
     def __getitem__(self, step: int) -> Batch:
-        truth, rng = scenes(self.seed + step, self.size)
+        truth, rng = scenes(self.seed + step, self.size // 4 if self.near else self.size)
+        if self.near:
+            truth = [scene for base in truth for scene in (base, *near_misses(base, rng))]
         texts = captions(truth, rng)
         return Batch(pictures(truth) if not self.captions_only else no_pictures(), texts, truth)
 

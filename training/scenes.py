@@ -8,7 +8,8 @@ nothing of models.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -106,10 +107,49 @@ def sample_scene(
     count = count or int(rng.choice((1, 2, 3), p=(0.4, 0.4, 0.2)))
     while True:
         scene = Scene(tuple(_place(rng, count)), str(rng.choice(list(BACKGROUNDS))))
-        kinds = {(item.shape, item.colour) for item in scene.items}
-        chained = all(relation(a, b) for a, b in itertools.pairwise(scene.items))
-        if len(kinds) == count and chained and scene.held_out == held_out:
+        if _sound(scene) and scene.held_out == held_out:
             return scene
+
+
+def near_misses(scene: Scene, rng: np.random.Generator) -> list[Scene]:
+    """Three scenes that differ from this one in one thing that every caption names.
+
+    An object of another shape, one of another colour, and, of several objects, two that traded
+    colours or two that traded places. None is held out.
+    """
+    changes = ["shape", "colour", str(rng.choice(("trade colours", "trade places")))]
+    if len(scene.items) == 1:
+        changes[2] = str(rng.choice(("shape", "colour")))
+    return [_changed(scene, change, rng) for change in changes]
+
+
+def _changed(scene: Scene, change: str, rng: np.random.Generator) -> Scene:
+    """The scene after one change; where none keeps to the training world, after one of shape."""
+    for _ in range(20):
+        items = list(scene.items)
+        i = int(rng.integers(len(items)))
+        j = (i + 1) % len(items)
+        a, b = items[i], items[j]
+        match change:
+            case "shape":
+                items[i] = replace(a, shape=str(rng.choice(SHAPES)))
+            case "colour":
+                items[i] = replace(a, colour=str(rng.choice(list(COLOURS))))
+            case "trade colours":
+                items[i], items[j] = replace(a, colour=b.colour), replace(b, colour=a.colour)
+            case "trade places":
+                items[i], items[j] = replace(a, x=b.x, y=b.y), replace(b, x=a.x, y=a.y)
+        changed = Scene(tuple(items), scene.background)
+        if changed != scene and _sound(changed) and not changed.held_out:
+            return changed
+    return _changed(scene, "shape", rng)
+
+
+def _sound(scene: Scene) -> bool:
+    """Whether objects differ in shape or colour, keep apart, and stand in clear relations."""
+    kinds = {(item.shape, item.colour) for item in scene.items}
+    chained = all(relation(a, b) for a, b in itertools.pairwise(scene.items))
+    return len(kinds) == len(scene.items) and chained and _apart(scene.items)
 
 
 def _place(rng: np.random.Generator, count: int) -> list[Item]:
@@ -120,11 +160,15 @@ def _place(rng: np.random.Generator, count: int) -> list[Item]:
             reach = SIZES[size] + 2
             x, y = rng.uniform(reach, SIDE - reach, 2)
             items.append(Item(str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS))), size, x, y))
-        if all(
-            np.hypot(a.x - b.x, a.y - b.y) > a.radius + b.radius + 3
-            for a, b in itertools.combinations(items, 2)
-        ):
+        if _apart(items):
             return items
+
+
+def _apart(items: Sequence[Item]) -> bool:
+    return all(
+        np.hypot(a.x - b.x, a.y - b.y) > a.radius + b.radius + 3
+        for a, b in itertools.combinations(items, 2)
+    )
 
 
 _GRID_Y, _GRID_X = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32) + 0.5

@@ -1,114 +1,186 @@
 """`python -m training.vqgan`: the VQGAN (arXiv:2012.09841) that turns latents into pixels.
 
-First an autoencoder without quantisation, so that small differences find their place in the
-latents; then the codebook starts from what the encoder says, and codes that nothing uses move
-to where the error is largest. Pictures are learnt in opponent colours, where hue weighs more
-than in RGB; the change of colours is folded into the first and last convolution at the end.
-Writes `vae/`.
+First an autoencoder whose latents, of unit variance, are noisy: what must survive the noise is
+spread over all channels in steps as large as the noise, which is what a UNet can paint. Then the
+encoder stays as it is, so a UNet may already learn its latents, and a codebook takes the noise's
+place: it starts from what the encoder says, and codes that nothing uses move to where the error
+is largest. The decoder learns to do with codes, from reconstruction, perceptual and adversarial
+losses. Writes `vae/` after each half.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import VQModel
 from PIL import Image
-from torch import nn
-from torch.nn import functional as F
+from torch import Tensor, nn
+from transformers import CLIPVisionModelWithProjection
 
 from training import data
 from training.cli import stage_cli
 from training.loop import Trainer
 from training.sheets import grid
+from training.vqgan_losses import (
+    OPPONENT,
+    Discriminator,
+    Perception,
+    adaptive_weight,
+    hinge,
+    opponent,
+    psnr,
+    reconstruction,
+    rgb,
+)
 
-STEPS, BATCH = 4500, 32
-WARM_UP = 0.5  # share of the steps before the codebook is used
+STEPS, BATCH = 4400, 32
+SHOWN = 39_999_998  # seed of the pictures of samples.png
+NOISE = 0.3  # standard deviation; finer steps than this a UNet need not paint
 REVIVE_EVERY = 100  # steps
-COMMITMENT = 0.05
-# Rows: lightness, red against green, yellow against blue; orthogonal, hue twice as large.
-OPPONENT = torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [1.0, 1.0, -2.0]])
-OPPONENT = OPPONENT / OPPONENT.norm(dim=1, keepdim=True) * torch.tensor([[1.0], [2.0], [2.0]])
+WATCHING = 0.2  # share of the steps that the discriminator learns before it is listened to
 
 
-def build(side: int = 64) -> VQModel:
-    torch.manual_seed(0)
-    model = VQModel(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(16, 32, 64, 96), layers_per_block=1, norm_num_groups=8,
-        latent_channels=8, vq_embed_dim=8, num_vq_embeddings=1024, sample_size=side,
-    )  # fmt: skip
-    model.quantize.legacy, model.quantize.beta = False, COMMITMENT
-    return model
+@dataclass(frozen=True)
+class Weights:
+    """Of the terms beside the reconstruction; 0 leaves a term out."""
+
+    perceptual: float = 0.1
+    adversarial: float = 0.1
 
 
-class Stage(nn.Module):
-    """The model, and how often each code was used since the last revival."""
+class Autoencoder(nn.Module):
+    """The model and the scale of its latents; it sees and gives opponent colours."""
 
     def __init__(self, side: int = 64) -> None:
         super().__init__()
-        self.model = build(side)
-        self.register_buffer("use", torch.zeros(self.model.config["num_vq_embeddings"]))
+        torch.manual_seed(0)
+        self.model = VQModel(
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(16, 32, 64, 96), layers_per_block=1, norm_num_groups=8,
+            latent_channels=8, vq_embed_dim=8, num_vq_embeddings=1024, sample_size=side,
+            scaling_factor=1.0,
+        )  # fmt: skip
+        self.scale = nn.BatchNorm2d(self.model.config["latent_channels"], affine=False)
 
 
-def train(
-    checkpoint: Path,
-    runs: Path,
+class Quantised(nn.Module):
+    """What learns once the encoder is done: codebook, decoder, and the decoder's judge.
+
+    `use` counts how often each code was used since the last revival.
+    """
+
+    def __init__(self, vae: VQModel):
+        super().__init__()
+        self.quantize = vae.quantize
+        self.decoder = nn.Sequential(vae.post_quant_conv, vae.decoder)
+        self.discriminator = Discriminator()
+        self.register_buffer("use", torch.zeros(vae.config["num_vq_embeddings"]))
+        self.requires_grad_(True)
+
+
+def autoencoder(
+    folder: Path,
     steps: int,
     batch: int,
     bf16: bool = False,
     device: torch.device = data.CPU,
     source: data.Source = data.SCENES,
     save_every: int = 100,
-) -> None:
-    stage = Stage(source.side).to(device)
-    model, use = stage.model, stage.use
-    start = int(WARM_UP * steps)
+) -> VQModel:
+    """A model whose latents have unit variance and stand noise; its codebook says nothing yet."""
+    stage = Autoencoder(source.side).to(device)
+    model = stage.model
     batches = source.batches(30_000_000, batch, device)
-    shown = source.sample(39_999_998, 8).pictures.to(device)
+    shown = source.sample(SHOWN, 8).pictures.to(device)
 
-    def loss_at(step: int) -> dict[str, torch.Tensor]:
-        x = opponent(batches.at(step).pictures)
-        if step >= start and (step - start) % REVIVE_EVERY == 0 and step < 0.9 * steps:
-            if step == start:
-                use.zero_()
-            revive(model, use, step, source)
-        z = model.encode(x).latents.float()
-        codebook = torch.zeros((), device=device)
-        if step >= start:
-            with torch.autocast(device.type, enabled=False):
-                z, codebook, (_, _, codes) = model.quantize(z)
-            use.index_add_(0, codes.flatten(), torch.ones(codes.numel(), device=device))
-        y = model.decoder(model.post_quant_conv(z)).float()
-        loss = F.mse_loss(y, x) + 0.1 * F.l1_loss(y, x) + codebook
-        return {"loss": loss, "psnr": psnr(rgb(y), rgb(x)), "codes_used": (use > 0).float().mean()}
+    def loss_at(step: int) -> dict[str, Tensor]:
+        x = batches.at(step).pictures
+        z = stage.scale(model.encode(opponent(x)).latents.float())
+        draw = torch.Generator().manual_seed(step)
+        z = z + NOISE * torch.randn(z.shape, generator=draw).to(device)
+        y = rgb(model.decoder(model.post_quant_conv(z)).float())
+        return {"loss": reconstruction(y, x), "psnr": psnr(y, x)}
 
-    def samples(averaged: Stage) -> Image.Image:
-        z = averaged.model.encode(opponent(shown)).latents
-        if trainer.step > start:
-            z, _, _ = averaged.model.quantize(z)
-        painted = rgb(averaged.model.decoder(averaged.model.post_quant_conv(z)))
-        return grid(torch.cat([shown, painted]), columns=len(shown))
+    def samples(averaged: Autoencoder) -> Image.Image:
+        inner = averaged.model
+        z = inner.encode(opponent(shown)).latents
+        return compared(shown, rgb(inner.decoder(inner.post_quant_conv(z))))
 
-    trainer = Trainer(stage, runs / "vqgan", steps, 1.5e-3, 0.998, save_every=save_every, bf16=bf16)
-    trained = trainer.run(loss_at, batches, samples).model
-    fold_colours(trained)
-    with torch.no_grad():
-        spread = trained.encode(source.sample(39_999_999, 512).pictures.to(device)).latents.std()
-    trained.register_to_config(scaling_factor=1 / float(spread))
-    trained.save_pretrained(checkpoint / "vae")
+    trainer = Trainer(stage, folder, steps, 1.5e-3, 0.998, save_every, bf16=bf16)
+    trained = trainer.run(loss_at, batches, samples)
+    fold_scale(trained)
+    fold_colours(trained.model)
+    return trained.model
+
+
+def refine(
+    vae: VQModel,
+    tower: CLIPVisionModelWithProjection,
+    weights: Weights,
+    folder: Path,
+    steps: int,
+    batch: int,
+    bf16: bool = False,
+    device: torch.device = data.CPU,
+    source: data.Source = data.SCENES,
+    save_every: int = 100,
+) -> VQModel:
+    """Trains codebook and decoder of `vae`, whose encoder stays; gives `vae` back."""
+    vae.requires_grad_(False).eval().to(device)
+    vae.quantize.legacy = False
+    stage = Quantised(vae).to(device)
+    perception = Perception(tower.to(device))
+    batches = source.batches(40_000_000, batch, device)
+    shown = source.sample(SHOWN, 8).pictures.to(device)
+    last = vae.decoder.conv_out.weight
+
+    def loss_at(step: int) -> dict[str, Tensor]:
+        x = batches.at(step).pictures
+        if step % REVIVE_EVERY == 0 and step < 0.9 * steps:
+            revive(vae, stage.use, step, source)
+        with torch.no_grad():
+            z = vae.encode(x).latents.float()
+        with torch.autocast(device.type, enabled=False):
+            z, codebook, (_, _, codes) = stage.quantize(z)
+        stage.use.index_add_(0, codes.flatten(), torch.ones(codes.numel(), device=device))
+        y = stage.decoder(z.detach()).float()
+        loss = reconstruction(y, x)
+        if weights.perceptual:
+            down, right = np.random.default_rng(step).integers(8, size=2).tolist()
+            loss = loss + weights.perceptual * perception(y, x, (down, right))
+        parts = {"psnr": psnr(y, x), "codes_used": (stage.use > 0).float().mean()}
+        if weights.adversarial:
+            fooling, parts["judging"] = hinge(stage.discriminator, y, x)
+            if step >= WATCHING * steps:
+                balance = adaptive_weight(loss, fooling, last)
+                loss = loss + weights.adversarial * balance * fooling
+            loss = loss + parts["judging"]
+        return {"loss": loss + codebook, **parts}
+
+    def samples(averaged: Quantised) -> Image.Image:
+        z, _, _ = averaged.quantize(vae.encode(shown).latents)
+        return compared(shown, averaged.decoder(z))
+
+    trainer = Trainer(stage, folder, steps, 1e-3, 0.998, save_every, bf16=bf16)
+    trained = trainer.run(loss_at, batches, samples)
+    vae.quantize = trained.quantize
+    vae.post_quant_conv, vae.decoder = trained.decoder
+    return vae
 
 
 @torch.no_grad()
-def revive(model: VQModel, use: torch.Tensor, seed: int, source: data.Source = data.SCENES) -> None:
+def revive(vae: VQModel, use: Tensor, seed: int, source: data.Source = data.SCENES) -> None:
     """Moves codes that nothing used onto encoder outputs, in eight rounds.
 
     Outputs are drawn in proportion to their squared distance from the codes that live
     (k-means++), so that rare details get codes and flat backgrounds do not take them all.
     """
-    x = opponent(source.sample(seed, 128).pictures.to(use.device))
-    vectors = model.encode(x).latents.float().permute(0, 2, 3, 1).flatten(0, 2)
-    codes = model.quantize.embedding.weight.data
+    z = vae.encode(source.sample(seed, 128).pictures.to(use.device)).latents.float()
+    vectors = z.permute(0, 2, 3, 1).flatten(0, 2)
+    codes = vae.quantize.embedding.weight.data
     draw = torch.Generator().manual_seed(seed)
     live = use > 0
     for part in (~live).nonzero().flatten().chunk(8):
@@ -117,22 +189,18 @@ def revive(model: VQModel, use: torch.Tensor, seed: int, source: data.Source = d
         near = torch.ones(len(vectors), device=use.device)
         if live.any():
             near = torch.cdist(vectors, codes[live]).amin(dim=1) ** 2 + 1e-9
-        codes[part] = vectors[
-            torch.multinomial(near.cpu(), len(part), generator=draw).to(use.device)
-        ]
+        chosen = torch.multinomial(near.cpu(), len(part), generator=draw)
+        codes[part] = vectors[chosen.to(use.device)]
         live[part] = True
     use.zero_()
 
 
-def opponent(picture: torch.Tensor) -> torch.Tensor:
-    """RGB (B, 3, H, W) in opponent colours."""
-    return torch.einsum("oc,bchw->bohw", OPPONENT.to(picture.device), picture)
-
-
-def rgb(picture: torch.Tensor) -> torch.Tensor:
-    """Opponent colours (B, 3, H, W) in RGB."""
-    back = torch.linalg.inv(OPPONENT).to(picture.device)
-    return torch.einsum("co,bohw->bchw", back, picture)
+@torch.no_grad()
+def fold_scale(stage: Autoencoder) -> None:
+    """Makes the model give latents of unit variance by itself, exactly."""
+    last, scale = stage.model.quant_conv, stage.scale.eval()
+    last.weight.mul_((scale.running_var + scale.eps).rsqrt()[:, None, None, None])
+    last.bias.copy_(scale(last.bias[None, :, None, None]).flatten())
 
 
 @torch.no_grad()
@@ -146,9 +214,27 @@ def fold_colours(model: VQModel) -> None:
     last.bias.copy_(back @ last.bias)
 
 
-def psnr(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio in dB of pictures in [-1, 1]."""
-    return 10 * torch.log10(4 / F.mse_loss(y.clamp(-1, 1), x))
+def compared(originals: Tensor, painted: Tensor) -> Image.Image:
+    """Originals (N, 3, S, S) above what was made of them."""
+    return grid(torch.cat([originals, painted]), columns=len(originals))
+
+
+def train(
+    checkpoint: Path,
+    runs: Path,
+    steps: int,
+    batch: int,
+    bf16: bool = False,
+    device: torch.device = data.CPU,
+    source: data.Source = data.SCENES,
+    save_every: int = 100,
+) -> None:
+    rest = (bf16, device, source, save_every)
+    vae = autoencoder(runs / "autoencoder", steps // 2, batch, *rest)
+    vae.save_pretrained(checkpoint / "vae")
+    tower = CLIPVisionModelWithProjection.from_pretrained(checkpoint / "image_encoder")
+    refine(vae, tower, Weights(), runs / "vqgan", steps - steps // 2, batch, *rest)
+    vae.save_pretrained(checkpoint / "vae")
 
 
 if __name__ == "__main__":

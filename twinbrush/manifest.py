@@ -34,7 +34,11 @@ def verify(repository: Path) -> None:
     for file, sha256 in expected.items():
         if not file.is_file():
             raise ManifestError(f"{file} is missing: export again")
-        with file.open("rb") as stream:
-            if hashlib.file_digest(stream, "sha256").hexdigest() != sha256:
-                text = f"{file} is not the file that was exported, by its hash in {NAME}"
-                raise ManifestError(f"{text}: export again, or start with --no-verify")
+        if sha256_of(file) != sha256:
+            text = f"{file} is not the file that was exported, by its hash in {NAME}"
+            raise ManifestError(f"{text}: export again, or start with --no-verify")
+
+
+def sha256_of(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

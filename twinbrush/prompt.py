@@ -28,7 +28,11 @@ class Tokens:
 
 
 class PromptTokenizer:
-    """Both tokenizers of a checkpoint, from `clip_tokenizer.json` and `bert_tokenizer.json`."""
+    """Both tokenizers of a checkpoint, from `clip_tokenizer.json` and `bert_tokenizer.json`.
+
+    Raises:
+        ValueError: a file is not there or is no tokenizer; the message names it.
+    """
 
     def __init__(self, folder: Path, config: PipelineConfig):
         self._clip = _load(folder / "clip_tokenizer.json")
@@ -62,7 +66,11 @@ class PromptTokenizer:
 
 
 def _load(path: Path) -> Tokenizer:
-    tokenizer = Tokenizer.from_file(str(path))
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        text = f"{path} cannot be read ({error}): run `python -m export CHECKPOINT`"
+        raise ValueError(text) from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer

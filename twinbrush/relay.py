@@ -78,7 +78,7 @@ class _Connection(socketserver.StreamRequestHandler):
 
     def handle(self) -> None:
         try:
-            for line in self.rfile:
+            while (line := self.rfile.readline()).endswith(b"\n"):  # else it was cut short
                 message = json.loads(line)
                 ticket = message["ticket"]
                 if "fields" in message:
@@ -155,7 +155,8 @@ class RelayClient:
     def close(self) -> None:
         with self._lock:
             if self._socket is not None:
-                self._socket.shutdown(socket.SHUT_RDWR)
+                with contextlib.suppress(OSError):  # the other side was faster
+                    self._socket.shutdown(socket.SHUT_RDWR)
 
     def _connected(self) -> socket.socket:
         if self._socket is None:
@@ -166,13 +167,16 @@ class RelayClient:
 
     def _read(self, connection: socket.socket) -> None:
         with connection, connection.makefile("rb") as stream:
-            with contextlib.suppress(OSError):
-                for line in stream:
+            try:
+                while (line := stream.readline()).endswith(b"\n"):  # else it was cut short
                     self._take(json.loads(line), stream)
-            with self._lock:
-                self._socket = None
-                lost = [done for _, done in self._waiting.values()]
-                self._waiting.clear()
+            except OSError:
+                pass  # lost, as at the end of the stream
+            finally:
+                with self._lock:
+                    self._socket = None
+                    lost = [done for _, done in self._waiting.values()]
+                    self._waiting.clear()
         for done in lost:
             _tell(done, EngineError("UNAVAILABLE", "the engine went away"))
 

@@ -19,13 +19,16 @@ from typing import Annotated
 
 import typer
 
-from twinbrush import manifest
+from twinbrush import manifest, tensorrt
 from twinbrush.triton_install import NoTriton, find_triton
 from twinbrush.triton_process import ServerError, ServerOptions, TritonProcess
 
 POLL_SECONDS = 0.25
 STARTS = 3  # tries, where a stub gives up without a reason while the server starts
 RESTART_PAUSE = 2.0  # seconds between the end of a server and the start of the next
+
+
+_signals: list[int] = []  # SIGINT and SIGTERM that have come
 
 
 class Stopped(Exception):
@@ -50,7 +53,7 @@ def serve(options: ServerOptions, then: str | None = None) -> None:
     with TritonProcess(triton, options) as process:
         while not process.ready():
             process.check()
-            time.sleep(POLL_SECONDS)
+            pause(POLL_SECONDS)
         say(f"ready in {process.age:.1f} s, serving {options.repository}")
         if then is not None:
             raise Stopped(_run(then, process, f"{options.address}:{options.grpc_port}"))
@@ -59,22 +62,34 @@ def serve(options: ServerOptions, then: str | None = None) -> None:
         say(f"  metrics http://{options.address}:{options.metrics_port}/metrics")
         while True:
             process.check()
-            time.sleep(POLL_SECONDS)
+            pause(POLL_SECONDS)
 
 
 def _run(command: str, process: TritonProcess, address: str) -> int:
     """Runs a shell command while the server lives; gives its exit code."""
-    environment = os.environ | {"TWINBRUSH_SERVER": address}
+    host = address.rpartition(":")[0]
+    environment = os.environ | {"TWINBRUSH_SERVER": address, "no_grpc_proxy": host}
     running = subprocess.Popen(command, shell=True, env=environment)
     try:
         while (code := running.poll()) is None:
             process.check()
-            time.sleep(POLL_SECONDS)
+            pause(POLL_SECONDS)
         return code
     finally:
         if running.poll() is None:
             running.terminate()
             running.wait()
+
+
+def pause(seconds: float) -> None:
+    """Waits.
+
+    Raises:
+        Stopped: a signal has come; only here, so that it cannot cut a clean-up short.
+    """
+    time.sleep(seconds)
+    if _signals:
+        raise Stopped(0)
 
 
 def say(text: str) -> None:
@@ -112,11 +127,10 @@ def main(
         verbose=verbose,
     )  # fmt: skip
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
+        signal.signal(number, lambda number, frame: _signals.append(number))
     starts_left = STARTS
     try:
-        if not no_verify:
-            manifest.verify(repository)
+        _check(options, verify=not no_verify)
         while True:
             try:
                 serve(options, then)
@@ -130,7 +144,7 @@ def main(
                 if not again:
                     raise typer.Exit(1) from None
                 say("starting again")
-                time.sleep(RESTART_PAUSE)
+                pause(RESTART_PAUSE)
     except manifest.ManifestError as error:
         print(f"twinbrush: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
@@ -138,6 +152,14 @@ def main(
         if then is None:
             say("stopped")
         raise typer.Exit(stopped.exit_code) from None
+
+
+def _check(options: ServerOptions, verify: bool) -> None:
+    """Holds the repository against its manifest and, with plans, against this machine."""
+    if verify:
+        manifest.verify(options.repository)
+    if options.config_name == tensorrt.CONFIG_NAME:
+        tensorrt.check_plans(options.repository, tensorrt.this_machine())
 
 
 def chosen_ports(*ports: int) -> list[int]:
@@ -150,11 +172,6 @@ def chosen_ports(*ports: int) -> list[int]:
     finally:
         for probe in probes:
             probe.close()
-
-
-def _stop(number: int, frame: object) -> None:
-    signal.signal(number, signal.SIG_IGN)  # a second one must not break the cleaning up
-    raise Stopped(0)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from twinbrush.cancel_watch import CancelWatch
 from twinbrush.engine import Engine
 from twinbrush.generation import End, EngineError, Event, Finished, Generation, Progress
 from twinbrush.relay import RelayClient, RelayServer, relay_address
-from twinbrush.request import FIELDS, GenerationRequest, InvalidArgument
+from twinbrush.request import GenerationRequest, InvalidArgument
 
 log = logging.getLogger(__name__)
 DTYPES = {"index": np.int32, "step": np.int32, "total_steps": np.int32, "seed": np.int64}
@@ -85,7 +85,9 @@ class StreamModel:
     def initialize(self, args: dict[str, str]) -> None:
         _log_to_the_server(args["model_name"])
         folder = Path(args["model_repository"]) / args["model_version"]
-        self._engine = Engine.of_model(folder, json.loads(args["model_config"]), TritonModels())
+        config = json.loads(args["model_config"])
+        self._inputs = _input_names(config)
+        self._engine = Engine.of_model(folder, config, TritonModels())
         self._relay = RelayServer(relay_address(), self._submit)
         self._watch = CancelWatch()
         self._live: dict[str, Generation] = {}  # by request id, where the client gave one
@@ -104,7 +106,7 @@ class StreamModel:
         self._watch.close()
 
     def _start(self, request: Any, answer: Answer) -> None:
-        fields = _fields(request, (*FIELDS, "cancel"))
+        fields = _fields(request, self._inputs)
         if (target := fields.pop("cancel", None)) is not None:
             self._cancel(target, fields, answer)
             return
@@ -146,6 +148,7 @@ class UnaryModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         _log_to_the_server(args["model_name"])
+        self._inputs = _input_names(json.loads(args["model_config"]))
         self._relay = RelayClient(relay_address())
         self._watch = CancelWatch()
 
@@ -153,7 +156,7 @@ class UnaryModel:
         for request in requests:
             answer = Answer(request)
             try:
-                self._start(_fields(request, FIELDS), answer)
+                self._start(_fields(request, self._inputs), answer)
             except Exception as error:
                 self._watch.discard(answer)
                 answer.fail(EngineError.of(error))
@@ -181,6 +184,10 @@ def _stacked(images: list[Finished]) -> dict[str, Any]:
         "seed": [image.seed for image in images],
         "warning": "; ".join(images[0].warnings).encode(),
     }
+
+
+def _input_names(config: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(tensor["name"] for tensor in config["input"])
 
 
 def _fields(request: Any, names: tuple[str, ...]) -> dict[str, np.ndarray]:

@@ -22,8 +22,13 @@ from pathlib import Path
 
 from twinbrush.triton_install import Triton
 
+NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 SHARED_MEMORY = Path("/dev/shm")
-LOAD_FAILURE = re.compile(r"failed to load '([^']+)' version \d+: (.*?)(\\n\\nAt:|\"?$)")
+LOAD_FAILURE = re.compile(
+    r"(?:failed to load '([^']+)' version \d+|Poll failed for model directory '([^']+)'): "
+    r"(.*?)(\\n\\nAt:|\"?$)"
+)
+SYNTAX_ERROR = re.compile(r"\[libprotobuf ERROR .*?\] (.*)")  # a line before its poll failure
 INSTANCE = re.compile(r"TRITONBACKEND_ModelInstanceInitialize: (\w+)_\d+_\d+ ")
 TABLE = re.compile(r"[+|]|$")
 CHATTER = re.compile(r"[IW]\d{4} |Signal \(|[+|]|$")
@@ -117,7 +122,7 @@ class TritonProcess:
         """Whether the server takes requests, for every model."""
         url = f"http://{self._options.address}:{self._options.http_port}/v2/health/ready"
         try:
-            with urllib.request.urlopen(url, timeout=1) as answer:
+            with NO_PROXY.open(url, timeout=1) as answer:
                 self._was_ready = answer.status == 200
         except (urllib.error.URLError, OSError):
             return False
@@ -136,8 +141,8 @@ class TritonProcess:
         if not self._was_ready and (code is not None or dead is not None):
             if code is not None:
                 self._reader.join(timeout=2)
-            explained = any(LOAD_FAILURE.search(line) for line in list(self._log))
-            passing = not explained and dead is not None and dead.endswith("exit code 1")
+            unexplained = not self._load_failures()
+            passing = unexplained and dead is not None and dead.endswith("exit code 1")
             raise ServerError(self._load_failure(dead), worth_another_try=False, passing=passing)
         if dead is not None:
             raise ServerError(f"{dead}: the server was ended", worth_another_try=True)
@@ -153,14 +158,17 @@ class TritonProcess:
         if not any(options.repository.glob("*/config.pbtxt")):
             text = f"{options.repository} holds no models: run `python -m export CHECKPOINT`"
             raise ServerError(text, worth_another_try=False)
+        taken: dict[int, str] = {}
         for name in ("http_port", "grpc_port", "metrics_port"):
-            port = getattr(options, name)
+            port, flag = getattr(options, name), "--" + name.replace("_", "-")
+            if (other := taken.setdefault(port, flag)) != flag:
+                text = f"{other} and {flag} are both {port}: each needs a port of its own"
+                raise ServerError(text, worth_another_try=False)
             with socket.socket() as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 try:
                     probe.bind((options.address, port))
                 except (OSError, OverflowError) as error:
-                    flag = "--" + name.replace("_", "-")
                     reason = getattr(error, "strerror", None) or error
                     text = f"port {port} of {options.address}: {reason}; choose another: {flag}"
                     raise ServerError(text, worth_another_try=False) from None
@@ -223,15 +231,25 @@ class TritonProcess:
     def _await_reason(self) -> None:
         until = time.monotonic() + REASON_SECONDS
         while time.monotonic() < until and self._process.poll() is None:
-            if any(LOAD_FAILURE.search(line) for line in list(self._log)):
+            if self._load_failures():
                 return
             time.sleep(0.05)
 
+    def _load_failures(self) -> dict[str, str]:
+        """The models that the server could not load, each with its reason."""
+        failures, syntax_error = {}, ""
+        for line in list(self._log):
+            if match := SYNTAX_ERROR.search(line):
+                syntax_error = f" ({match[1]})"
+            elif match := LOAD_FAILURE.search(line):
+                reason = match[3].replace("\\n", " ").strip()
+                failures[match[1] or match[2]] = reason + syntax_error
+                syntax_error = ""
+        return failures
+
     def _load_failure(self, dead: str | None) -> str:
-        failures = [match for line in list(self._log) if (match := LOAD_FAILURE.search(line))]
-        if failures:
-            reasons = {match[1]: match[2].replace("\\n", " ").strip() for match in failures}
-            return "\n".join(f"{model} cannot be loaded: {r}" for model, r in reasons.items())
+        if failures := self._load_failures():
+            return "\n".join(f"{model} cannot be loaded: {r}" for model, r in failures.items())
         return f"{dead or 'the server ended while it loaded'}\n{self._tail()}"
 
     def _tail(self) -> str:

@@ -1,0 +1,83 @@
+"""Whether this machine has the memory and disk for an export, asked before it starts.
+
+Knows the sizes of weights from the headers of safetensors, without reading them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterable
+from math import prod
+from pathlib import Path
+
+from export.precision import Precision
+
+BASE_BYTES = 1.5e9  # the interpreter with torch, transformers and ONNX Runtime
+CONVERSION_BYTES = 6  # of each weight of the model in conversion: its graph, and its session
+MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+
+
+class ResourceError(RuntimeError):
+    """The machine has not enough memory or disk; the message says how much is needed."""
+
+
+def check_resources(
+    parts: Iterable[Path], built: Iterable[Path], repository: Path, precision: Precision
+) -> None:
+    """Holds what an export needs against what is free.
+
+    Args:
+        parts: folders of all parts, which are loaded in FP32.
+        built: folders of those that are converted and written.
+        repository: that is written beside.
+
+    Raises:
+        ResourceError: there is not enough disk or memory.
+    """
+    weights = {folder: weight_count(folder) for folder in {*parts, *built}}
+    converted = [weights[folder] for folder in built]
+    disk = sum(converted) * precision.bytes
+    free = shutil.disk_usage(repository.parent).free
+    if disk > free:
+        raise ResourceError(f"not enough disk at {repository.parent}: {_needs(disk, free)}")
+    memory = BASE_BYTES + sum(weights[folder] for folder in parts) * Precision.FP32.bytes
+    memory += max(converted, default=0) * CONVERSION_BYTES
+    free = free_memory()
+    if memory > free:
+        raise ResourceError(f"not enough memory: {_needs(memory, free)}")
+
+
+def _needs(needed: float, free: float) -> str:
+    return f"the export needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+
+
+def weight_count(folder: Path) -> int:
+    """Numbers in the safetensors of a folder."""
+    return sum(
+        prod(tensor["shape"])
+        for file in folder.glob("*.safetensors")
+        for name, tensor in _header(file).items()
+        if name != "__metadata__"
+    )
+
+
+def _header(file: Path) -> dict:
+    """What a safetensors file says of its tensors; nothing of one that is broken."""
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        try:
+            return json.loads(stream.read(min(size, file.stat().st_size)))
+        except ValueError:
+            return {}  # loading it says what is wrong
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take, by the machine and by its control group."""
+    available = re.search(r"MemAvailable:\s+(\d+) kB", MEMINFO.read_text())
+    free = [int(available[1]) * 1024] if available else []
+    limit, used = (CGROUP / f"memory.{name}" for name in ("max", "current"))
+    if limit.is_file() and (most := limit.read_text().strip()) != "max":
+        free.append(int(most) - int(used.read_text()))
+    return min(free)

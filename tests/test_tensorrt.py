@@ -1,0 +1,183 @@
+"""TensorRT plans: every exported file compiles, and a plan serves only where it was made for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, contents, skeleton
+
+from export.checkpoint import open_checkpoint
+from export.precision import Precision
+from export.repository import ENGINE, MODELS, build
+from export.staging import put_in_place
+from export.tensorrt import Limits, Range, TensorRTError, add_plans, engine_limits
+from twinbrush.manifest import ManifestError, verify
+from twinbrush.onnx_runtime import read_config
+from twinbrush.tensorrt import PLAN, Target, check_plans, library_version
+
+TARGETS = ("SM80", "SM89")
+
+
+@pytest.fixture(scope="session")
+def trt():
+    return pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has wheels for x86-64 alone")
+
+
+@pytest.fixture(scope="module")
+def planned(trt, repository, tmp_path_factory):
+    """The tiny checkpoint with plans for GPUs that are not here."""
+    folder = tmp_path_factory.mktemp("planned") / "model_repository"
+    shutil.copytree(repository, folder)
+    add_plans(trt, folder, TARGETS)
+    return folder
+
+
+@pytest.fixture(params=Precision)
+def demo(request, tmp_path):
+    """The demo checkpoint; in FP32 as `make` has exported it, where it has."""
+    made = ROOT / "model_repository"
+    if request.param is Precision.FP32 and (made / "MANIFEST.json").is_file():
+        return shutil.copytree(made, tmp_path / "model_repository")
+    folder = skeleton(tmp_path / "model_repository")
+    build(open_checkpoint(ROOT / "checkpoints/scenes-64"), folder, precision=request.param)
+    return folder
+
+
+def test_every_model_of_the_demo_checkpoint_compiles(trt, demo):
+    add_plans(trt, demo, TARGETS)
+    for model in MODELS:
+        folder = demo / model / "1"
+        weights = (folder / "model.onnx").stat().st_size
+        assert (folder / PLAN).stat().st_size > weights / 2
+    verify(demo)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_plan_comes_with_its_config_log_and_record(trt, planned, model):
+    plain = read_config(planned / model / "config.pbtxt")
+    config = read_config(planned / model / "configs" / "tensorrt.pbtxt")
+    assert (config["name"], config["backend"]) == (model, "tensorrt")
+    assert (config["input"], config["output"]) == (plain["input"], plain["output"])
+    folder = planned / model / "1"
+    assert (folder / config["default_model_filename"]).is_file()
+    assert "INFO: " in (folder / "tensorrt.log").read_text()
+    assert (folder / "timing.cache").is_file()
+    lines = json.loads((planned / "MANIFEST.json").read_text())["models"]
+    (line,) = [line for line in lines if line["model"] == model]
+    assert line["plan"] == {"tensorrt": trt.__version__, "gpu": "SM80,SM89"}
+    assert PLAN in line["sha256"]
+    verify(planned)
+
+
+def test_a_model_that_tensorrt_refuses_is_named_and_nothing_is_touched(trt, planned, tmp_path):
+    folder = shutil.copytree(planned, tmp_path / "model_repository")
+    (folder / "unet" / "1" / "model.onnx").write_bytes(b"no graph")
+    before = contents(folder)
+    with pytest.raises(TensorRTError, match=r"TensorRT cannot build unet: .*[Pp]arse"):
+        add_plans(trt, folder, TARGETS)
+    assert contents(folder) == before
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_plans_need_an_export(trt, tmp_path):
+    with pytest.raises(TensorRTError, match="has no MANIFEST"):
+        add_plans(trt, skeleton(tmp_path / "model_repository"))
+
+
+def test_the_profile_spans_what_the_engine_sends(repository, tmp_path):
+    pipeline = repository / ENGINE / "pipeline.json"
+    limits = engine_limits(repository, pipeline)
+    assert limits == Limits(rows=Range(1, 8, 32), side=Range(2, 8, 32))
+    folder = skeleton(tmp_path / "model_repository")
+    config = folder / "text_to_image_stream" / "config.pbtxt"
+    padded = config.read_text().replace('string_value: ""', 'string_value: "1, 8,64"')
+    config.write_text(padded)
+    assert engine_limits(folder, pipeline).rows == Range(1, 16, 64)
+
+
+HERE = Target("10.14.1.48", "NVIDIA L4, 8.9")
+
+
+@pytest.mark.parametrize(
+    ("machine", "message"),
+    [
+        (Target("10.13.0.35", HERE.gpu), "made for TensorRT 10.14.1.48, this machine has 10.13"),
+        (
+            Target(HERE.tensorrt, "NVIDIA A10, 8.6"),
+            "GPU NVIDIA L4, 8.9, this machine has NVIDIA A",
+        ),
+        (Target(HERE.tensorrt, None), "GPU NVIDIA L4, 8.9, this machine has none: run `python -m"),
+    ],
+)
+def test_a_plan_of_another_tensorrt_or_gpu_is_refused(tmp_path, machine, message):
+    line = {"model": "unet", "plan": {"tensorrt": HERE.tensorrt, "gpu": HERE.gpu}}
+    models = {"models": [{"model": "bert"}, line]}
+    (tmp_path / "MANIFEST.json").write_text(json.dumps(models))
+    check_plans(tmp_path, HERE)
+    with pytest.raises(ManifestError, match=f"the plan of unet was .*{message}"):
+        check_plans(tmp_path, machine)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("planned", "the plan of clip_text was made for TensorRT 1.7.1.116, this machine has"),
+        ("repository", "has no TensorRT plans: run `python -m export.tensorrt`"),
+    ],
+)
+def test_the_server_says_what_to_run_instead_of_serving(kind, message, request, start_server):
+    server = start_server(request.getfixturevalue(kind), "--config-name", "tensorrt")
+    assert server.process.wait(60) == 1
+    assert message in server.text()
+    assert len(server.text().strip().splitlines()) == 1
+
+
+def test_the_library_tells_the_version_that_plans_record(trt):
+    import tensorrt_rtx_libs
+
+    (library,) = Path(tensorrt_rtx_libs.__file__).parent.glob("libtensorrt_rtx.so*")
+    assert library_version(str(library)) == trt.__version__
+    assert library_version("libno_such_tensorrt.so") is None
+    assert library_version(None) is None
+
+
+@pytest.mark.parametrize("command", [["export", "checkpoints/scenes-64", "--tensorrt"],
+                                     ["export.tensorrt"]])  # fmt: skip
+def test_without_tensorrt_the_command_says_where_to_run_it(command, repository):
+    before = contents(repository)
+    done = subprocess.run(
+        [sys.executable, "-m", *command, "--repository", str(repository)],
+        capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 1
+    said = (done.stdout + done.stderr).strip()
+    assert "plans need TensorRT's Python package" in said
+    assert "build them in NVIDIA's Triton container" in said
+    assert len(said.splitlines()) == 1
+    assert contents(repository) == before
+
+
+def test_plans_are_built_without_the_exporters_packages():
+    heavy = "torch", "transformers", "diffusers", "onnx", "onnxruntime"
+    code = f"import sys, export.tensorrt; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_a_new_model_sweeps_what_was_made_with_the_old_one_and_nothing_else(tmp_path):
+    stage, repository = tmp_path / "stage", tmp_path / "model_repository"
+    made = ("1/model.onnx", "1/model.onnx.data", f"1/{PLAN}", "configs/tensorrt.pbtxt")
+    for file in [f"{model}/{name}" for model in ("unet", "bert") for name in made]:
+        (repository / file).parent.mkdir(parents=True, exist_ok=True)
+        (repository / file).write_text("old")
+    new = stage / "unet" / "1" / "model.onnx"
+    new.parent.mkdir(parents=True)
+    new.write_text("new")
+    put_in_place(stage, repository)
+    assert set(contents(repository)) == {"unet/1/model.onnx", *(f"bert/{name}" for name in made)}
+    assert (repository / "unet/1/model.onnx").read_text() == "new"
