@@ -19,15 +19,19 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_captioned import MIXED, many, write
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from export.checkpoint import open_checkpoint
 from training import all as every_stage
-from training import data, distill, sheets
+from training import data, distill, sheets, vqgan
 from training.captioned import Captioned
 from training.cli import pick_device
 
 ROOT = Path(__file__).parent.parent
+TOWER = CLIPVisionConfig(
+    hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+    image_size=64, patch_size=8, projection_dim=16,
+)  # fmt: skip
 FEW_SCENES = "from training import all, diffusion; diffusion.SCENES = 100; "
 
 
@@ -69,9 +73,13 @@ def test_a_killed_stage_ends_with_the_weights_of_an_undisturbed_one(tmp_path, st
     if kind:
         folder = write(kind, tmp_path / "data", many(30) + MIXED)
         flags += ["--data", str(folder), "--shuffle", "7"]
+    killed = tmp_path / "killed"
+    if stage == "vqgan":
+        tower = CLIPVisionModelWithProjection(TOWER)
+        for folder in (tmp_path / "whole", killed):
+            tower.save_pretrained(folder / "checkpoint" / "image_encoder")
     whole = run_stage(stage, tmp_path / "whole", *flags)
     assert whole.returncode == 0, whole.stderr
-    killed = tmp_path / "killed"
     trained = tmp_path / "whole" / "runs" / stage / "tokenizer"
     if trained.exists():  # the library orders a tokenizer's letters anew in every process
         shutil.copytree(trained, killed / "runs" / stage / "tokenizer")
@@ -142,7 +150,7 @@ def test_all_stages_run_in_order_and_tell_their_times(tmp_path):
     for stage in ("diffusion", "distill"):
         assert Image.open(runs / stage / "samples.png").size[0] == columns
     originals = np.asarray(Image.open(runs / "vqgan" / "samples.png"))
-    shown = data.SCENES.sample(39_999_998, 8).pictures
+    shown = data.SCENES.sample(vqgan.SHOWN, 8).pictures
     assert (originals[: sheets.TILE] == np.asarray(sheets.grid(shown, 8))[: sheets.TILE]).all()
     assert Image.open(runs / "clip" / "samples.png").size[0] > 500
 

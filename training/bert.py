@@ -21,7 +21,7 @@ from training.cli import stage_cli
 from training.loop import Trainer
 from training.tokenizers import trained_tokenizer
 
-STEPS, BATCH = 800, 96
+STEPS, BATCH = 1200, 96
 
 
 def train(

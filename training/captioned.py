@@ -92,8 +92,9 @@ class Captioned:
         size: int,
         device: torch.device,
         captions_only: bool = False,
-        near_misses: bool = False,  # there are none
+        near: bool = False,
     ) -> CaptionedBatches:
+        """Batches of any pictures: which ones are near misses of others is not known."""
         return CaptionedBatches(self, seed, size, device, captions_only)
 
     def rows(

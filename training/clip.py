@@ -51,7 +51,7 @@ def train(
     torch.manual_seed(0)
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
     model.to(device)
-    batches = source.batches(10_000_000, batch, device, near_misses=True)
+    batches = source.batches(10_000_000, batch, device, near=True)
     shown = data.on_device(source.sample(19_999_999, 12), device)
     shown_ids, _ = data.token_ids(tokenizer, shown.captions, device)
 
@@ -59,7 +59,7 @@ def train(
         drawn = batches.at(step)
         ids, _ = data.token_ids(tokenizer, drawn.captions, device)
         out = model(input_ids=ids, pixel_values=drawn.pictures, return_loss=True)
-        hit = out.logits_per_text.argmax(1) == torch.arange(batch, device=device)
+        hit = out.logits_per_text.argmax(1) == torch.arange(len(ids), device=device)
         return {"loss": out.loss, "accuracy": hit.float().mean()}
 
     def samples(averaged: CLIPModel) -> Image.Image:
@@ -67,7 +67,7 @@ def train(
         cosines = out.logits_per_text / averaged.logit_scale.exp()
         return similarities(cosines, shown.pictures, shown.captions)
 
-    trainer = Trainer(model, runs / "clip", steps, 1e-3, 0.99, save_every=save_every, bf16=bf16)
+    trainer = Trainer(model, runs / "clip", steps, 1e-3, 0.99, save_every, bf16=bf16)
     trained = trainer.run(loss_at, batches, samples)
     trained.text_model.save_pretrained(checkpoint / "text_encoder")
     image_encoder = CLIPVisionModelWithProjection(trained.config.vision_config)

@@ -86,12 +86,11 @@ class Source(Protocol):
         size: int,
         device: torch.device,
         captions_only: bool = False,
-        near_misses: bool = False,
+        near: bool = False,
     ) -> Batches:
         """`Batch`es of `size` on `device`, in an order drawn from `seed`.
 
-        With `near_misses`, pictures come with others that differ from them in one thing, where
-        the source has such.
+        With `near`, a source that can draws a picture's near misses beside it.
         """
 
 
@@ -136,10 +135,9 @@ class SceneWorld:
         size: int,
         device: torch.device,
         captions_only: bool = False,
-        near_misses: bool = False,
+        near: bool = False,
     ) -> SceneBatches:
-        drawn = _Drawn(seed, size, captions_only, near_misses)
-        return SceneBatches(drawn, device, self.workers)
+        return SceneBatches(_Drawn(seed, size, captions_only, near), device, self.workers)
 
 
 SCENES = SceneWorld()
@@ -152,15 +150,12 @@ class _Drawn(Dataset):
     seed: int
     size: int
     captions_only: bool = False
-    near_misses: bool = False
+    near: bool = False
 
     def __getitem__(self, step: int) -> Batch:
-        if self.near_misses:  # three to a scene
-            bases, rng = scenes(self.seed + step, -(-self.size // 4))
-            truth = [scene for base in bases for scene in (base, *near_misses(base, rng))]
-            truth = truth[: self.size]
-        else:
-            truth, rng = scenes(self.seed + step, self.size)
+        truth, rng = scenes(self.seed + step, self.size // 4 if self.near else self.size)
+        if self.near:
+            truth = [scene for base in truth for scene in (base, *near_misses(base, rng))]
         texts = captions(truth, rng)
         return Batch(pictures(truth) if not self.captions_only else no_pictures(), texts, truth)
 

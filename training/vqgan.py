@@ -37,6 +37,7 @@ from training.vqgan_losses import (
 )
 
 STEPS, BATCH = 4400, 32
+SHOWN = 39_999_998  # seed of the pictures of samples.png
 NOISE = 0.3  # standard deviation; finer steps than this a UNet need not paint
 REVIVE_EVERY = 100  # steps
 WATCHING = 0.2  # share of the steps that the discriminator learns before it is listened to
@@ -84,31 +85,31 @@ def autoencoder(
     folder: Path,
     steps: int,
     batch: int,
-    bf16: bool,
-    device: torch.device,
-    source: data.Source,
-    save_every: int,
+    bf16: bool = False,
+    device: torch.device = data.CPU,
+    source: data.Source = data.SCENES,
+    save_every: int = 100,
 ) -> VQModel:
     """A model whose latents have unit variance and stand noise; its codebook says nothing yet."""
     stage = Autoencoder(source.side).to(device)
     model = stage.model
     batches = source.batches(30_000_000, batch, device)
-    shown = source.sample(39_999_998, 8).pictures.to(device)
+    shown = source.sample(SHOWN, 8).pictures.to(device)
 
     def loss_at(step: int) -> dict[str, Tensor]:
         x = batches.at(step).pictures
         z = stage.scale(model.encode(opponent(x)).latents.float())
-        noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(step))
-        z = z + NOISE * noise.to(device)
+        draw = torch.Generator().manual_seed(step)
+        z = z + NOISE * torch.randn(z.shape, generator=draw).to(device)
         y = rgb(model.decoder(model.post_quant_conv(z)).float())
         return {"loss": reconstruction(y, x), "psnr": psnr(y, x)}
 
     def samples(averaged: Autoencoder) -> Image.Image:
-        z = averaged.scale(averaged.model.encode(opponent(shown)).latents)
-        painted = rgb(averaged.model.decoder(averaged.model.post_quant_conv(z)))
-        return grid(torch.cat([shown, painted]), columns=len(shown))
+        inner = averaged.model
+        z = inner.encode(opponent(shown)).latents
+        return compared(shown, rgb(inner.decoder(inner.post_quant_conv(z))))
 
-    trainer = Trainer(stage, folder, steps, 1.5e-3, 0.998, save_every=save_every, bf16=bf16)
+    trainer = Trainer(stage, folder, steps, 1.5e-3, 0.998, save_every, bf16=bf16)
     trained = trainer.run(loss_at, batches, samples)
     fold_scale(trained)
     fold_colours(trained.model)
@@ -122,19 +123,19 @@ def refine(
     folder: Path,
     steps: int,
     batch: int,
-    bf16: bool,
-    device: torch.device,
-    source: data.Source,
-    save_every: int,
+    bf16: bool = False,
+    device: torch.device = data.CPU,
+    source: data.Source = data.SCENES,
+    save_every: int = 100,
 ) -> VQModel:
     """Trains codebook and decoder of `vae`, whose encoder stays; gives `vae` back."""
     vae.requires_grad_(False).eval().to(device)
     vae.quantize.legacy = False
     stage = Quantised(vae).to(device)
     perception = Perception(tower.to(device))
-    last = vae.decoder.conv_out.weight
     batches = source.batches(40_000_000, batch, device)
-    shown = source.sample(39_999_998, 8).pictures.to(device)
+    shown = source.sample(SHOWN, 8).pictures.to(device)
+    last = vae.decoder.conv_out.weight
 
     def loss_at(step: int) -> dict[str, Tensor]:
         x = batches.at(step).pictures
@@ -144,12 +145,12 @@ def refine(
             z = vae.encode(x).latents.float()
         with torch.autocast(device.type, enabled=False):
             z, codebook, (_, _, codes) = stage.quantize(z)
-        stage.use.index_add_(0, codes.flatten(), torch.ones_like(codes.flatten(), dtype=z.dtype))
+        stage.use.index_add_(0, codes.flatten(), torch.ones(codes.numel(), device=device))
         y = stage.decoder(z.detach()).float()
         loss = reconstruction(y, x)
         if weights.perceptual:
-            shift = tuple(np.random.default_rng(40_000_000 + step).integers(8, size=2).tolist())
-            loss = loss + weights.perceptual * perception(y, x, shift)
+            down, right = np.random.default_rng(step).integers(8, size=2).tolist()
+            loss = loss + weights.perceptual * perception(y, x, (down, right))
         parts = {"psnr": psnr(y, x), "codes_used": (stage.use > 0).float().mean()}
         if weights.adversarial:
             fooling, parts["judging"] = hinge(stage.discriminator, y, x)
@@ -160,10 +161,10 @@ def refine(
         return {"loss": loss + codebook, **parts}
 
     def samples(averaged: Quantised) -> Image.Image:
-        z = averaged.quantize(vae.encode(shown).latents)[0]
-        return grid(torch.cat([shown, averaged.decoder(z)]), columns=len(shown))
+        z, _, _ = averaged.quantize(vae.encode(shown).latents)
+        return compared(shown, averaged.decoder(z))
 
-    trainer = Trainer(stage, folder, steps, 1e-3, 0.998, save_every=save_every, bf16=bf16)
+    trainer = Trainer(stage, folder, steps, 1e-3, 0.998, save_every, bf16=bf16)
     trained = trainer.run(loss_at, batches, samples)
     vae.quantize = trained.quantize
     vae.post_quant_conv, vae.decoder = trained.decoder
@@ -177,8 +178,8 @@ def revive(vae: VQModel, use: Tensor, seed: int, source: data.Source = data.SCEN
     Outputs are drawn in proportion to their squared distance from the codes that live
     (k-means++), so that rare details get codes and flat backgrounds do not take them all.
     """
-    x = source.sample(seed, 128).pictures.to(use.device)
-    vectors = vae.encode(x).latents.float().permute(0, 2, 3, 1).flatten(0, 2)
+    z = vae.encode(source.sample(seed, 128).pictures.to(use.device)).latents.float()
+    vectors = z.permute(0, 2, 3, 1).flatten(0, 2)
     codes = vae.quantize.embedding.weight.data
     draw = torch.Generator().manual_seed(seed)
     live = use > 0
@@ -213,6 +214,11 @@ def fold_colours(model: VQModel) -> None:
     last.bias.copy_(back @ last.bias)
 
 
+def compared(originals: Tensor, painted: Tensor) -> Image.Image:
+    """Originals (N, 3, S, S) above what was made of them."""
+    return grid(torch.cat([originals, painted]), columns=len(originals))
+
+
 def train(
     checkpoint: Path,
     runs: Path,
@@ -223,11 +229,11 @@ def train(
     source: data.Source = data.SCENES,
     save_every: int = 100,
 ) -> None:
-    how = (batch, bf16, device, source, save_every)
-    vae = autoencoder(runs / "autoencoder", steps // 2, *how)
+    rest = (bf16, device, source, save_every)
+    vae = autoencoder(runs / "autoencoder", steps // 2, batch, *rest)
     vae.save_pretrained(checkpoint / "vae")
     tower = CLIPVisionModelWithProjection.from_pretrained(checkpoint / "image_encoder")
-    refine(vae, tower, Weights(), runs / "vqgan", steps - steps // 2, *how)
+    refine(vae, tower, Weights(), runs / "vqgan", steps - steps // 2, batch, *rest)
     vae.save_pretrained(checkpoint / "vae")
 
 
