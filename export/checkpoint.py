@@ -14,6 +14,8 @@ from typing import Any
 
 import huggingface_hub
 
+from export.shapes import load_pruned, pruning_of
+
 # Classes that each part may be of; None is any text model that transformers knows.
 PARTS = {
     "text_encoder": ("CLIPTextModel",),
@@ -58,7 +60,7 @@ class Checkpoint:
         return json.loads((self.folders[part] / name).read_text())
 
     def load(self, part: str, model_class: Any, **options: Any) -> Any:
-        """The part's torch module, in evaluation mode and FP32.
+        """The part's torch module, in evaluation mode and FP32, as narrow as pruning left it.
 
         `options` go to the class.
 
@@ -67,7 +69,10 @@ class Checkpoint:
         """
         folder = self.folders[part]
         try:
-            model = model_class.from_pretrained(folder, use_safetensors=True, **options)
+            if pruning_of(folder):
+                model = load_pruned(folder, model_class, **options)
+            else:
+                model = model_class.from_pretrained(folder, use_safetensors=True, **options)
         except Exception as error:
             raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
         return model.float().eval()
@@ -152,3 +157,7 @@ def _check_part(part: str, folder: Path, name: str) -> None:
         raise CheckpointError(f"{folder} has no config.json")
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(f"{folder} has no safetensors; other formats are not read")
+    try:
+        pruning_of(folder)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error

@@ -33,6 +33,7 @@ class Part:
         output: name and spec of the only output.
         example: (batch, size) -> inputs; `size` sets the axes that vary and means nothing else.
         tolerance: highest error against PyTorch, as a share of the largest output.
+        side: of the latents that it was trained on, where axes vary.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Part:
     output: tuple[str, TensorSpec]
     example: Callable[[int, int], dict[str, Tensor]]
     tolerance: float = 1e-4
+    side: int | None = None
 
     def __post_init__(self) -> None:
         self.module.eval()

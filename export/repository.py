@@ -15,15 +15,25 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from export import bert, clip_text, fusion, pipeline, unet, vqgan_decoder
 from export.checkpoint import Checkpoint, CheckpointError
 from export.convert import OPSET, parity_error, to_onnx
+from export.macs import count_macs
 from export.part import Part
+from export.shapes import Pruning, pruning_of
 from export.triton_config import with_tensors
 
 ENGINE = Path("text_to_image_stream/1")  # where pipeline.json and the tokenizers live
 MODELS = ("clip_text", "bert", "fusion", "unet", "vqgan_decoder")
+# The part of a checkpoint that holds each model that can be pruned.
+SOURCE = {
+    "clip_text": "text_encoder",
+    "bert": "text_encoder_2",
+    "unet": "unet",
+    "vqgan_decoder": "vae",
+}
 TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
 
 
@@ -33,6 +43,8 @@ class ModelReport:
 
     Attributes:
         parameters: how many the network has.
+        macs: multiply-accumulates of one row at the size that it was trained on.
+        pruning: what was removed from it, None where nothing was.
         bytes: of the ONNX file and its external data.
         sha256: of each file, by name.
         error: against PyTorch, as a share of the largest output.
@@ -41,6 +53,8 @@ class ModelReport:
 
     model: str
     parameters: int
+    macs: int
+    pruning: Pruning | None
     bytes: int
     sha256: dict[str, str]
     precision: str
@@ -63,11 +77,13 @@ def build(
     repository: Path,
     progress: Callable[[str], None] = lambda model: None,
     only: Sequence[str] = MODELS,
+    check: Callable[[Path], dict[str, Any]] | None = None,
 ) -> list[ModelReport]:
     """Exports a checkpoint into a repository that has its folders and `config.pbtxt` files.
 
-    With `only`, the other models stay as an earlier export left them. Gives the reports of
-    the models that were built.
+    With `only`, the other models stay as an earlier export left them. `check` sees what was
+    built before it takes its place; what it raises stops the export, what it says goes into
+    the manifest. Gives the reports of the models that were built.
 
     Raises:
         CheckpointError: the checkpoint cannot be exported, or does not fit the models that stay.
@@ -81,7 +97,8 @@ def build(
         reports = []
         for name in only:
             progress(name)
-            reports.append(_build_model(parts[name], repository, stage))
+            pruning = pruning_of(checkpoint.folders[SOURCE[name]]) if name in SOURCE else None
+            reports.append(_build_model(parts[name], pruning, repository, stage))
         (stage / ENGINE).mkdir(parents=True)
         pipeline.write(checkpoint, parts, stage / ENGINE)
         built = {report.model: asdict(report) for report in reports}
@@ -90,6 +107,7 @@ def build(
             "revisions": checkpoint.revisions,
             "tools": {tool: importlib.metadata.version(tool) for tool in TOOLS},
             "models": [(kept | built)[name] for name in MODELS],
+            "gate": check(stage) if check else None,
         }
         (stage / "MANIFEST.json").write_text(json.dumps(manifest, indent=2) + "\n")
         _put_in_place(stage, repository)
@@ -114,7 +132,7 @@ def _kept(parts: dict[str, Part], repository: Path, only: Sequence[str]) -> dict
     return {line["model"]: line for line in lines if line["model"] in stay}
 
 
-def _build_model(part: Part, repository: Path, stage: Path) -> ModelReport:
+def _build_model(part: Part, pruning: Pruning | None, repository: Path, stage: Path) -> ModelReport:
     started = time.monotonic()
     folder = stage / part.name / "1"
     folder.mkdir(parents=True)
@@ -126,6 +144,8 @@ def _build_model(part: Part, repository: Path, stage: Path) -> ModelReport:
     return ModelReport(
         model=part.name,
         parameters=sum(p.numel() for p in part.module.parameters()),
+        macs=count_macs(part),
+        pruning=pruning,
         bytes=sum(file.stat().st_size for file in files),
         sha256={file.name: _sha256(file) for file in files},
         precision="fp32",

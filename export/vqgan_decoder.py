@@ -41,6 +41,7 @@ def part(checkpoint: Checkpoint, latent_channels: int) -> Part:
         inputs={"latent": TensorSpec(torch.float32, (channels, "height", "width"))},
         output=("image", TensorSpec(torch.float32, (3, "image_height", "image_width"))),
         example=lambda batch, size: {"latent": normal((batch, channels, 4 * size, 4 * size + 4))},
+        side=vae.config.sample_size // scale_factor(checkpoint),
     )
 
 
