@@ -128,8 +128,8 @@ def prune_checkpoint(
     """Writes a checkpoint with pruned parts to `folder`, and opens it.
 
     Raises:
-        CheckpointError: the folder is there, or a model cannot be pruned so, or is pruned.
-        OSError: the folder cannot be written.
+        CheckpointError: the folder is there or cannot be written, or a model cannot be pruned
+            so, or is pruned.
     """
     if folder.exists():
         raise CheckpointError(
@@ -138,18 +138,22 @@ def prune_checkpoint(
     for name in ratios:
         if pruning_of(checkpoint.folders[SOURCE[name]]):
             raise CheckpointError(f"--prune {name}: {checkpoint.name} has it pruned already")
-    parts = load_parts(checkpoint)
-    with tempfile.TemporaryDirectory(prefix=".pruning-", dir=folder.parent) as scratch:
-        stage = Path(scratch) / folder.name
-        _copy(checkpoint, parts["fusion"], stage, without=[SOURCE[name] for name in ratios])
-        for name, ratio in ratios.items():
-            progress(name)
-            try:
-                pruning = prune(parts[name], ratio)
-            except ValueError as error:
-                raise CheckpointError(str(error)) from error
-            save_part(checkpoint, parts[name], pruning, stage / SOURCE[name])
-        os.replace(stage, folder)
+    parts, done = load_parts(checkpoint), {}
+    for name, ratio in ratios.items():
+        progress(name)
+        try:
+            done[name] = prune(parts[name], ratio)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
+    try:
+        with tempfile.TemporaryDirectory(prefix=".pruning-", dir=folder.parent) as scratch:
+            stage = Path(scratch) / folder.name
+            _copy(checkpoint, parts["fusion"], stage, without=[SOURCE[name] for name in ratios])
+            for name, pruning in done.items():
+                save_part(checkpoint, parts[name], pruning, stage / SOURCE[name])
+            os.replace(stage, folder)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {folder}: {error.strerror or error}") from error
     return replace(open_checkpoint(folder), name=checkpoint.name, revisions=checkpoint.revisions)
 
 

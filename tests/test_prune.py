@@ -22,7 +22,7 @@ from export.macs import count_macs, native_rows
 from export.part import Part
 from export.prune import network, parse_ratios, prune, prune_checkpoint
 from export.repository import SOURCE, load_parts
-from export.shapes import pruning_of
+from export.shapes import attention_widths, head_attribute, pruning_of
 
 RATIOS = {"clip_text": 0.25, "bert": 0.25, "unet": 0.3, "vqgan_decoder": 0.25}
 
@@ -87,6 +87,31 @@ def test_group_norms_keep_their_groups(tiny, pruned, model):
             assert other.num_channels % norm.num_groups == 0
             narrower += other.num_channels < norm.num_channels
     assert narrower
+
+
+@pytest.mark.parametrize("model", ["clip_text", "bert"])
+def test_a_pruned_encoder_is_the_original_without_what_went(tiny, pruned, model):
+    before, after = (load_parts(c)[model] for c in (open_checkpoint(tiny), pruned))
+    for name, layer in after.module.named_modules():
+        if isinstance(layer, nn.Linear):
+            weight = before.module.get_submodule(name).weight
+            if layer.weight.shape[1] < weight.shape[1]:
+                kept = (weight.T[:, None] == layer.weight.T[None]).all(-1).any(1)
+                weight.data[:, ~kept] = 0
+    torch.testing.assert_close(outputs(after), outputs(before), rtol=1e-4, atol=1e-5)
+
+
+def test_heads_keep_their_width(tiny, pruned):
+    fewer = 0
+    for model in RATIOS:
+        before, after = (load_parts(c)[model].module for c in (open_checkpoint(tiny), pruned))
+        for (old, _, width), (new, _, left) in zip(
+            attention_widths(before), attention_widths(after), strict=True
+        ):
+            heads, heads_left = (getattr(layer, head_attribute(layer)) for layer in (old, new))
+            assert left // heads_left == width // heads
+            fewer += heads_left < heads
+    assert fewer
 
 
 def test_only_heads_widths_and_inner_channels_go(tiny, pruned):
@@ -283,6 +308,7 @@ def test_weights_of_another_pruning_are_named(copy):
     [
         (["--prune", "unet=2"], "--prune unet=2 is not allowed"),
         (["--prune", "unet=0.3", "--only", "bert"], "--prune unet: --only leaves it out"),
+        (["--gate"], "--gate has nothing to compare: no model is optimised"),
         (["--save-pruned", "x"], "--save-pruned x: nothing is pruned without --prune"),
         (["--prune", "unet=0.3", "--save-pruned", "no/x"], "--save-pruned no/x: no is no folder"),
     ],

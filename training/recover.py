@@ -8,6 +8,7 @@ noisy latents at random timesteps, the decoder latents of pictures. `python -m e
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import sys
@@ -118,8 +119,7 @@ def recover(
         the distillation error of each, before and after.
 
     Raises:
-        ValueError: a checkpoint cannot be opened, a model is not pruned, or the save in `runs`
-            is of another pruning.
+        ValueError: a checkpoint cannot be opened, or a model is not pruned.
     """
     opened, original = open_checkpoint(checkpoint), open_checkpoint(teacher)
     models = _pruned(opened, original, models)
@@ -135,17 +135,21 @@ def recover(
         def loss_at(step: int, part: Part = part) -> dict[str, Tensor]:
             return {"loss": taught.error(part, taught.inputs(part.name, step))}
 
-        folder = runs / f"recover-{opened.name}-{name}"
-        try:
-            trainer = Trainer(part.module, folder, steps, LEARNING_RATE, EMA_DECAY, bf16=bf16)
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(f"{folder} holds a save of another pruning of {name}") from error
+        place = opened.folders[SOURCE[name]]
+        folder = runs / f"recover-{name}-{_digest(place)}"
+        trainer = Trainer(part.module, folder, steps, LEARNING_RATE, EMA_DECAY, bf16=bf16)
         learnt = replace(part, module=trainer.run(loss_at))
         with torch.no_grad():
             errors[name] = (before, taught.error(learnt, held_out).item())
-        place = opened.folders[SOURCE[name]]
         save_part(opened, learnt, pruning_of(place), place)
     return errors
+
+
+def _digest(folder: Path) -> str:
+    """Names the weights that a run starts from, so that it never goes on from another's save."""
+    (file,) = folder.glob("*.safetensors")
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:12]
 
 
 def _pruned(opened: Checkpoint, original: Checkpoint, models: list[str] | None) -> list[str]:
