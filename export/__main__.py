@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 import logging
+import tempfile
 import warnings
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import transformers
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from export.checkpoint import CheckpointError, open_checkpoint
+from export.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from export.convert import ParityError
+from export.gate import PROMPTS as GENERAL_PROMPTS
+from export.gate import SCENE_PROMPTS, Gate, GateError, Limits
 from export.precision import Precision
-from export.repository import MODELS, ModelReport, build
+from export.prune import parse_ratios, prune_checkpoint
+from export.repository import MODELS, SOURCE, ModelReport, build
 from export.resources import ResourceError
+from export.shapes import pruning_of
 from export.tensorrt import TensorRTError, load_tensorrt
 
 console = Console()
@@ -48,6 +54,33 @@ def main(
     tensorrt: Annotated[
         bool, typer.Option("--tensorrt", help="Build TensorRT plans too, for this machine.")
     ] = False,
+    prune: Annotated[
+        str | None,
+        typer.Option(help="Share of MACs to remove by model, as in unet=0.3,clip_text=0.25."),
+    ] = None,
+    save_pruned: Annotated[
+        Path | None, typer.Option(help="Keeps the pruned checkpoint in this new folder.")
+    ] = None,
+    gate: Annotated[
+        bool, typer.Option("--gate", help="Refuses when optimised models paint worse.")
+    ] = False,
+    gate_against: Annotated[
+        str | None,
+        typer.Option(help="Unoptimised checkpoint, where CHECKPOINT is a pruned one."),
+    ] = None,
+    gate_loss: Annotated[
+        float, typer.Option(min=0, help="Points of all-correct scenes that may be lost.")
+    ] = Limits.loss,
+    gate_psnr: Annotated[
+        float,
+        typer.Option(min=0, help="dB that other pictures must reach against the unoptimised."),
+    ] = Limits.psnr,
+    gate_prompts: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help=f"Default: {SCENE_PROMPTS} for scenes, else {len(GENERAL_PROMPTS)}."
+        ),
+    ] = None,
     report: Annotated[
         Path | None, typer.Option(help="Writes the table into this file, as JSON.")
     ] = None,
@@ -57,26 +90,42 @@ def main(
     Takes any checkpoint of CLIP, UNet and VQGAN or VAE in diffusers layout. Stable Diffusion 1.5
     and LCM have no BERT: name one with --bert, and a fusion head that changes nothing is added.
 
-    Every model is compared with its PyTorch original. When anything fails, the repository
+    Every model is compared with its PyTorch original. With --gate, pictures of the optimised
+    models are compared with those of the unoptimised. When anything fails, the repository
     stays as it was.
     """
     _quieten()
-    models = [name.strip() for name in only.split(",")]
+    models = _models(only)
     if report is not None and not report.parent.is_dir():
         _stop(f"--report {report}: {report.parent} is no folder")
-    if unknown := set(models) - set(MODELS):
-        _stop(f"--only {min(unknown)!r} is no model: {', '.join(MODELS)} are")
     if precision not in list(Precision):
         _stop(f"--precision {precision!r} is not allowed: {' or '.join(Precision)}")
+    ratios = _ratios(prune, models, save_pruned)
+    limits = Limits(gate_loss, gate_psnr, gate_prompts)
     try:
         trt = load_tensorrt() if tensorrt else None
-        with console.status("opening the checkpoint") as status:
-            opened = open_checkpoint(checkpoint, bert, revision, bert_revision)
+        with ExitStack() as stack:
+            status = stack.enter_context(console.status("opening the checkpoint"))
+            opened = original = open_checkpoint(checkpoint, bert, revision, bert_revision)
+            if gate_against is not None:
+                original = open_checkpoint(gate_against, bert, None, bert_revision)
+            if ratios:
+                folder = save_pruned
+                if folder is None:
+                    scratch = stack.enter_context(tempfile.TemporaryDirectory())
+                    folder = Path(scratch) / "pruned"
+                opened = prune_checkpoint(
+                    opened, ratios, folder, lambda model: status.update(f"pruning {model}")
+                )
+            check = None
+            if gate:
+                optimised = _optimised(original, opened, models, Precision(precision))
+                check = Gate(original, optimised, repository, limits)
             reports = build(
                 opened, repository, lambda model: status.update(f"exporting {model}"), models,
-                Precision(precision), trt,
+                Precision(precision), trt, check,
             )  # fmt: skip
-    except (CheckpointError, ParityError, ResourceError, TensorRTError) as error:
+    except (CheckpointError, ParityError, GateError, ResourceError, TensorRTError) as error:
         _stop(str(error))
     except OSError as error:
         _stop(f"cannot write into {repository}: {error.strerror or error}")
@@ -86,6 +135,53 @@ def main(
     console.print(f"{repository} serves {opened.name} now")
 
 
+def _models(only: str) -> list[str]:
+    models = [name.strip() for name in only.split(",")]
+    if unknown := set(models) - set(MODELS):
+        _stop(f"--only {min(unknown)!r} is no model: {', '.join(MODELS)} are")
+    return models
+
+
+def _ratios(prune: str | None, models: list[str], save_pruned: Path | None) -> dict[str, float]:
+    """What --prune asks for, held against the other flags."""
+    if prune is None:
+        if save_pruned is not None:
+            _stop(f"--save-pruned {save_pruned}: nothing is pruned without --prune")
+        return {}
+    try:
+        ratios = parse_ratios(prune)
+    except ValueError as error:
+        _stop(str(error))
+    if left_out := set(ratios) - set(models):
+        _stop(f"--prune {min(left_out)}: --only leaves it out")
+    if save_pruned is not None and not save_pruned.parent.is_dir():
+        _stop(f"--save-pruned {save_pruned}: {save_pruned.parent} is no folder")
+    return ratios
+
+
+def _optimised(
+    original: Checkpoint, opened: Checkpoint, models: list[str], precision: Precision
+) -> list[str]:
+    """Models that are not what a plain export of `original` makes.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if precision is not Precision.FP32:
+        return models
+    optimised = [
+        name
+        for name, part in SOURCE.items()
+        if name in models and pruning_of(opened.folders[part]) != pruning_of(original.folders[part])
+    ]
+    if not optimised:
+        raise CheckpointError(
+            "--gate has nothing to compare: no model is optimised;"
+            " --gate-against names the unpruned checkpoint of a pruned one"
+        )
+    return optimised
+
+
 def _quieten() -> None:
     """Keeps the libraries' notes off the screen; what matters is raised."""
     warnings.simplefilter("ignore")
@@ -93,21 +189,30 @@ def _quieten() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def _stop(reason: str) -> None:
+def _stop(reason: str) -> NoReturn:
     console.print(f"[red]export failed:[/] {reason}", highlight=False, soft_wrap=True)
     raise typer.Exit(1)
 
 
 def _table(name: str, reports: list[ModelReport]) -> Table:
     table = Table(title=f"{name}, against PyTorch", title_justify="left")
-    for heading in ("model", "parameters", "MB", "precision", "nodes", "error", "seconds"):
+    for heading in (
+        "model", "parameters", "MACs", "MB", "precision", "nodes", "error", "seconds",
+    ):  # fmt: skip
         table.add_column(heading, justify="left" if heading == "model" else "right")
     for r in reports:
         table.add_row(
-            r.model, f"{r.parameters / 1e6:.2f} M", f"{r.bytes / 1e6:.1f}", r.precision,
-            f"{r.nodes_traced} → {r.nodes}", f"{r.error:.1e}", f"{r.seconds:.1f}",
+            r.model, _millions(r.parameters, r.pruning and r.pruning.parameters),
+            _millions(r.macs, r.pruning and r.pruning.macs), f"{r.bytes / 1e6:.1f}", r.precision,
+            str(r.nodes), f"{r.error:.1e}", f"{r.seconds:.1f}",
         )  # fmt: skip
     return table
+
+
+def _millions(count: int, pruned: tuple[int, int] | None) -> str:
+    """A count, and what pruning changed it by."""
+    change = f" ({100 * (pruned[1] / pruned[0] - 1):+.0f}%)" if pruned else ""
+    return f"{count / 1e6:.2f} M{change}"
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from typing import Any
 
 import huggingface_hub
 
+from export.shapes import load_pruned, pruning_of
+
 # Classes that each part may be of; None is any text model that transformers knows.
 PARTS = {
     "text_encoder": ("CLIPTextModel",),
@@ -60,7 +62,7 @@ class Checkpoint:
         return _json_object(self.folders[part] / name)
 
     def load(self, part: str, model_class: Any, **options: Any) -> Any:
-        """The part's torch module, in evaluation mode and FP32.
+        """The part's torch module, in evaluation mode and FP32, as narrow as pruning left it.
 
         `options` go to the class.
 
@@ -69,13 +71,16 @@ class Checkpoint:
         """
         folder = self.folders[part]
         try:
-            model, found = model_class.from_pretrained(
-                folder, use_safetensors=True, output_loading_info=True, **options
-            )
+            if pruning_of(folder):
+                model, missing = load_pruned(folder, model_class, **options), []
+            else:
+                model, found = model_class.from_pretrained(
+                    folder, use_safetensors=True, output_loading_info=True, **options
+                )
+                # A pooler makes one vector of a text, which nothing here asks for.
+                missing = sorted(key for key in found["missing_keys"] if "pooler" not in key)
         except Exception as error:
             raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
-        # A pooler makes one vector of a text, which nothing here asks for.
-        missing = sorted(name for name in found["missing_keys"] if "pooler" not in name)
         if missing:
             text = f"{folder} lacks {len(missing)} of its tensors, {missing[0]} first"
             raise CheckpointError(text)
@@ -175,3 +180,7 @@ def _check_part(part: str, folder: Path, name: str) -> None:
     _json_object(folder / "config.json")
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(f"{folder} has no safetensors; other formats are not read")
+    try:
+        pruning_of(folder)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error

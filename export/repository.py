@@ -13,9 +13,11 @@ from typing import Any
 from export import bert, clip_text, fusion, pipeline, unet, vqgan_decoder
 from export.checkpoint import PARTS, Checkpoint, CheckpointError
 from export.convert import OPSET, parity_error, to_onnx
+from export.macs import count_macs
 from export.part import Part
 from export.precision import Precision
 from export.resources import check_resources
+from export.shapes import Pruning, pruning_of
 from export.staging import put_in_place, staging
 from export.tensorrt import engine_limits, stage_plan
 from export.triton_config import with_tensors
@@ -25,6 +27,13 @@ from twinbrush.tensorrt import PLAN
 
 ENGINE = Path("text_to_image_stream/1")  # where pipeline.json and the tokenizers live
 MODELS = ("clip_text", "bert", "fusion", "unet", "vqgan_decoder")
+# The part of a checkpoint that holds each model that can be pruned.
+SOURCE = {
+    "clip_text": "text_encoder",
+    "bert": "text_encoder_2",
+    "unet": "unet",
+    "vqgan_decoder": "vae",
+}
 TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
 
 
@@ -34,6 +43,8 @@ class ModelReport:
 
     Attributes:
         parameters: how many the network has.
+        macs: multiply-accumulates of one row at the size that it was trained on.
+        pruning: what was removed from it, None where nothing was.
         bytes: of the ONNX file and its external data.
         sha256: of each file, by name.
         precision: that it computes in.
@@ -45,6 +56,8 @@ class ModelReport:
 
     model: str
     parameters: int
+    macs: int
+    pruning: Pruning | None
     bytes: int
     sha256: dict[str, str]
     precision: str
@@ -72,11 +85,14 @@ def build(
     only: Sequence[str] = MODELS,
     precision: Precision = Precision.FP32,
     trt: Any = None,
+    check: Callable[[Path], dict[str, Any]] | None = None,
 ) -> list[ModelReport]:
     """Exports a checkpoint into a repository that has its folders and `config.pbtxt` files.
 
     With `only`, the other models stay as an earlier export left them. With `trt`, TensorRT's
-    module, every model gets a plan too. Gives the reports of the models that were built.
+    module, every model gets a plan too. `check` sees what was built before it takes its place;
+    what it raises stops the export, what it says goes into the manifest. Gives the reports of
+    the models that were built.
 
     Raises:
         CheckpointError: the checkpoint cannot be exported, or does not fit the models that stay.
@@ -94,7 +110,8 @@ def build(
         reports = []
         for name in only:
             progress(name)
-            report = _build_model(parts[name], precision, repository, stage)
+            pruning = pruning_of(checkpoint.folders[SOURCE[name]]) if name in SOURCE else None
+            report = _build_model(parts[name], pruning, precision, repository, stage)
             reports.append(_with_plan(report, trt, repository, stage) if trt else report)
         built = {report.model: asdict(report) for report in reports}
         manifest = {
@@ -102,6 +119,7 @@ def build(
             "revisions": checkpoint.revisions,
             "tools": {tool: importlib.metadata.version(tool) for tool in TOOLS},
             "models": [(kept | built)[name] for name in MODELS],
+            "gate": check(stage) if check else None,
         }
         (stage / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         put_in_place(stage, repository)
@@ -135,7 +153,9 @@ def _kept(parts: dict[str, Part], repository: Path, only: Sequence[str]) -> dict
     return {line["model"]: line for line in lines if line["model"] in stay}
 
 
-def _build_model(part: Part, precision: Precision, repository: Path, stage: Path) -> ModelReport:
+def _build_model(
+    part: Part, pruning: Pruning | None, precision: Precision, repository: Path, stage: Path
+) -> ModelReport:
     started = time.monotonic()
     folder = stage / part.name / "1"
     folder.mkdir(parents=True)
@@ -147,6 +167,8 @@ def _build_model(part: Part, precision: Precision, repository: Path, stage: Path
     return ModelReport(
         model=part.name,
         parameters=sum(p.numel() for p in part.module.parameters()),
+        macs=count_macs(part),
+        pruning=pruning,
         bytes=sum(file.stat().st_size for file in files),
         sha256={file.name: sha256_of(file) for file in files},
         precision=precision.value,

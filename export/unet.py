@@ -70,7 +70,9 @@ def part(checkpoint: Checkpoint, fusion: Part) -> Part:
             tensors["timestep_cond"] = normal((batch, embedding))
         return tensors
 
-    return Part("unet", UNet(unet), inputs, ("model_output", latent), example)
+    return Part(
+        "unet", UNet(unet), inputs, ("model_output", latent), example, side=unet.config.sample_size
+    )
 
 
 def side_multiple(unet: UNet2DConditionModel) -> int:

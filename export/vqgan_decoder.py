@@ -48,6 +48,7 @@ def part(checkpoint: Checkpoint, latent_channels: int) -> Part:
         example=lambda batch, size: {"latent": normal((batch, channels, 4 * size, 4 * size + 4))},
         # A codebook rounded to FP16 has other nearest codes.
         full_precision=(vae.quantize,) if isinstance(vae, VQModel) else (),
+        side=vae.config.sample_size // scale_factor(checkpoint),
     )
 
 

@@ -123,14 +123,18 @@ class LocalModels:
     """`Models` that run in this process: the server's speed limit, and the tests' double.
 
     Needs tritonclient, whose protobuf definitions read `config.pbtxt`.
+
+    Args:
+        repository: model repository.
+        files: ONNX files by model, to run in place of the repository's.
     """
 
-    def __init__(self, repository: Path):
-        self._sessions = {
-            path.parent.name: open_session(path.parent / "1" / "model.onnx", read_config(path))
-            for path in sorted(repository.glob("*/config.pbtxt"))
-            if (path.parent / "1" / "model.onnx").exists()
-        }
+    def __init__(self, repository: Path, files: Mapping[str, Path] | None = None):
+        self._sessions = {}
+        for path in sorted(repository.glob("*/config.pbtxt")):
+            model = (files or {}).get(path.parent.name, path.parent / "1" / "model.onnx")
+            if model.exists():
+                self._sessions[path.parent.name] = open_session(model, read_config(path))
 
     def run(self, model: str, inputs: Mapping[str, np.ndarray], output: str) -> np.ndarray:
         return np.asarray(self._sessions[model].run([output], dict(inputs))[0])

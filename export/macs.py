@@ -1,0 +1,43 @@
+"""Multiply-accumulates of a model, for one row at the size that it was trained on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from export.part import Part
+
+
+def count_macs(part: Part) -> int:
+    """MACs of matrix products and convolutions, attention's own among them."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        part.module(**native_rows(part, 1))  # the plain kernel, whose products are counted
+    return counter.get_total_flops() // 2
+
+
+def positions(part: Part) -> dict[nn.Module, int]:
+    """How many positions each linear layer and convolution gives, tokens or pixels."""
+    found: dict[nn.Module, int] = {}
+
+    def note(layer: nn.Module, _: tuple, output: Tensor) -> None:
+        found[layer] = found.get(layer, 0) + output.numel() // len(layer.weight)
+
+    layers = [m for m in part.module.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    hooks = [layer.register_forward_hook(note) for layer in layers]
+    with torch.no_grad():
+        part.module(**native_rows(part, 1))
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def native_rows(part: Part, count: int) -> dict[str, Tensor]:
+    """Example inputs of `count` rows; axes that vary are `part.side` long."""
+    rows = part.example(count, part.side or 1)
+    for name, spec in part.inputs.items():
+        for axis, size in enumerate(spec.axes, start=1):
+            if isinstance(size, str):
+                rows[name] = rows[name].narrow(axis, 0, part.side).contiguous()
+    return rows

@@ -1,0 +1,150 @@
+"""The gate: what passes, what is refused, and who is blamed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from conftest import contents, skeleton
+
+from benchmarks.quality import tasks
+from export.checkpoint import open_checkpoint
+from export.gate import AllCorrect, Gate, GateError, Limits, Psnr
+from export.prune import prune_checkpoint, save_part
+from export.repository import ENGINE, SOURCE, build, load_parts
+from export.shapes import pruning_of
+from training.scenes import render
+
+PSNR = 15.0
+
+
+@pytest.fixture(scope="module")
+def good(tiny, tmp_path_factory) -> Path:
+    """The tiny checkpoint with a narrower decoder that paints nearly the same."""
+    folder = tmp_path_factory.mktemp("good") / "good"
+    prune_checkpoint(open_checkpoint(tiny), {"vqgan_decoder": 0.02}, folder)
+    return folder
+
+
+@pytest.fixture
+def bad(good, tmp_path) -> Path:
+    """The same, painting negatives."""
+    opened = open_checkpoint(shutil.copytree(good, tmp_path / "bad"))
+    part = load_parts(opened)["vqgan_decoder"]
+    with torch.no_grad():
+        part.module.vae.decoder.conv_out.weight.mul_(-1)
+    place = opened.folders[SOURCE["vqgan_decoder"]]
+    save_part(opened, part, pruning_of(place), place)
+    return tmp_path / "bad"
+
+
+@pytest.fixture
+def served(repository, tmp_path) -> Path:
+    """A copy of the exported repository, to export into."""
+    return Path(shutil.copytree(repository, tmp_path / "model_repository"))
+
+
+def export(checkpoint: Path, tiny: Path, served: Path) -> list:
+    gate = Gate(open_checkpoint(tiny), ["vqgan_decoder"], served, Limits(psnr=PSNR))
+    return build(open_checkpoint(checkpoint), served, only=["vqgan_decoder"], check=gate)
+
+
+def test_a_good_repository_passes_and_the_manifest_says_so(good, tiny, served):
+    export(good, tiny, served)
+    manifest = json.loads((served / "MANIFEST.json").read_text())
+    verdict = manifest["gate"]
+    assert verdict["measure"] == "psnr"
+    assert PSNR < verdict["after"] < verdict["before"]
+    assert manifest["models"][-1]["pruning"]["ratio"] == 0.02
+
+
+def test_a_bad_repository_is_refused_and_the_old_one_untouched(bad, tiny, served):
+    before = contents(served)
+    with pytest.raises(GateError, match=r"dB .* on 8 prompts, --gate-psnr is 15; alone: vqgan"):
+        export(bad, tiny, served)
+    assert contents(served) == before
+    assert not list(served.parent.glob(".building-*"))
+
+
+def test_a_first_export_needs_no_repository_before_it(tiny, good, tmp_path):
+    folder = skeleton(tmp_path / "fresh")
+    gate = Gate(open_checkpoint(tiny), ["vqgan_decoder"], folder, Limits(psnr=PSNR, prompts=2))
+    build(open_checkpoint(good), folder, check=gate)
+    assert json.loads((folder / "MANIFEST.json").read_text())["gate"]["prompts"] == 2
+
+
+class SceneGate(Gate):
+    """A gate whose models paint true scenes, but for as many pictures as each model spoils."""
+
+    spoils: ClassVar = {"unet": 0, "bert": 0}
+
+    def _export_plain(self, folder):
+        return {name: folder / f"{name}.onnx" for name in self._optimised}
+
+    def _paint(self, stage, files, prompts):
+        spoilt = sum(n for name, n in self.spoils.items() if files[name].is_relative_to(stage))
+        blank = np.zeros((64, 64, 3), np.uint8)
+        return [
+            blank if k < spoilt else render(task.scene)
+            for k, task in enumerate(tasks(len(prompts)))
+        ]
+
+
+@pytest.fixture
+def scene_gate(tiny, repository, tmp_path) -> tuple[SceneGate, Path]:
+    """A gate on 200 prompts, and a stage of 64-pixel pictures."""
+    stage = tmp_path / "stage"
+    for name in SceneGate.spoils:
+        (stage / name / "1").mkdir(parents=True)
+        (stage / name / "1" / "model.onnx").touch()
+    (stage / ENGINE).mkdir(parents=True)
+    pipeline = json.loads((repository / ENGINE / "pipeline.json").read_text())
+    (stage / ENGINE / "pipeline.json").write_text(json.dumps(pipeline | {"native_side": 64}))
+    gate = SceneGate(open_checkpoint(tiny), [*SceneGate.spoils], repository, Limits(prompts=200))
+    return gate, stage
+
+
+def test_scenes_that_can_be_read_are_counted(scene_gate, monkeypatch):
+    gate, stage = scene_gate
+    monkeypatch.setattr(SceneGate, "spoils", {"unet": 2, "bert": 0})
+    verdict = gate(stage)
+    assert verdict["measure"] == "all correct"
+    assert (verdict["before"], verdict["after"], verdict["prompts"]) == (100, 99, 200)
+
+
+def test_the_refusal_says_which_model_cost_what(scene_gate, monkeypatch):
+    gate, stage = scene_gate
+    monkeypatch.setattr(SceneGate, "spoils", {"unet": 10, "bert": 1})
+    message = (
+        r"all-correct went from 100.0% to 94.5% on 200 prompts, --gate-loss is 1 points;"
+        r" alone: unet 5.0 points, bert 0.5 points"
+    )
+    with pytest.raises(GateError, match=message):
+        gate(stage)
+
+
+def test_pictures_that_cannot_be_read_are_compared(scene_gate, monkeypatch):
+    gate, stage = scene_gate
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    monkeypatch.setattr(SceneGate, "_paint", lambda *given: [noise] * len(given[-1]))
+    assert gate(stage)["measure"] == "psnr"
+
+
+def test_psnr_is_what_its_formula_says():
+    measure = Psnr(Limits(prompts=1))
+    measure.set_before([np.full((4, 4, 3), 100, np.uint8)])
+    assert measure.score([np.full((4, 4, 3), 110, np.uint8)]) == pytest.approx(28.13, abs=0.01)
+    assert measure.score([np.full((4, 4, 3), 100, np.uint8)]) == measure.before
+
+
+def test_a_loss_up_to_the_limit_is_allowed():
+    measure = AllCorrect(Limits(loss=50, prompts=2))
+    true = [render(task.scene) for task in tasks(2)]
+    measure.set_before(true)
+    assert measure.allowed == 50
+    assert measure.score([true[0], true[0]]) == 50

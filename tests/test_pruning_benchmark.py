@@ -1,0 +1,53 @@
+"""The curves of quality and speed against the pruning ratio."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+from benchmarks import pruning
+from benchmarks.pruning import Bench, plot
+
+CHECKPOINT = ROOT / "checkpoints" / "scenes-64"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "fusion"}, "--model 'fusion' is not one of clip_text, bert, unet"),
+        ({"ratios": "0.3,1"}, "--ratios '0.3,1': shares over 0 and under 1"),
+        ({"ratios": "some"}, "--ratios 'some': shares over 0 and under 1"),
+        ({"repository": Path("nothing")}, "--repository nothing serves nothing, not scenes-64"),
+    ],
+)
+def test_options_that_are_not_allowed_are_named(repository, options, message):
+    given = {"repository": repository, "model": "unet", "ratios": "0.3"} | options
+    with pytest.raises(ValueError, match=message):
+        pruning._check(CHECKPOINT, **given)
+
+
+def test_a_repository_of_another_checkpoint_is_refused(repository):
+    with pytest.raises(ValueError, match="serves tiny, not scenes-64"):
+        pruning._check(CHECKPOINT, repository, "unet", "0.3")
+
+
+def test_step_times_are_of_every_model_and_batch(tiny, repository, tmp_path):
+    bench = Bench(tiny, repository, "bert", tmp_path, n=1)
+    file = repository / "bert" / "1" / "model.onnx"
+    bench._files = [file, file]
+    medians = bench.step_times(turns=3)
+    assert [set(one) for one in medians] == [{1, 16}] * 2
+    assert all(ms > 0 for one in medians for ms in one.values())
+
+
+def test_the_plot_is_drawn_with_and_without_recovery(tmp_path):
+    cell = {"percent": 90.0, "interval": [85.0, 93.0], "n": 100}
+    points = [
+        {"macs_removed": removed, "speedup": {1: 1.0, 16: 1.1}, "pruned": cell, "recovered": after}
+        for removed, after in ((0, cell), (30, None))
+    ]
+    plot(points, "unet", tmp_path / "x.png")
+    assert Image.open(tmp_path / "x.png").size == (1200, 480)

@@ -1,0 +1,116 @@
+"""Recovery: a pruned model learns from the unpruned one, and can be killed at any moment."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoints import tiny_checkpoint
+from export.checkpoint import open_checkpoint
+from export.prune import prune_checkpoint
+from export.repository import SOURCE, load_parts
+from export.shapes import pruning_of
+from training import diffusion
+from training.loop import Trainer
+from training.recover import Teacher, recover
+
+RATIOS = {"clip_text": 0.25, "bert": 0.25, "unet": 0.3, "vqgan_decoder": 0.25}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    """A tiny checkpoint whose UNet takes the guidance scale."""
+    return tiny_checkpoint(tmp_path_factory.mktemp("teacher") / "teacher", timestep_cond=16)
+
+
+@pytest.fixture(scope="module")
+def pruned(teacher, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pruned") / "pruned"
+    prune_checkpoint(open_checkpoint(teacher), RATIOS, folder)
+    return folder
+
+
+@pytest.fixture
+def copy(pruned, tmp_path, monkeypatch) -> Path:
+    """A copy of the pruned checkpoint to train, on few scenes."""
+    monkeypatch.setattr(diffusion, "SCENES", 100)
+    return Path(shutil.copytree(pruned, tmp_path / "student"))
+
+
+@pytest.mark.parametrize("model", RATIOS)
+def test_recovery_lowers_the_distillation_error(teacher, copy, tmp_path, model):
+    runs = tmp_path / "runs"
+    ((name, (before, after)),) = recover(copy, teacher, runs, 30, 8, models=[model]).items()
+    assert name == model
+    assert after < 0.9 * before
+    opened, taught = open_checkpoint(copy), Teacher(open_checkpoint(teacher), runs, 8)
+    inputs = taught.inputs(model, 10**6)
+    with torch.no_grad():
+        on_disk = taught.error(load_parts(opened)[model], inputs).item()
+    assert on_disk == pytest.approx(after, rel=1e-5)
+
+
+def test_recovery_changes_what_was_named_and_keeps_its_shape(teacher, copy, pruned, tmp_path):
+    recover(copy, teacher, tmp_path / "runs", 1, 4, models=["bert"])
+    for part in SOURCE.values():
+        assert pruning_of(copy / part) == pruning_of(pruned / part)
+        (mine,), (theirs,) = ((f / part).glob("*.safetensors") for f in (copy, pruned))
+        assert (mine.read_bytes() == theirs.read_bytes()) == (part != "text_encoder_2")
+
+
+def test_a_recovery_that_was_killed_goes_on(teacher, copy, pruned, tmp_path, monkeypatch):
+    whole = recover(copy, teacher, tmp_path / "whole", 6, 4, models=["clip_text"])
+    again = Path(shutil.copytree(pruned, tmp_path / "again" / "student"))
+    save = Trainer._save
+
+    def killed(trainer):
+        save(trainer)
+        if trainer.step < trainer.steps:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "_save", killed)
+    monkeypatch.setattr(
+        "training.recover.Trainer", lambda *given, **named: Trainer(*given, **named, save_every=2)
+    )
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            recover(again, teacher, tmp_path / "killed", 6, 4, models=["clip_text"])
+    resumed = recover(again, teacher, tmp_path / "killed", 6, 4, models=["clip_text"])
+    assert resumed["clip_text"][1] == whole["clip_text"][1]
+
+
+def test_inputs_of_a_step_never_change(teacher, copy, tmp_path):
+    taught = [Teacher(open_checkpoint(teacher), tmp_path / "runs", 4) for _ in range(2)]
+    for model in RATIOS:
+        first, second = (one.inputs(model, 5) for one in taught)
+        assert first.keys() == taught[0].parts[model].inputs.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_checkpoint_that_is_whole_has_nothing_to_recover(teacher, tmp_path):
+    with pytest.raises(ValueError, match="teacher has no pruned model to recover"):
+        recover(teacher, teacher, tmp_path, 1, 4)
+
+
+@pytest.mark.parametrize("model", ["fusion", "unet2"])
+def test_a_model_that_is_not_pruned_is_named(teacher, copy, tmp_path, model):
+    with pytest.raises(ValueError, match=f"--models '{model}' is not pruned: clip_text, bert"):
+        recover(copy, teacher, tmp_path, 1, 4, models=[model])
+
+
+def test_a_pruned_teacher_is_refused(copy, pruned, tmp_path):
+    with pytest.raises(ValueError, match="--teacher pruned: its clip_text is pruned too"):
+        recover(copy, pruned, tmp_path, 1, 4)
+
+
+def test_another_pruning_does_not_go_on_from_the_save_of_the_first(teacher, copy, tmp_path):
+    recover(copy, teacher, tmp_path / "runs", 1, 4, models=["clip_text"])
+    other = tmp_path / "other" / copy.name
+    other.parent.mkdir()
+    prune_checkpoint(open_checkpoint(teacher), {"clip_text": 0.4}, other)
+    recover(other, teacher, tmp_path / "runs", 1, 4, models=["clip_text"])
+    assert pruning_of(other / "text_encoder").ratio == 0.4
+    assert len([*(tmp_path / "runs").glob("recover-clip_text-*")]) == 2

@@ -1,0 +1,197 @@
+"""`python -m training.recover`: a pruned checkpoint learns again what the unpruned one says.
+
+Distillation (arXiv:1503.02531) of each pruned model by itself: it gets what the unpruned model
+gets, and learns to give the same. The encoders get captions and match hidden states, the UNet
+noisy latents at random timesteps, the decoder latents of pictures. `python -m export --prune
+--save-pruned` makes the pruned checkpoint; its pruned parts are written anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+from export.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from export.part import Part
+from export.prune import save_part
+from export.repository import SOURCE, load_parts
+from export.shapes import pruning_of
+from export.tokenizer import load_tokenizer
+from training.diffusion import CAPTION_DROP, Batches, noised
+from training.distill import GUIDANCE
+from training.loop import Trainer
+from twinbrush.samplers import guidance_embedding
+
+LEARNING_RATE, EMA_DECAY = 3e-4, 0.99
+HELD_OUT = 1_000_000  # the step whose captions and noise the distillation error is measured on
+
+
+class Teacher:
+    """The unpruned checkpoint: what its models are given at a step, and what they say."""
+
+    def __init__(self, checkpoint: Checkpoint, runs: Path, batch: int):
+        self.parts = load_parts(checkpoint)
+        for part in self.parts.values():
+            part.module.requires_grad_(False)
+        self._tokenizers = {
+            name: load_tokenizer(checkpoint, name) for name in ("tokenizer", "tokenizer_2")
+        }
+        schedule = DDIMScheduler.from_config(checkpoint.config("scheduler"))
+        self._alphas_cumprod = schedule.alphas_cumprod
+        runs.mkdir(parents=True, exist_ok=True)
+        self._batches = Batches(checkpoint.folders["unet"].parent, runs, batch)
+
+    @torch.no_grad()
+    def inputs(self, model: str, step: int) -> dict[str, Tensor]:
+        """A batch of a model's inputs: a pure function of the step."""
+        x0, texts, rng = self._batches.at(step)
+        texts = ["" if rng.random() < CAPTION_DROP else text for text in texts]
+        match model:
+            case "clip_text":
+                return self._clip_inputs(texts)
+            case "bert":
+                return self._bert_inputs(texts)
+            case "vqgan_decoder":
+                return {"latent": x0}
+        draw = torch.Generator().manual_seed(step)
+        t = torch.randint(len(self._alphas_cumprod), (len(x0),), generator=draw)
+        x_t = noised(x0, torch.randn(x0.shape, generator=draw), self._alphas_cumprod[t])
+        hidden = self._fused(texts)
+        inputs = {"sample": x_t, "timestep": t, "encoder_hidden_states": hidden}
+        if embedding := self.parts["unet"].inputs.get("timestep_cond"):
+            scales = rng.uniform(*GUIDANCE, size=len(x0))
+            rows = [guidance_embedding(scale, embedding.axes[0]) for scale in scales]
+            inputs["timestep_cond"] = torch.from_numpy(np.stack(rows))
+        return inputs
+
+    def _fused(self, texts: list[str]) -> Tensor:
+        bert_inputs = self._bert_inputs(texts)
+        return self.parts["fusion"].module(
+            clip_tokens=self.parts["clip_text"].module(**self._clip_inputs(texts)),
+            bert_tokens=self.parts["bert"].module(**bert_inputs),
+            attention_mask=bert_inputs["attention_mask"],
+        )
+
+    def _clip_inputs(self, texts: list[str]) -> dict[str, Tensor]:
+        return {"input_ids": self._tokens("tokenizer", "clip_text", texts)["input_ids"]}
+
+    def _bert_inputs(self, texts: list[str]) -> dict[str, Tensor]:
+        encoded = self._tokens("tokenizer_2", "bert", texts)
+        return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+
+    def _tokens(self, tokenizer: str, model: str, texts: list[str]) -> dict[str, Tensor]:
+        length = self.parts[model].inputs["input_ids"].axes[0]
+        return self._tokenizers[tokenizer](
+            texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        )
+
+    def error(self, part: Part, inputs: dict[str, Tensor]) -> Tensor:
+        """Squared error of a model against its original, as a share of the original's square."""
+        with torch.no_grad():
+            wanted = self.parts[part.name].module(**inputs).float()
+        said = part.module(**inputs).float()
+        return (said - wanted).square().mean() / wanted.square().mean()
+
+
+def recover(
+    checkpoint: Path,
+    teacher: Path,
+    runs: Path,
+    steps: int,
+    batch: int,
+    bf16: bool = False,
+    models: list[str] | None = None,
+) -> dict[str, tuple[float, float]]:
+    """Trains the pruned models of `checkpoint`, or those named, and writes them back.
+
+    Returns:
+        the distillation error of each, before and after.
+
+    Raises:
+        ValueError: a checkpoint cannot be opened, or a model is not pruned.
+    """
+    opened, original = open_checkpoint(checkpoint), open_checkpoint(teacher)
+    models = _pruned(opened, original, models)
+    parts = load_parts(opened)
+    taught = Teacher(original, runs, batch)
+    errors = {}
+    for name in models:
+        part = parts[name]
+        held_out = taught.inputs(name, HELD_OUT)
+        with torch.no_grad():
+            before = taught.error(part, held_out).item()
+
+        def loss_at(step: int, part: Part = part) -> dict[str, Tensor]:
+            return {"loss": taught.error(part, taught.inputs(part.name, step))}
+
+        place = opened.folders[SOURCE[name]]
+        folder = runs / f"recover-{name}-{_digest(place)}"
+        trainer = Trainer(part.module, folder, steps, LEARNING_RATE, EMA_DECAY, bf16=bf16)
+        learnt = replace(part, module=trainer.run(loss_at))
+        with torch.no_grad():
+            errors[name] = (before, taught.error(learnt, held_out).item())
+        save_part(opened, learnt, pruning_of(place), place)
+    return errors
+
+
+def _digest(folder: Path) -> str:
+    """Names the weights that a run starts from, so that it never goes on from another's save."""
+    (file,) = folder.glob("*.safetensors")
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:12]
+
+
+def _pruned(opened: Checkpoint, original: Checkpoint, models: list[str] | None) -> list[str]:
+    pruned = [name for name, part in SOURCE.items() if pruning_of(opened.folders[part])]
+    if not pruned:
+        raise CheckpointError(f"{opened.name} has no pruned model to recover")
+    for name in models or pruned:
+        if name not in pruned:
+            raise CheckpointError(f"--models {name!r} is not pruned: {', '.join(pruned)} are")
+        if pruning_of(original.folders[SOURCE[name]]):
+            raise CheckpointError(f"--teacher {original.name}: its {name} is pruned too")
+    return models or pruned
+
+
+def main(
+    checkpoint: Annotated[Path, typer.Option(help="Pruned checkpoint folder to write.")],
+    teacher: Annotated[Path, typer.Option(help="The unpruned checkpoint.")] = Path(
+        "checkpoints/scenes-64"
+    ),
+    models: Annotated[
+        str | None, typer.Option(help="Models to recover, with commas; all that are pruned.")
+    ] = None,
+    runs: Annotated[Path, typer.Option(help="Folder of saves and loss curves.")] = Path("runs"),
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each model.")] = 2000,
+    batch: Annotated[int, typer.Option(min=1, help="Scenes a step.")] = 64,
+    bf16: Annotated[
+        bool, typer.Option(help="bfloat16 matrix products; pays on CPUs with AMX.")
+    ] = False,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 takes all.")] = 0,
+) -> None:
+    if threads:
+        torch.set_num_threads(threads)
+    names = [name.strip() for name in models.split(",")] if models else None
+    try:
+        errors = recover(checkpoint, teacher, runs, steps, batch, bf16, names)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    for name, (before, after) in errors.items():
+        print(f"{name}: distillation error {before:.5f} -> {after:.5f}")
+    print(json.dumps(errors))
+
+
+if __name__ == "__main__":
+    main.__doc__ = inspect.getdoc(sys.modules[__name__])
+    typer.run(main)
