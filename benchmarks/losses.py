@@ -27,7 +27,7 @@ from benchmarks.machine import write_result
 from benchmarks.quality import read, score, share, tasks
 from export.checkpoint import open_checkpoint
 from training import data
-from training.vqgan import Weights, refine
+from training.vqgan import Weights, sharpen
 
 VARIANTS = {
     "reconstruction": Weights(0, 0),
@@ -65,7 +65,7 @@ def main(
             vae, tower = _untrained(checkpoint)
             folder = Path(scratch, name)
             how = (batch, bf16, data.CPU, data.SCENES, steps)
-            painted[name] = _decoded(refine(vae, tower, weights, folder, steps, *how), true)
+            painted[name] = _decoded(sharpen(vae, tower, weights, folder, steps, *how), true)
     results = {name: _measures(y, true, all_tasks) for name, y in painted.items()}
     write_result(
         out, "python -m benchmarks.losses", checkpoint=checkpoint.name, steps=steps, batch=batch,
