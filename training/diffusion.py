@@ -9,6 +9,7 @@ classifier-free guidance. Writes `fusion/`, `unet/` (in FP16, half the size), `s
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from export.preview import fit_preview
 from training import data
 from training.cli import stage_cli
 from training.loop import Trainer
-from training.sampling import Sampler
+from training.sampling import ReadsText, Sampler
 from training.scenes import describe
 
 STEPS, BATCH = 7000, 64
@@ -36,6 +37,7 @@ LATENT_CELL = 8  # pixels a side
 SCENES = 40_000  # distinct pictures; each gets a new caption every time it is drawn
 BERT_LAYERS = (2, 4)
 CAPTION_DROP = 0.1
+LEARNING_RATE, EMA_DECAY = 8e-4, 0.999
 DEFAULTS = {"steps": 12, "guidance_scale": 3.0}  # of requests that name none
 
 
@@ -174,6 +176,28 @@ def noised(x0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
     return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
 
 
+def velocity_loss(
+    painter: Painter, encoders: ReadsText, batches: Batches | EncodedBatches
+) -> Callable[[int], dict[str, Tensor]]:
+    """The loss of a step: squared error of v, the timestep uniform, some captions dropped."""
+    device = next(painter.parameters()).device
+    alphas_cumprod = scheduler().alphas_cumprod.to(device)
+
+    def loss_at(step: int) -> dict[str, Tensor]:
+        x0, texts, rng = batches.at(step)
+        texts = ["" if rng.random() < CAPTION_DROP else text for text in texts]
+        draw = torch.Generator().manual_seed(step)
+        noise = torch.randn(x0.shape, generator=draw).to(device)
+        t = torch.randint(1000, (len(x0),), generator=draw).to(device)
+        x_t = noised(x0, noise, alphas_cumprod[t])
+        v = noised(noise, -x0, alphas_cumprod[t])
+        hidden = painter.fusion(*encoders(texts))
+        v_pred = painter.unet(x_t, t, encoder_hidden_states=hidden).sample
+        return {"loss": F.mse_loss(v_pred.float(), v)}
+
+    return loss_at
+
+
 def train(
     checkpoint: Path,
     runs: Path,
@@ -186,28 +210,13 @@ def train(
 ) -> None:
     batches = latent_batches(checkpoint, runs, batch, device, source)
     encoders = Encoders(checkpoint, device)
-    alphas_cumprod = scheduler().alphas_cumprod.to(device)
     torch.manual_seed(0)
     painter = Painter(source.side).to(device)
     sampler = Sampler(checkpoint, encoders, source, device)
-
-    def loss_at(step: int) -> dict[str, Tensor]:
-        x0, texts, rng = batches.at(step)
-        texts = ["" if rng.random() < CAPTION_DROP else text for text in texts]
-        draw = torch.Generator().manual_seed(step)
-        noise = torch.randn(x0.shape, generator=draw).to(device)
-        t = torch.randint(1000, (batch,), generator=draw).to(device)
-        x_t = noised(x0, noise, alphas_cumprod[t])
-        v = noised(noise, -x0, alphas_cumprod[t])
-        hidden = painter.fusion(*encoders(texts))
-        v_pred = painter.unet(x_t, t, encoder_hidden_states=hidden).sample
-        return {"loss": F.mse_loss(v_pred.float(), v)}
-
-    trainer = Trainer(
-        painter, runs / "diffusion", steps, 8e-4, 0.999, save_every=save_every, bf16=bf16
-    )
+    trainer = Trainer(painter, runs / "diffusion", steps, LEARNING_RATE, EMA_DECAY, save_every,
+                      bf16=bf16)  # fmt: skip
     trained = trainer.run(
-        loss_at,
+        velocity_loss(painter, encoders, batches),
         batches,
         lambda averaged: sampler.sheet(averaged.unet, averaged.fusion, scheduler(), DEFAULTS),
     )

@@ -36,7 +36,6 @@ class Sampler:
         self._captions = source.sample(SEED, COUNT).captions
         self._conditions = encoders(self._captions)
         self._empty = encoders([""])
-        self._device = device
 
     @torch.no_grad()
     def sheet(
@@ -46,28 +45,45 @@ class Sampler:
         schedule: SchedulerMixin,
         defaults: dict[str, float],
     ) -> Image.Image:
-        """A grid of the prompts, sampled with `defaults`' `steps` and `guidance_scale`.
-
-        A UNet with `time_cond_proj_dim` is told the scale; another is led in two rows.
-        """
+        """A grid of the prompts, sampled with `defaults`' `steps` and `guidance_scale`."""
         hidden = fusion(*self._conditions)
-        empty = fusion(*self._empty).expand_as(hidden)
-        scale, width = defaults["guidance_scale"], unet.config.time_cond_proj_dim
+        empty = fusion(*self._empty)
         draw = torch.Generator().manual_seed(0)
-        shape = (len(hidden), unet.config.in_channels, *(unet.config.sample_size,) * 2)
-        x_t = torch.randn(shape, generator=draw)
-        schedule.set_timesteps(int(defaults["steps"]))
-        for t in schedule.timesteps:
-            x = x_t.to(self._device)
-            if width:
-                told = torch.from_numpy(guidance_embedding(scale, width)).to(self._device)
-                told = told.expand(len(x), -1)
-                out = unet(x, t, encoder_hidden_states=hidden, timestep_cond=told).sample
-            else:
-                led = torch.cat([empty, hidden])
-                out = unet(x.repeat(2, 1, 1, 1), t, encoder_hidden_states=led).sample
-                without, with_prompt = out.chunk(2)
-                out = without + scale * (with_prompt - without)
-            x_t = schedule.step(out.cpu(), t, x_t, generator=draw).prev_sample
-        latents = x_t.to(self._device) / self._vae.config.scaling_factor
-        return grid(self._vae.decode(latents).sample, COLUMNS, self._captions)
+        latents = sample(unet, hidden, empty, schedule, defaults, draw)
+        decoded = self._vae.decode(latents / self._vae.config.scaling_factor).sample
+        return grid(decoded, COLUMNS, self._captions)
+
+
+@torch.no_grad()
+def sample(
+    unet: UNet2DConditionModel,
+    hidden: Tensor,
+    empty: Tensor,
+    schedule: SchedulerMixin,
+    defaults: dict[str, float],
+    draw: torch.Generator,
+) -> Tensor:
+    """Latents (B, C, h, w) from noise.
+
+    Args:
+        hidden: conditioning of the prompts, (B, L, D); `empty` is that of no prompt, (1, L, D).
+        defaults: `steps` and `guidance_scale`; a UNet with `time_cond_proj_dim` is told the
+            scale, another is led in two rows.
+    """
+    scale, width = defaults["guidance_scale"], unet.config.time_cond_proj_dim
+    shape = (len(hidden), unet.config.in_channels, *(unet.config.sample_size,) * 2)
+    x_t = torch.randn(shape, generator=draw)
+    schedule.set_timesteps(int(defaults["steps"]))
+    for t in schedule.timesteps:
+        x = x_t.to(hidden.device)
+        if width:
+            told = torch.from_numpy(guidance_embedding(scale, width)).to(x.device)
+            told = told.expand(len(x), -1)
+            out = unet(x, t, encoder_hidden_states=hidden, timestep_cond=told).sample
+        else:
+            led = torch.cat([empty.expand_as(hidden), hidden])
+            out = unet(x.repeat(2, 1, 1, 1), t, encoder_hidden_states=led).sample
+            without, with_prompt = out.chunk(2)
+            out = without + scale * (with_prompt - without)
+        x_t = schedule.step(out.cpu().float(), t, x_t, generator=draw).prev_sample
+    return x_t.to(hidden.device)

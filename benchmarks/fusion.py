@@ -1,0 +1,148 @@
+"""`python -m benchmarks.fusion`: does the UNet follow CLIP and BERT fused better than either?
+
+Three UNets with the same head are trained to the same budget on the same batches; only what
+the head merges differs: CLIP tokens that attend to CLIP's own inner layers, BERT tokens that
+attend to BERT's, and CLIP tokens that attend to BERT's. So every arm has as many parameters
+and looks at as many layers. Held-out prompts are then painted and read back. Each training
+goes on from its last save.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from diffusers import VQModel
+from rich.console import Console
+from torch import Tensor
+
+from benchmarks.machine import write_result
+from benchmarks.quality import NAMES, read, score, table_of, tasks
+from export.checkpoint import open_checkpoint
+from training import data
+from training.diffusion import (
+    BERT_LAYERS,
+    DEFAULTS,
+    EMA_DECAY,
+    LEARNING_RATE,
+    Batches,
+    Encoders,
+    Painter,
+    scheduler,
+    velocity_loss,
+)
+from training.loop import Trainer
+from training.sampling import sample
+
+ARMS = ("clip", "bert", "fusion")
+AT_ONCE = 100  # pictures
+console = Console()
+
+
+class Arm(Encoders):
+    """What one arm's head gets: a stream of tokens, the layers it attends to, and their mask."""
+
+    def __init__(self, checkpoint: Path, arm: str):
+        super().__init__(checkpoint)
+        self.arm = arm
+
+    @torch.no_grad()
+    def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        clip, bert_layers, mask = super().__call__(texts)
+        if self.arm == "fusion":
+            return clip, bert_layers, mask
+        if self.arm == "bert":  # its last hidden state is the last of these layers
+            return bert_layers[:, -1], bert_layers, mask
+        ids, _ = data.token_ids(self.tokenizer, texts, self.device)
+        states = self.clip(ids, output_hidden_states=True).hidden_states
+        return clip, torch.stack([states[i] for i in BERT_LAYERS], dim=1), torch.ones_like(ids)
+
+
+def main(
+    checkpoint: Annotated[Path, typer.Option(help="Whose encoders and VQGAN are used.")] = Path(
+        "checkpoints/scenes-64"
+    ),
+    runs: Annotated[Path, typer.Option(help="Folder of saves.")] = Path("runs/fusion"),
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each UNet.")] = 6000,
+    batch: Annotated[int, typer.Option(min=1, help="Scenes a step.")] = 64,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each arm.")] = 2,
+    bf16: Annotated[bool, typer.Option(help="bfloat16 products in training.")] = False,
+    n: Annotated[int, typer.Option(min=1, help="Held-out prompts.")] = 1000,
+    out: Annotated[Path, typer.Option(help="Result file; the plot goes beside it.")] = Path(
+        "benchmarks/results/fusion.json"
+    ),
+) -> None:
+    """Trains and measures CLIP alone, BERT alone, and both fused."""
+    batches = Batches(checkpoint, runs, batch)
+    results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
+    for seed in range(seeds):
+        for arm in ARMS:
+            encoders = Arm(checkpoint, arm)
+            torch.manual_seed(seed)
+            painter = Painter()
+            trainer = Trainer(
+                painter, runs / f"{arm}-{seed}", steps, LEARNING_RATE, EMA_DECAY, bf16=bf16
+            )
+            trained = trainer.run(velocity_loss(painter, encoders, batches), batches)
+            results[arm].append(measured(trained.eval(), encoders, checkpoint, n))
+            console.print(f"{arm}, seed {seed}: {json.dumps(summary_of(results[arm][-1:]))}")
+    summary = {arm: summary_of(tables) for arm, tables in results.items()}
+    write_result(
+        out, "python -m benchmarks.fusion", checkpoint=open_checkpoint(checkpoint).name,
+        steps=steps, batch=batch, seeds=seeds, n=n, summary=summary, results=results,
+    )  # fmt: skip
+    plot(results, out.with_suffix(".png"))
+    print(json.dumps(summary))
+
+
+@torch.no_grad()
+def measured(painter: Painter, encoders: Arm, checkpoint: Path, n: int) -> dict[str, Any]:
+    """The table of `benchmarks.quality`, of pictures that diffusers' sampler paints."""
+    all_tasks = tasks(n)
+    vae = open_checkpoint(checkpoint).load("vae", VQModel)
+    draw = torch.Generator().manual_seed(0)
+    empty = painter.fusion(*encoders([""]))
+    scores = []
+    for start in range(0, n, AT_ONCE):
+        some = all_tasks[start : start + AT_ONCE]
+        hidden = painter.fusion(*encoders([task.prompt for task in some]))
+        latents = sample(painter.unet, hidden, empty, scheduler(), DEFAULTS, draw)
+        pictures = vae.decode(latents / vae.config["scaling_factor"]).sample.clamp(-1, 1)
+        pixels = ((pictures + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        scores += [score(task, read(p)) for task, p in zip(some, pixels, strict=True)]
+    return table_of(all_tasks, scores)
+
+
+def summary_of(tables: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Means over trainings, in percent."""
+    found = {name: [t[name]["all_correct"]["percent"] for t in tables] for name in NAMES.values()}
+    found["colour_binding"] = [t["all"]["colour_binding"]["percent"] for t in tables]
+    return {name: round(float(np.mean(values)), 1) for name, values in found.items()}
+
+
+def plot(results: dict[str, list[dict[str, Any]]], file: Path) -> None:
+    """Bars of the means, a dot for each training."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    several = list(NAMES.values())[1:]
+    panels = {"all_correct": [*NAMES.values(), "all"], "colour_binding": [*several, "all"]}
+    for axes, (attribute, rows) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        for k, (arm, tables) in enumerate(results.items()):
+            values = np.array([[t[row][attribute]["percent"] for row in rows] for t in tables])
+            x = np.arange(len(rows)) + 0.27 * (k - 1)
+            axes.bar(x, values.mean(axis=0), width=0.25, label=arm)
+            for one in values:
+                axes.plot(x, one, "k.", markersize=4)
+        axes.set_xticks(range(len(rows)), [row.replace("_", " ") for row in rows])
+        axes.set(ylabel=f"{attribute.replace('_', ' ')}, %", ylim=(0, 100))
+        axes.legend()
+    figure.savefig(file, dpi=120)
+
+
+if __name__ == "__main__":
+    typer.run(main)
