@@ -13,6 +13,7 @@ import torch
 from conftest import contents, skeleton
 
 from benchmarks.quality import tasks
+from export import pipeline
 from export.checkpoint import open_checkpoint
 from export.gate import AllCorrect, Gate, GateError, Limits, Psnr
 from export.prune import prune_checkpoint, save_part
@@ -96,33 +97,34 @@ class SceneGate(Gate):
 
 
 @pytest.fixture
-def scene_gate(tiny, repository, tmp_path) -> tuple[SceneGate, Path]:
-    """A gate on 200 prompts, and a stage of 64-pixel pictures."""
-    stage = tmp_path / "stage"
+def scene_gate(tiny, tmp_path) -> tuple[SceneGate, Path]:
+    """A gate on 40 prompts that allows 3 points, and a stage of 64-pixel pictures."""
+    stage, opened = tmp_path / "stage", open_checkpoint(tiny)
     for name in SceneGate.spoils:
         (stage / name / "1").mkdir(parents=True)
         (stage / name / "1" / "model.onnx").touch()
     (stage / ENGINE).mkdir(parents=True)
-    pipeline = json.loads((repository / ENGINE / "pipeline.json").read_text())
-    (stage / ENGINE / "pipeline.json").write_text(json.dumps(pipeline | {"native_side": 64}))
-    gate = SceneGate(open_checkpoint(tiny), [*SceneGate.spoils], repository, Limits(prompts=200))
-    return gate, stage
+    pipeline.write(opened, load_parts(opened), stage / ENGINE)
+    file = stage / ENGINE / "pipeline.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"native_side": 64}))
+    limits = Limits(loss=3, prompts=40)
+    return SceneGate(opened, [*SceneGate.spoils], tmp_path / "repository", limits), stage
 
 
 def test_scenes_that_can_be_read_are_counted(scene_gate, monkeypatch):
     gate, stage = scene_gate
-    monkeypatch.setattr(SceneGate, "spoils", {"unet": 2, "bert": 0})
+    monkeypatch.setattr(SceneGate, "spoils", {"unet": 1, "bert": 0})
     verdict = gate(stage)
     assert verdict["measure"] == "all correct"
-    assert (verdict["before"], verdict["after"], verdict["prompts"]) == (100, 99, 200)
+    assert (verdict["before"], verdict["after"], verdict["prompts"]) == (100, 97.5, 40)
 
 
 def test_the_refusal_says_which_model_cost_what(scene_gate, monkeypatch):
     gate, stage = scene_gate
-    monkeypatch.setattr(SceneGate, "spoils", {"unet": 10, "bert": 1})
+    monkeypatch.setattr(SceneGate, "spoils", {"unet": 4, "bert": 1})
     message = (
-        r"all-correct went from 100.0% to 94.5% on 200 prompts, --gate-loss is 1 points;"
-        r" alone: unet 5.0 points, bert 0.5 points"
+        r"all-correct went from 100.0% to 87.5% on 40 prompts, --gate-loss is 3 points;"
+        r" alone: unet 10.0 points, bert 2.5 points"
     )
     with pytest.raises(GateError, match=message):
         gate(stage)
