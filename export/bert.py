@@ -31,7 +31,8 @@ class Bert(nn.Module):
         out = self.encoder(
             input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True
         )
-        return torch.stack([out.hidden_states[i] for i in self.layers], dim=1).float()
+        # T5's states in FP16 are of both precisions, which ONNX would not stack.
+        return torch.stack([out.hidden_states[i].float() for i in self.layers], dim=1)
 
 
 def part(checkpoint: Checkpoint) -> Part:

@@ -9,7 +9,7 @@ import onnxruntime as ort
 import torch
 from torch.export import Dim
 
-from export.graph import join_heads
+from export.graph import join_heads, normalise_in_one_type
 from export.part import Part
 from export.precision import Precision, in_precision
 
@@ -48,6 +48,7 @@ def to_onnx(part: Part, file: Path, precision: Precision = Precision.FP32) -> tu
     traced = len(program.model.graph)
     program.optimize()
     join_heads(program.model)
+    normalise_in_one_type(program.model)
     program.save(file)
     return traced, len(program.model.graph)
 

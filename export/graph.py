@@ -1,4 +1,4 @@
-"""Rewrites of an exported graph that make the serving runtimes faster."""
+"""Rewrites of an exported graph that make the serving runtimes faster, or able to run it."""
 
 from __future__ import annotations
 
@@ -28,6 +28,29 @@ def join_heads(model: ir.Model) -> None:
         node.outputs[0].shape = merged.shape
         merged.replace_all_uses_with(node.outputs[0])
     RemoveUnusedNodesPass()(model)
+
+
+def normalise_in_one_type(model: ir.Model) -> None:
+    """Gives `RMSNormalization` a scale of its input's type, in place.
+
+    T5 in FP16 scales FP32 states by FP16 weights. ONNX allows that, ONNX Runtime 1.32 does not
+    run it.
+    """
+    for node in list(model.graph):
+        if node.op_type != "RMSNormalization":
+            continue
+        states, scale = node.inputs
+        normal = node.outputs[0]
+        if states.dtype == scale.dtype:
+            continue
+        wide = ir.node("Cast", [scale], {"to": states.dtype})
+        back = ir.node("Cast", [normal], {"to": scale.dtype})
+        normal.replace_all_uses_with(back.outputs[0])
+        back.replace_input_with(0, normal)
+        node.replace_input_with(1, wide.outputs[0])
+        normal.dtype = states.dtype
+        model.graph.insert_before(node, wide)
+        model.graph.insert_after(node, back)
 
 
 def _before_split(value: ir.Value) -> ir.Value | None:
