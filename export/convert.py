@@ -20,10 +20,17 @@ class ParityError(RuntimeError):
     """An exported model does not say what its original says."""
 
 
-def to_onnx(part: Part, file: Path, precision: Precision = Precision.FP32) -> tuple[int, int]:
+def to_onnx(
+    part: Part,
+    file: Path,
+    precision: Precision = Precision.FP32,
+    opset: int = OPSET,
+    rewrite: bool = True,
+) -> tuple[int, int]:
     """Writes the ONNX file, strongly typed, with batch and named axes dynamic.
 
-    Weights of over 2 GB go into `model.onnx.data` beside it.
+    Weights of over 2 GB go into `model.onnx.data` beside it. Another `opset`, and no `rewrite`
+    of attention, are for `benchmarks.graph` to compare with.
 
     Returns:
         Nodes of the graph as it was traced, and as it was written.
@@ -40,14 +47,15 @@ def to_onnx(part: Part, file: Path, precision: Precision = Precision.FP32) -> tu
         input_names=list(part.inputs),
         output_names=[part.output[0]],
         dynamic_shapes=shapes,
-        opset_version=OPSET,
+        opset_version=opset,
         dynamo=True,
         optimize=False,
         verbose=False,
     )
     traced = len(program.model.graph)
     program.optimize()
-    join_heads(program.model)
+    if rewrite:
+        join_heads(program.model)
     normalise_in_one_type(program.model)
     program.save(file)
     return traced, len(program.model.graph)
