@@ -25,8 +25,10 @@ def join_heads(model: ir.Model) -> None:
             node.attributes[name] = ir.AttrInt64(name, value.shape[1])
         for i, value in enumerate(whole):
             node.replace_input_with(i, value)
-        node.outputs[0].shape = merged.shape
-        merged.replace_all_uses_with(node.outputs[0])
+        joined = node.outputs[0]
+        joined.shape = merged.shape
+        merged.replace_all_uses_with(joined, replace_graph_outputs=True)
+        joined.name, merged.name = merged.name, joined.name
     RemoveUnusedNodesPass()(model)
 
 
@@ -73,7 +75,7 @@ def _tokens(value: ir.Value) -> ir.Value | None:
 
 def _only_user(value: ir.Value) -> ir.Node | None:
     users = value.uses()
-    return users[0].node if len(users) == 1 else None
+    return users[0].node if len(users) == 1 and not value.is_graph_output() else None
 
 
 def _swaps(node: ir.Node | None) -> bool:

@@ -25,27 +25,34 @@ def test_attention_takes_tokens_without_transposes(repository, model):
 
 
 class Heads(torch.nn.Module):
-    """Attention whose heads are also looked at apart."""
+    """Attention whose heads may also be looked at apart."""
 
-    def __init__(self, apart: bool):
+    def __init__(self, heads: str):
         super().__init__()
-        self.apart = apart
+        self.heads = heads
 
     def forward(self, x):
         split = x.unflatten(-1, (2, 4)).transpose(1, 2)
         heads = F.scaled_dot_product_attention(split, split, split)
         tokens = heads.transpose(1, 2).flatten(2)
-        return tokens + heads.mean() if self.apart else tokens
+        if self.heads == "read":
+            return tokens + heads.mean()
+        return (tokens, heads) if self.heads == "returned" else tokens
 
 
-@pytest.mark.parametrize(("apart", "rank"), [(False, 3), (True, 4)])
-def test_heads_are_joined_only_where_nothing_else_reads_them(tmp_path, apart, rank):
-    module, x = Heads(apart), torch.randn(2, 5, 8)
+@pytest.mark.parametrize(("heads", "rank"), [("merged", 3), ("read", 4), ("returned", 4)])
+def test_heads_are_joined_only_where_nothing_else_reads_them(tmp_path, heads, rank):
+    module, x = Heads(heads).eval(), torch.randn(2, 5, 8)
     file = tmp_path / "model.onnx"
     program = torch.onnx.export(module, (x,), opset_version=23, dynamo=True, verbose=False)
+    names = [value.name for value in program.model.graph.outputs]
     join_heads(program.model)
     program.save(file)
     (attention,) = [node for node in ir.load(file).graph if node.op_type == "Attention"]
     assert len(attention.outputs[0].shape) == rank
-    (got,) = ort.InferenceSession(str(file)).run(None, {"x": x.numpy()})
-    assert torch.allclose(torch.from_numpy(got), module(x), atol=1e-6)
+    session = ort.InferenceSession(str(file))
+    assert [node.name for node in session.get_outputs()] == names
+    expected = module(x)
+    got = session.run(None, {"x": x.numpy()})
+    for ours, theirs in zip(got, (expected if heads == "returned" else [expected]), strict=True):
+        assert torch.allclose(torch.from_numpy(ours), theirs, atol=1e-6)
