@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from twinbrush.onnx_runtime import read_config
 from twinbrush.request import FIELDS
 from twinbrush_client.wire import DATA_TYPES
@@ -74,10 +72,9 @@ def test_the_engine_knows_nothing_of_triton():
         assert not any("triton" in ast.unparse(node) for node in imports), name
 
 
-@pytest.mark.parametrize("path", [*ROOT.glob("*/**/*.py")], ids=lambda path: path.name)
-def test_nothing_reads_pickles_or_remote_code(path):
-    if ".venv" in path.parts or path.name == Path(__file__).name:
-        return
-    text = path.read_text()
-    for word in ("import pickle", "torch.load(", "trust_remote_code=True", "allow_pickle=True"):
-        assert word not in text, f"{path}: {word}"
+def test_nothing_reads_pickles_or_remote_code():
+    words = ("import pickle", "torch.load(", "trust_remote_code=True", "allow_pickle=True")
+    paths = {*ROOT.glob("[!.]*/**/*.py")} - {Path(__file__)}
+    assert {path.parts[len(ROOT.parts)] for path in paths} >= {"twinbrush", "export", "training"}
+    found = [(path, word) for path in paths for word in words if word in path.read_text()]
+    assert found == []
