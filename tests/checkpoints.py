@@ -94,9 +94,9 @@ def stable_diffusion(folder: Path, distilled: bool) -> Path:
     schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
                 "steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False}  # fmt: skip
     scheduler = (LCMScheduler if distilled else DDIMScheduler)(**schedule)
-    unet = _unet(timestep_cond=16 if distilled else None)
     pipeline = "LatentConsistencyModelPipeline" if distilled else "StableDiffusionPipeline"
-    parts = _clip() | {"unet": unet, "vae": vae, "scheduler": scheduler}
+    parts = _clip() | {"vae": vae, "scheduler": scheduler}
+    parts["unet"] = _unet(timestep_cond=16 if distilled else None)  # last: it alone differs
     return _save(parts, folder, {"_class_name": pipeline, "_diffusers_version": "0.42.1"})
 
 

@@ -56,11 +56,12 @@ def repository(tiny, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def distilled_repository(tmp_path_factory) -> Path:
-    """A tiny checkpoint whose UNet takes the guidance scale as an embedding, exported."""
+def distilled_repository(repository, tmp_path_factory) -> Path:
+    """The tiny checkpoint with a UNet that takes the guidance scale as an embedding, exported."""
     checkpoint = tiny_checkpoint(tmp_path_factory.mktemp("lcm") / "lcm", timestep_cond=16)
-    folder = skeleton(tmp_path_factory.mktemp("served-lcm") / "model_repository")
-    build(open_checkpoint(checkpoint), folder)
+    folder = tmp_path_factory.mktemp("served-lcm") / "model_repository"
+    shutil.copytree(repository, folder)
+    build(open_checkpoint(checkpoint), folder, only=["unet"])
     return folder
 
 

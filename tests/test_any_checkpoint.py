@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,13 +29,23 @@ def bert(tmp_path_factory) -> Path:
     return text_model(tmp_path_factory.mktemp("bert") / "tiny-bert", "bert")
 
 
-@pytest.fixture(scope="module", params=["stable-diffusion", "lcm"])
-def foreign(request, tmp_path_factory, bert) -> tuple[Path, Path]:
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory, bert) -> tuple[Path, Path]:
     """A checkpoint without BERT and fusion head, and its repository."""
     folder = tmp_path_factory.mktemp("foreign")
-    source = stable_diffusion(folder / request.param, distilled=request.param == "lcm")
+    source = stable_diffusion(folder / "stable-diffusion", distilled=False)
     repository = skeleton(folder / "model_repository")
     build(open_checkpoint(source, bert), repository)
+    return source, repository
+
+
+@pytest.fixture(scope="module")
+def distilled(foreign, tmp_path_factory, bert) -> tuple[Path, Path]:
+    """The same with a distilled UNet."""
+    folder = tmp_path_factory.mktemp("distilled")
+    source = stable_diffusion(folder / "lcm", distilled=True)
+    repository = shutil.copytree(foreign[1], folder / "model_repository")
+    build(open_checkpoint(source, bert), repository, only=["unet"])
     return source, repository
 
 
@@ -44,10 +55,12 @@ def draws():
     return lambda *_, **__: torch.from_numpy(rng.standard_normal((1, 4, 8, 8), np.float32))
 
 
-def test_pictures_are_those_of_diffusers_own_pipeline(foreign, monkeypatch):
-    source, repository = foreign
-    distilled = source.name == "lcm"
-    pipeline_class = LatentConsistencyModelPipeline if distilled else StableDiffusionPipeline
+@pytest.mark.parametrize(
+    ("kind", "pipeline_class"),
+    [("foreign", StableDiffusionPipeline), ("distilled", LatentConsistencyModelPipeline)],
+)
+def test_pictures_are_those_of_diffusers_own_pipeline(kind, pipeline_class, request, monkeypatch):
+    source, repository = request.getfixturevalue(kind)
     pipeline = pipeline_class.from_pretrained(source, safety_checker=None, feature_extractor=None)
     pipeline.set_progress_bar_config(disable=True)
     draw = draws()
