@@ -173,7 +173,7 @@ def save_part(checkpoint: Checkpoint, part: Part, pruning: Pruning, folder: Path
 
 def network(part: Part) -> nn.Module:
     """The diffusers or transformers model in a part's wrapper."""
-    wrapped = {"unet": "unet", "vqgan_decoder": "vae"}
+    wrapped = {"fusion": "head", "unet": "unet", "vqgan_decoder": "vae"}
     return part.module.get_submodule(wrapped.get(part.name, "encoder"))
 
 
@@ -192,7 +192,7 @@ def _copy(checkpoint: Checkpoint, fusion: Part, folder: Path, without: list[str]
         for part, name in checkpoint.classes.items()
     }
     if "fusion" not in checkpoint.folders:
-        fusion.module.save_pretrained(folder / "fusion")
+        network(fusion).save_pretrained(folder / "fusion")
         classes["fusion"] = ["export.fusion_head", "FusionHead"]
     index = json.dumps(checkpoint.index | classes, indent=2)
     (folder / "model_index.json").write_text(index + "\n")
