@@ -66,8 +66,8 @@ def test_a_recovery_that_was_killed_goes_on(teacher, copy, pruned, tmp_path, mon
     again = Path(shutil.copytree(pruned, tmp_path / "again" / "student"))
     save = Trainer._save
 
-    def killed(trainer):
-        save(trainer)
+    def killed(trainer, position):
+        save(trainer, position)
         if trainer.step < trainer.steps:
             raise KeyboardInterrupt
 
