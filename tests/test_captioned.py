@@ -194,7 +194,7 @@ class Web(BaseHTTPRequestHandler):
         if kind == "large":
             yield from [bytes(10_000)] * 100
         elif kind == "drip":
-            for _ in range(40):
+            for _ in range(600):
                 yield b"x"
                 time.sleep(0.1)
         elif kind in ("good", "slow-good"):
@@ -343,7 +343,9 @@ def test_reading_goes_on_from_any_place(kind, tmp_path):
 
 
 def test_batches_go_on_with_their_pictures_and_counts(tmp_path):
-    source = Captioned(write("tar", tmp_path / "tar"), Preparation(crop="random"), shuffle=3)
+    samples = [(f"{i}", f"picture number {i}", striped()) for i in range(5)] + MIXED[4:]
+    folder = write("tar", tmp_path / "tar", samples)
+    source = Captioned(folder, Preparation(crop="random"), shuffle=3)
     whole = source.batches(1, 3, data.CPU)
     wanted = [whole.at(step) for step in range(7)]
     begun = source.batches(1, 3, data.CPU)
