@@ -13,6 +13,7 @@ import pytest
 from conftest import open_engine
 from PIL import Image
 
+from twinbrush.config import whole_numbers
 from twinbrush.engine import Engine
 from twinbrush.generation import End, EngineError, Finished, Generation, Progress
 from twinbrush.onnx_runtime import LocalModels
@@ -326,3 +327,18 @@ def test_a_distilled_checkpoint_takes_one_row_and_honours_a_negative_prompt(dist
 def test_every_size_is_painted(engine, width):
     image = pixels(Client(engine, request(engine, width=width, height=32)).images[0])
     assert image.shape == (32, width, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("max_rows", None), ("max_rows", "0"), ("queue_size", "many"),
+                       ("queue_size", "1, 2"), ("row_buckets", "1,x"), ("row_buckets", None)],
+)  # fmt: skip
+def test_a_parameter_that_is_no_number_is_named(name, text):
+    config = {"parameters": {} if text is None else {name: {"string_value": text}}}
+    with pytest.raises(ValueError, match=f"parameter {name} of config.pbtxt is .*over 0"):
+        whole_numbers(config, name, None if name == "row_buckets" else 1)
+
+
+def test_row_buckets_may_be_empty():
+    config = {"parameters": {"row_buckets": {"string_value": ""}}}
+    assert whole_numbers(config, "row_buckets") == []

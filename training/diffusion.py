@@ -8,7 +8,9 @@ classifier-free guidance. Writes `fusion/`, `unet/` (in FP16, half the size), `s
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,17 +93,20 @@ class Encoders:
 
 
 def latents(checkpoint: Path, runs: Path) -> Tensor:
-    """Scaled latents of the training scenes (SCENES, 8, 8, 8), encoded once and kept."""
-    path = runs / f"latents-{SCENES}.npy"
+    """Scaled latents of the training scenes (SCENES, 8, 8, 8), encoded once for each VQGAN."""
+    vae = VQModel.from_pretrained(checkpoint / "vae").eval()
+    weights = (checkpoint / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
+    path = runs / f"latents-{SCENES}-{hashlib.sha256(weights).hexdigest()[:8]}.npy"
     if path.exists():
         return torch.from_numpy(np.load(path))
-    vae = VQModel.from_pretrained(checkpoint / "vae").eval()
     parts = []
     with torch.no_grad():
         for seed in range(SCENES // 100):
             batch, _ = data.scenes(50_000_000 + seed, 100)
             parts.append(vae.encode(data.pictures(batch)).latents * vae.config.scaling_factor)
-    np.save(path, torch.cat(parts).numpy())
+    part = path.with_suffix(".part.npy")
+    np.save(part, torch.cat(parts).numpy())
+    os.replace(part, path)
     return torch.cat(parts)
 
 
@@ -179,7 +184,11 @@ def noised(x0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
 def velocity_loss(
     painter: Painter, encoders: ReadsText, batches: Batches | EncodedBatches
 ) -> Callable[[int], dict[str, Tensor]]:
-    """The loss of a step: squared error of v, the timestep uniform, some captions dropped."""
+    """The loss of a step: squared error of v, some captions dropped.
+
+    Timesteps are logit-normal (arXiv:2403.03206, 3.1): most in the middle, where shapes are
+    decided.
+    """
     device = next(painter.parameters()).device
     alphas_cumprod = scheduler().alphas_cumprod.to(device)
 
@@ -188,7 +197,7 @@ def velocity_loss(
         texts = ["" if rng.random() < CAPTION_DROP else text for text in texts]
         draw = torch.Generator().manual_seed(step)
         noise = torch.randn(x0.shape, generator=draw).to(device)
-        t = torch.randint(1000, (len(x0),), generator=draw).to(device)
+        t = (1000 * torch.randn(len(x0), generator=draw).sigmoid()).long().to(device)
         x_t = noised(x0, noise, alphas_cumprod[t])
         v = noised(noise, -x0, alphas_cumprod[t])
         hidden = painter.fusion(*encoders(texts))

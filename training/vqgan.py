@@ -229,6 +229,8 @@ def train(
     source: data.Source = data.SCENES,
     save_every: int = 100,
 ) -> None:
+    if not (checkpoint / "image_encoder").is_dir():
+        raise data.BadInput(f"--checkpoint: {checkpoint} has no image_encoder/: train clip first")
     rest = (bf16, device, source, save_every)
     alone = int(DECODER * steps)
     vae = autoencoder(runs / "autoencoder", steps - alone, batch, *rest)

@@ -1,13 +1,15 @@
-"""`pipeline.json`: what the engine must know of the checkpoint that it serves.
+"""What the engine is told: `pipeline.json` by the checkpoint, parameters by `config.pbtxt`.
 
-Written by `export/`, beside the two tokenizers. This module only reads it.
+The first is written by `export/`, beside the two tokenizers. This module only reads.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from twinbrush.samplers import NoiseSchedule
 
@@ -80,3 +82,19 @@ class PipelineConfig:
             raise ValueError(f"{path} is not there: run `python -m export CHECKPOINT`") from None
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a pipeline.json of this version: {error}") from error
+
+
+def whole_numbers(config: Mapping[str, Any], name: str, count: int | None = None) -> list[int]:
+    """The whole numbers, `count` of them where it is given, of a parameter of `config.pbtxt`.
+
+    Raises:
+        ValueError: it is not there, or is not that.
+    """
+    text = config.get("parameters", {}).get(name, {}).get("string_value")
+    words = [word.strip() for word in (text or "").split(",") if word.strip()]
+    whole = text is not None and all(word.isdecimal() and int(word) for word in words)
+    if not whole or count not in (None, len(words)):
+        allowed = "whole numbers over 0, with commas" if count is None else "a whole number over 0"
+        said = "not there" if text is None else f"{text!r}, which is not allowed"
+        raise ValueError(f"parameter {name} of config.pbtxt is {said}: {allowed}")
+    return [int(word) for word in words]

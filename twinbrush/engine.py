@@ -21,7 +21,7 @@ import numpy as np
 from twinbrush import images
 from twinbrush.batcher import StepBatcher
 from twinbrush.conditioning import Conditioner, Text
-from twinbrush.config import PipelineConfig
+from twinbrush.config import PipelineConfig, whole_numbers
 from twinbrush.denoise import ImageJob, Models, denoise_step
 from twinbrush.generation import End, EngineError, Event, Finished, Generation, Progress
 from twinbrush.prompt import PromptTokenizer
@@ -87,14 +87,15 @@ class Engine:
             ValueError: a file of the folder, or a parameter, is not as it must be.
         """
         pipeline = PipelineConfig.load(folder / "pipeline.json")
-        given = {key: value.get("string_value", "") for key, value in config["parameters"].items()}
+        (max_rows,) = whole_numbers(config, "max_rows", 1)
+        (queue_size,) = whole_numbers(config, "queue_size", 1)
         return cls(
             models,
             pipeline,
             PromptTokenizer(folder, pipeline),
-            max_rows=int(given["max_rows"]),
-            buckets=[int(size) for size in given["row_buckets"].split(",") if size.strip()],
-            queue_size=int(given["queue_size"]),
+            max_rows=max_rows,
+            buckets=whole_numbers(config, "row_buckets"),
+            queue_size=queue_size,
         )
 
     def submit(self, request: GenerationRequest, reply: Callable[[Event], None]) -> Generation:
