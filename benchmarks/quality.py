@@ -1,7 +1,7 @@
 """`python -m benchmarks.quality`: paints held-out prompts, reads the pictures back, and counts.
 
 Every prompt asks for at least one combination of shape, colour and size that training never
-showed. Pictures come from the serving engine, in this process. First the reader reads true
+showed; with `--seen`, for none. Pictures come from the serving engine, in this process. First the reader reads true
 pictures of the same scenes: what it scores there is the most that any model can reach.
 """
 
@@ -67,12 +67,12 @@ class Score:
         return False not in asdict(self).values()
 
 
-def tasks(n: int) -> list[Task]:
-    """Held-out prompts, as many of one object as of two and of three."""
+def tasks(n: int, held_out: bool = True) -> list[Task]:
+    """Prompts, as many of one object as of two and of three."""
     made = []
     for k in range(n):
         rng = np.random.default_rng(SEED + k)
-        scene = sample_scene(rng, 1 + k % 3, held_out=True)
+        scene = sample_scene(rng, 1 + k % 3, held_out)
         made.append(Task(describe(scene, rng), scene))
     return made
 
@@ -221,7 +221,10 @@ def main(
     repository: Annotated[Path, typer.Option(help="Exported model repository.")] = Path(
         "model_repository"
     ),
-    n: Annotated[int, typer.Option(help="Held-out prompts.")] = 1000,
+    n: Annotated[int, typer.Option(help="Prompts.")] = 1000,
+    seen: Annotated[
+        bool, typer.Option("--seen", help="Only combinations that training shows.")
+    ] = False,
     steps: Annotated[int, typer.Option(help="Denoising steps; 0 is the checkpoint's.")] = 0,
     sampler: Annotated[str, typer.Option(help="Empty is the checkpoint's.")] = "",
     guidance: Annotated[float, typer.Option(help="Scale; negative is the checkpoint's.")] = -1,
@@ -230,7 +233,7 @@ def main(
     ),
 ) -> None:
     """Counts how well pictures follow their prompts."""
-    all_tasks = tasks(n)
+    all_tasks = tasks(n, held_out=not seen)
     ceiling = reader_accuracy(all_tasks)
     console.print(f"reader: {ceiling}% of {n} true pictures read right")
     given: dict[str, str | float] = {"steps": steps} if steps else {}
@@ -251,6 +254,7 @@ def main(
         out,
         "python -m benchmarks.quality",
         checkpoint=checkpoint,
+        prompts="seen" if seen else "held out",
         request=request,
         summary=summary,
         table=table,

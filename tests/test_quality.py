@@ -103,6 +103,8 @@ def test_prompts_are_held_out_and_of_one_two_and_three_objects():
     assert all(any(i.kind in HELD_OUT for i in task.scene.items) for task in tasks)
     assert [len(task.scene.items) for task in tasks[:6]] == [1, 2, 3, 1, 2, 3]
     assert quality.tasks(5) == tasks[:5]
+    seen = quality.tasks(30, held_out=False)
+    assert not any(task.scene.held_out for task in seen)
 
 
 def test_intervals_are_wilsons():
