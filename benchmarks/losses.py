@@ -81,7 +81,7 @@ def _untrained(checkpoint: Path) -> tuple[VQModel, CLIPVisionModelWithProjection
     opened = open_checkpoint(checkpoint)
     trained = opened.load("vae", VQModel)
     torch.manual_seed(0)
-    vae = VQModel.from_config(trained.config)
+    vae = cast(VQModel, VQModel.from_config(trained.config))
     vae.encoder, vae.quant_conv = trained.encoder, trained.quant_conv
     tower = CLIPVisionModelWithProjection.from_pretrained(checkpoint / "image_encoder")
     return vae, tower

@@ -1,8 +1,9 @@
 """`python -m benchmarks.quality`: paints held-out prompts, reads the pictures back, and counts.
 
 Every prompt asks for at least one combination of shape, colour and size that training never
-showed; with `--seen`, for none. Pictures come from the serving engine, in this process. First the reader reads true
-pictures of the same scenes: what it scores there is the most that any model can reach.
+showed; with `--seen`, for none. Pictures come from the serving engine, in this process. First
+the reader reads true pictures of the same scenes: what it scores there is the most that any
+model can reach.
 """
 
 from __future__ import annotations

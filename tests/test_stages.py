@@ -134,7 +134,7 @@ def test_all_stages_make_a_checkpoint_that_export_takes(tmp_path, monkeypatch):
     monkeypatch.setattr(diffusion, "SCENES", 100)
     checkpoint, runs = tmp_path / "checkpoint", tmp_path / "runs"
     for stage in (clip, bert, vqgan, diffusion):
-        stage.train(checkpoint, runs, steps=2, batch=4, bf16=False)
+        stage.train(checkpoint, runs, steps=4, batch=4, bf16=False)
     assert open_checkpoint(checkpoint).index["defaults"] == diffusion.DEFAULTS
     weights = Path("unet", "diffusion_pytorch_model.safetensors")
     teacher = load_file(checkpoint / weights)

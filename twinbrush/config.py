@@ -90,7 +90,8 @@ def whole_numbers(config: Mapping[str, Any], name: str, count: int | None = None
     Raises:
         ValueError: it is not there, or is not that.
     """
-    text = config.get("parameters", {}).get(name, {}).get("string_value")
+    entry = config.get("parameters", {}).get(name)
+    text = None if entry is None else entry.get("string_value", "")
     words = [word.strip() for word in (text or "").split(",") if word.strip()]
     whole = text is not None and all(word.isdecimal() and int(word) for word in words)
     if not whole or count not in (None, len(words)):
