@@ -134,7 +134,7 @@ def test_every_stage_trains_on_captioned_pictures(tmp_path):
     tokenizer = CLIPTokenizer.from_pretrained(checkpoint / "tokenizer")
     assert len(tokenizer("picture number")["input_ids"]) == 4  # two words of these captions
     with safe_open(runs / "distill" / "state.safetensors", "pt") as file:
-        assert json.loads(file.metadata()["position"])["counts"]["used"] == 8
+        assert json.loads(file.metadata()["position"])["counts"]["used"] == 16
 
 
 def test_all_stages_run_in_order_and_tell_their_times(tmp_path):
