@@ -64,15 +64,15 @@ class Batches(Protocol):
 
 
 class Source(Protocol):
-    """A world to train on.
+    """A world to train on."""
 
-    Attributes:
-        side: of its pictures, in pixels.
-        vocabulary: the size of a tokenizer for its captions.
-    """
+    @property
+    def side(self) -> int:
+        """Of its pictures, in pixels."""
 
-    side: int
-    vocabulary: int
+    @property
+    def vocabulary(self) -> int:
+        """The size of a tokenizer for its captions."""
 
     def corpus(self, seed: int, count: int) -> list[str]:
         """Captions to train tokenizers on, `count` at most."""
