@@ -87,8 +87,8 @@ def paint_with_diffusers(checkpoint: Path, file: Path) -> None:
     )
     picture = pipeline(
         PROMPT, height=SIDE, width=SIDE, num_inference_steps=STEPS, guidance_scale=GUIDANCE,
-        latents=draw(), output_type="np",
-    ).images[0]  # fmt: skip
+        latents=draw(), output_type="np", return_dict=False,
+    )[0][0]  # fmt: skip
     np.save(file, np.round(picture * 255).astype(np.uint8))
 
 

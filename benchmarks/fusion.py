@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import numpy as np
 import torch
@@ -88,7 +88,8 @@ def main(
                 painter, runs / f"{arm}-{seed}", steps, LEARNING_RATE, EMA_DECAY, bf16=bf16
             )
             trained = trainer.run(velocity_loss(painter, encoders, batches), batches)
-            results[arm].append(measured(trained.eval(), encoders, checkpoint, n))
+            learnt = cast(Painter, trained.eval())
+            results[arm].append(measured(learnt, encoders, checkpoint, n))
             console.print(f"{arm}, seed {seed}: {json.dumps(summary_of(results[arm][-1:]))}")
     summary = {arm: summary_of(tables) for arm, tables in results.items()}
     write_result(

@@ -11,7 +11,7 @@ import json
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import numpy as np
 import torch
@@ -89,7 +89,9 @@ def _untrained(checkpoint: Path) -> tuple[VQModel, CLIPVisionModelWithProjection
 
 @torch.no_grad()
 def _decoded(vae: VQModel, pictures: Tensor) -> Tensor:
-    parts = [vae.decode(vae.encode(some).latents).sample for some in pictures.split(100)]
+    parts = [
+        vae.decode(vae.encode(some).latents, return_dict=False)[0] for some in pictures.split(100)
+    ]
     return torch.cat(parts).clamp(-1, 1)
 
 
