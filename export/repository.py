@@ -107,11 +107,13 @@ def build(
     with staging(repository) as stage:
         (stage / ENGINE).mkdir(parents=True)
         pipeline.write(checkpoint, parts, stage / ENGINE)
+        parts = {name: parts[name] for name in only}
         reports = []
         for name in only:
             progress(name)
             pruning = pruning_of(checkpoint.folders[SOURCE[name]]) if name in SOURCE else None
-            report = _build_model(parts[name], pruning, precision, repository, stage)
+            # What is done leaves its memory to the next.
+            report = _build_model(parts.pop(name), pruning, precision, repository, stage)
             reports.append(_with_plan(report, trt, repository, stage) if trt else report)
         built = {report.model: asdict(report) for report in reports}
         manifest = {
