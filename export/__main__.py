@@ -197,7 +197,7 @@ def _stop(reason: str) -> NoReturn:
 def _table(name: str, reports: list[ModelReport]) -> Table:
     table = Table(title=f"{name}, against PyTorch", title_justify="left")
     for heading in (
-        "model", "parameters", "MACs", "MB", "precision", "nodes", "error", "seconds",
+        "model", "weights", "MACs", "MB", "type", "nodes", "error", "s",
     ):  # fmt: skip
         table.add_column(heading, justify="left" if heading == "model" else "right")
     for r in reports:
