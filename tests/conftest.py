@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
 import socket
 import subprocess
@@ -13,8 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import typer
+from typer.testing import CliRunner, Result
 
 from checkpoints import tiny_checkpoint
+from export.__main__ import main as export_main
 from export.checkpoint import open_checkpoint
 from export.repository import build
 from twinbrush.config import PipelineConfig
@@ -39,6 +43,16 @@ def contents(folder: Path) -> dict[str, str]:
         for path in folder.rglob("*")
         if path.is_file()
     }
+
+
+def export_command(*arguments: str | Path) -> Result:
+    """`python -m export`, in this process, which has its heavy imports already."""
+    app = typer.Typer()
+    app.command()(export_main)
+    try:
+        return CliRunner().invoke(app, [*map(str, arguments)], catch_exceptions=False)
+    finally:
+        logging.disable(logging.NOTSET)  # the command keeps warnings off its screen
 
 
 @pytest.fixture(scope="session")
