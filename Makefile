@@ -2,7 +2,7 @@
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
 	&& echo $$p && break; done)
-export PROMPT ?= a large red circle left of a small blue square
+export PROMPT ?= a large blue ring on a brown background
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 CHECKPOINT := checkpoints/scenes-64
 INSTALLED := .venv/.installed
