@@ -171,7 +171,7 @@ def interval(hits: int, n: int) -> tuple[float, float]:
     z, p = 1.96, hits / n
     middle, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     low, high = ((middle + side * half) / (1 + z * z / n) for side in (-1, 1))
-    return round(100 * float(low), 1), round(100 * float(high), 1)
+    return round(100 * max(0.0, float(low)), 1), round(100 * float(high), 1)
 
 
 def share(values: Iterable[bool | None]) -> dict[str, object] | None:
