@@ -77,12 +77,13 @@ def main(
 
 
 def _untrained(checkpoint: Path) -> tuple[VQModel, CLIPVisionModelWithProjection]:
-    """The checkpoint's encoder with a fresh decoder, always the same, and its vision tower."""
+    """The checkpoint's encoder and codebook, a fresh decoder, always the same, and its tower."""
     opened = open_checkpoint(checkpoint)
     trained = opened.load("vae", VQModel)
     torch.manual_seed(0)
     vae = cast(VQModel, VQModel.from_config(trained.config))
     vae.encoder, vae.quant_conv = trained.encoder, trained.quant_conv
+    vae.quantize = trained.quantize
     tower = CLIPVisionModelWithProjection.from_pretrained(checkpoint / "image_encoder")
     return vae, tower
 

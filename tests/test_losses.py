@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from diffusers import VQModel
 from torch.nn import functional as F
 
 from benchmarks.losses import _measures, _untrained, edge_sharpness
@@ -42,3 +43,6 @@ def test_decoders_start_from_the_same_weights_behind_the_trained_encoder():
         assert torch.equal(one.decode(one.encode(x).latents).sample,
                            other.decode(other.encode(x).latents).sample)  # fmt: skip
         assert one.encode(x).latents.std() > 0.1
+    trained = VQModel.from_pretrained(CHECKPOINT / "vae")
+    assert torch.equal(one.quantize.embedding.weight, trained.quantize.embedding.weight)
+    assert not torch.equal(one.decoder.conv_in.weight, trained.decoder.conv_in.weight)

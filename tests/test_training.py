@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -58,7 +60,7 @@ def test_a_caption_names_every_object_and_a_true_relation(seed):
 
 
 @given(seeds)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_near_misses_are_other_scenes_of_the_training_world(seed):
     rng = np.random.default_rng(seed)
     scene = sample_scene(rng)
@@ -67,6 +69,9 @@ def test_near_misses_are_other_scenes_of_the_training_world(seed):
         assert not other.held_out
         assert other.background == scene.background
         describe(other, rng)  # its objects stand in clear relations
+        for a, b in itertools.combinations(other.items, 2):
+            assert (a.shape, a.colour) != (b.shape, b.colour)
+            assert np.hypot(a.x - b.x, a.y - b.y) > a.radius + b.radius
         assert not (render(other) == render(scene)).all()
 
 

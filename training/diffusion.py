@@ -104,6 +104,7 @@ def latents(checkpoint: Path, runs: Path) -> Tensor:
         for seed in range(SCENES // 100):
             batch, _ = data.scenes(50_000_000 + seed, 100)
             parts.append(vae.encode(data.pictures(batch)).latents * vae.config.scaling_factor)
+    runs.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part.npy")
     np.save(part, torch.cat(parts).numpy())
     os.replace(part, path)

@@ -49,7 +49,6 @@ class Teacher:
         }
         schedule = DDIMScheduler.from_config(checkpoint.config("scheduler"))
         self._alphas_cumprod = schedule.alphas_cumprod
-        runs.mkdir(parents=True, exist_ok=True)
         self._batches = Batches(checkpoint.folders["unet"].parent, runs, batch)
 
     @torch.no_grad()
