@@ -21,12 +21,12 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from skimage.metrics import structural_similarity
 from torch import Tensor
-from transformers import CLIPVisionModelWithProjection
 
 from benchmarks.machine import write_result
 from benchmarks.quality import read, score, share, tasks
 from export.checkpoint import open_checkpoint
 from training import data
+from training.run import Run
 from training.vqgan import Weights, sharpen
 
 VARIANTS = {
@@ -62,10 +62,8 @@ def main(
     with tempfile.TemporaryDirectory() as scratch:
         for name, weights in VARIANTS.items():
             console.print(f"training a decoder: {name}")
-            vae, tower = _untrained(checkpoint)
-            folder = Path(scratch, name)
-            how = (batch, bf16, data.CPU, data.SCENES, steps)
-            painted[name] = _decoded(sharpen(vae, tower, weights, folder, steps, *how), true)
+            run = Run(checkpoint, Path(scratch, name), steps, batch, bf16=bf16, save_every=steps)
+            painted[name] = _decoded(sharpen(_untrained(checkpoint), weights, run), true)
     results = {name: _measures(y, true, all_tasks) for name, y in painted.items()}
     write_result(
         out, "python -m benchmarks.losses", checkpoint=checkpoint.name, steps=steps, batch=batch,
@@ -76,16 +74,15 @@ def main(
     print(json.dumps(results))
 
 
-def _untrained(checkpoint: Path) -> tuple[VQModel, CLIPVisionModelWithProjection]:
-    """The checkpoint's encoder and codebook, a fresh decoder, always the same, and its tower."""
+def _untrained(checkpoint: Path) -> VQModel:
+    """The checkpoint's encoder and codebook, and a fresh decoder, always the same."""
     opened = open_checkpoint(checkpoint)
     trained = opened.load("vae", VQModel)
     torch.manual_seed(0)
     vae = cast(VQModel, VQModel.from_config(trained.config))
     vae.encoder, vae.quant_conv = trained.encoder, trained.quant_conv
     vae.quantize = trained.quantize
-    tower = CLIPVisionModelWithProjection.from_pretrained(checkpoint / "image_encoder")
-    return vae, tower
+    return vae
 
 
 @torch.no_grad()

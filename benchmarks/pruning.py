@@ -33,6 +33,7 @@ from export.prune import prune_checkpoint
 from export.repository import SOURCE, load_parts
 from export.shapes import pruning_of
 from training.recover import recover
+from training.run import Run
 from twinbrush.onnx_runtime import LocalModels, open_session, read_config
 
 BATCHES = (1, 16)
@@ -127,7 +128,8 @@ class Bench:
             "distillation_error": None,
         }
         if recovery:
-            errors = recover(folder, self._checkpoint, runs, recovery, batch, bf16, [self._model])
+            run = Run(folder, runs, recovery, batch, bf16=bf16)
+            errors = recover(run, self._checkpoint, [self._model])
             point["distillation_error"] = errors[self._model]
             learnt = load_parts(open_checkpoint(folder))[self._model]
             point["recovered"] = self._quality(self._export(learnt, f"{ratio}-recovered"))

@@ -37,7 +37,7 @@ def test_a_blurred_picture_measures_worse_than_a_true_one():
 
 
 def test_decoders_start_from_the_same_weights_behind_the_trained_encoder():
-    (one, _), (other, _) = _untrained(CHECKPOINT), _untrained(CHECKPOINT)
+    one, other = _untrained(CHECKPOINT), _untrained(CHECKPOINT)
     x = pictures(2)
     with torch.no_grad():
         assert torch.equal(one.decode(one.encode(x).latents).sample,

@@ -16,6 +16,7 @@ from export.shapes import pruning_of
 from training import diffusion
 from training.loop import Trainer
 from training.recover import Teacher, recover
+from training.run import Run
 
 RATIOS = {"clip_text": 0.25, "bert": 0.25, "unet": 0.3, "vqgan_decoder": 0.25}
 
@@ -43,7 +44,7 @@ def copy(pruned, tmp_path, monkeypatch) -> Path:
 @pytest.mark.parametrize("model", RATIOS)
 def test_recovery_lowers_the_distillation_error(teacher, copy, tmp_path, model):
     runs = tmp_path / "runs"
-    ((name, (before, after)),) = recover(copy, teacher, runs, 30, 8, models=[model]).items()
+    ((name, (before, after)),) = recover(Run(copy, runs, 30, 8), teacher, [model]).items()
     assert name == model
     assert after < 0.9 * before
     opened, taught = open_checkpoint(copy), Teacher(open_checkpoint(teacher), runs, 8)
@@ -54,7 +55,7 @@ def test_recovery_lowers_the_distillation_error(teacher, copy, tmp_path, model):
 
 
 def test_recovery_changes_what_was_named_and_keeps_its_shape(teacher, copy, pruned, tmp_path):
-    recover(copy, teacher, tmp_path / "runs", 1, 4, models=["bert"])
+    recover(Run(copy, tmp_path / "runs", 1, 4), teacher, ["bert"])
     for part in SOURCE.values():
         assert pruning_of(copy / part) == pruning_of(pruned / part)
         (mine,), (theirs,) = ((f / part).glob("*.safetensors") for f in (copy, pruned))
@@ -62,7 +63,7 @@ def test_recovery_changes_what_was_named_and_keeps_its_shape(teacher, copy, prun
 
 
 def test_a_recovery_that_was_killed_goes_on(teacher, copy, pruned, tmp_path, monkeypatch):
-    whole = recover(copy, teacher, tmp_path / "whole", 6, 4, models=["clip_text"])
+    whole = recover(Run(copy, tmp_path / "whole", 6, 4), teacher, ["clip_text"])
     again = Path(shutil.copytree(pruned, tmp_path / "again" / "student"))
     save = Trainer._save
 
@@ -72,13 +73,11 @@ def test_a_recovery_that_was_killed_goes_on(teacher, copy, pruned, tmp_path, mon
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Trainer, "_save", killed)
-    monkeypatch.setattr(
-        "training.recover.Trainer", lambda *given, **named: Trainer(*given, **named, save_every=2)
-    )
+    run = Run(again, tmp_path / "killed", 6, 4, save_every=2)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            recover(again, teacher, tmp_path / "killed", 6, 4, models=["clip_text"])
-    resumed = recover(again, teacher, tmp_path / "killed", 6, 4, models=["clip_text"])
+            recover(run, teacher, ["clip_text"])
+    resumed = recover(run, teacher, ["clip_text"])
     assert resumed["clip_text"][1] == whole["clip_text"][1]
 
 
@@ -92,25 +91,25 @@ def test_inputs_of_a_step_never_change(teacher, copy, tmp_path):
 
 def test_a_checkpoint_that_is_whole_has_nothing_to_recover(teacher, tmp_path):
     with pytest.raises(ValueError, match="teacher has no pruned model to recover"):
-        recover(teacher, teacher, tmp_path, 1, 4)
+        recover(Run(teacher, tmp_path, 1, 4), teacher)
 
 
 @pytest.mark.parametrize("model", ["fusion", "unet2"])
 def test_a_model_that_is_not_pruned_is_named(teacher, copy, tmp_path, model):
     with pytest.raises(ValueError, match=f"--models '{model}' is not pruned: clip_text, bert"):
-        recover(copy, teacher, tmp_path, 1, 4, models=[model])
+        recover(Run(copy, tmp_path, 1, 4), teacher, [model])
 
 
 def test_a_pruned_teacher_is_refused(copy, pruned, tmp_path):
     with pytest.raises(ValueError, match="--teacher pruned: its clip_text is pruned too"):
-        recover(copy, pruned, tmp_path, 1, 4)
+        recover(Run(copy, tmp_path, 1, 4), pruned)
 
 
 def test_another_pruning_does_not_go_on_from_the_save_of_the_first(teacher, copy, tmp_path):
-    recover(copy, teacher, tmp_path / "runs", 1, 4, models=["clip_text"])
+    recover(Run(copy, tmp_path / "runs", 1, 4), teacher, ["clip_text"])
     other = tmp_path / "other" / copy.name
     other.parent.mkdir()
     prune_checkpoint(open_checkpoint(teacher), {"clip_text": 0.4}, other)
-    recover(other, teacher, tmp_path / "runs", 1, 4, models=["clip_text"])
+    recover(Run(other, tmp_path / "runs", 1, 4), teacher, ["clip_text"])
     assert pruning_of(other / "text_encoder").ratio == 0.4
     assert len([*(tmp_path / "runs").glob("recover-clip_text-*")]) == 2

@@ -12,6 +12,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from export.checkpoint import open_checkpoint
 from training import bert, clip, diffusion, distill, vqgan, vqgan_losses
+from training.run import Run
 from training.scenes import sample_scene
 from training.vqgan_losses import opponent, rgb
 
@@ -134,12 +135,12 @@ def test_all_stages_make_a_checkpoint_that_export_takes(tmp_path, monkeypatch):
     monkeypatch.setattr(diffusion, "SCENES", 100)
     checkpoint, runs = tmp_path / "checkpoint", tmp_path / "runs"
     for stage in (clip, bert, vqgan, diffusion):
-        stage.train(checkpoint, runs, steps=4, batch=4, bf16=False)
+        stage.train(Run(checkpoint, runs, steps=4, batch=4))
     assert open_checkpoint(checkpoint).index["defaults"] == diffusion.DEFAULTS
     weights = Path("unet", "diffusion_pytorch_model.safetensors")
     teacher = load_file(checkpoint / weights)
     for steps in (2, 3):  # the second goes on from the first, and from the teacher that it kept
-        distill.train(checkpoint, runs, steps=steps, batch=4, bf16=False)
+        distill.train(Run(checkpoint, runs, steps=steps, batch=4))
         kept = load_file(tmp_path / "checkpoint-teacher" / weights)
         assert all(torch.equal(kept[name], tensor) for name, tensor in teacher.items())
     assert open_checkpoint(tmp_path / "checkpoint-teacher").index["defaults"] == diffusion.DEFAULTS
@@ -147,6 +148,27 @@ def test_all_stages_make_a_checkpoint_that_export_takes(tmp_path, monkeypatch):
     assert opened.index["defaults"] == distill.DEFAULTS
     unet = UNet2DConditionModel.from_pretrained(checkpoint / "unet")
     assert unet.config.time_cond_proj_dim == distill.EMBEDDING
+
+
+def test_training_starts_from_the_weights_that_init_names(tmp_path):
+    trained = diffusion.Painter().half()
+    trained.fusion.save_pretrained(tmp_path / "fusion")
+    trained.unet.save_pretrained(tmp_path / "unet")
+    started = diffusion.new_painter(Run(tmp_path, tmp_path, 1, 1, init=tmp_path)).state_dict()
+    for name, tensor in trained.state_dict().items():
+        assert torch.equal(started[name], tensor.float()), name
+
+
+@pytest.mark.parametrize("other", [None, {"time_cond_proj_dim": 16}])
+def test_a_checkpoint_that_training_cannot_start_from_is_named(tmp_path, other):
+    painter = diffusion.Painter()
+    painter.fusion.save_pretrained(tmp_path / "fusion")
+    if other:
+        unet = UNet2DConditionModel.from_config(painter.unet.config, **other)
+        unet.save_pretrained(tmp_path / "unet")
+    reason = "cond_proj" if other else "No such file"
+    with pytest.raises(ValueError, match=f"--init: .*unet.* is no unet to start from: .*{reason}"):
+        diffusion.new_painter(Run(tmp_path, tmp_path, 1, 1, init=tmp_path))
 
 
 def test_captions_of_a_step_never_change(tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ from training import all as every_stage
 from training import data, distill, sheets, vqgan
 from training.captioned import Captioned
 from training.cli import pick_device
+from training.run import Run
 
 ROOT = Path(__file__).parent.parent
 TOWER = CLIPVisionConfig(
@@ -64,6 +65,13 @@ def test_a_command_with_a_bad_device_says_so_and_writes_nothing(tmp_path):
     ended = run_stage("clip", tmp_path, "--device", "tpu")
     assert ended.returncode == 1
     assert ended.stderr == "error: --device: 'tpu' is not one of auto, cpu, cuda\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_stage_that_starts_anew_refuses_init(tmp_path):
+    ended = run_stage("bert", tmp_path, "--init", str(tmp_path))
+    assert ended.returncode == 1
+    assert ended.stderr == "error: --init: only training.diffusion starts from a checkpoint\n"
     assert not list(tmp_path.iterdir())
 
 
@@ -128,7 +136,7 @@ def test_a_command_with_bad_data_says_so_and_writes_nothing(tmp_path, flags, mes
 def test_every_stage_trains_on_captioned_pictures(tmp_path):
     source = Captioned(write("parquet", tmp_path / "data", many(10) + MIXED))
     checkpoint, runs = tmp_path / "checkpoint", tmp_path / "runs"
-    every_stage.train(checkpoint, runs, 4, 4, source=source)
+    every_stage.train(Run(checkpoint, runs, 4, 4, source=source))
     opened = open_checkpoint(checkpoint)
     assert opened.index["defaults"] == distill.DEFAULTS
     tokenizer = CLIPTokenizer.from_pretrained(checkpoint / "tokenizer")
@@ -140,8 +148,8 @@ def test_every_stage_trains_on_captioned_pictures(tmp_path):
 def test_all_stages_run_in_order_and_tell_their_times(tmp_path):
     runs = tmp_path / "runs"
     code = FEW_SCENES + (
-        f"from pathlib import Path; all.train(Path({str(tmp_path / 'checkpoint')!r}),"
-        f" Path({str(runs)!r}), steps=4, batch=4)"
+        "from pathlib import Path; from training.run import Run;"
+        f"all.train(Run(Path({str(tmp_path / 'checkpoint')!r}), Path({str(runs)!r}), 4, 4))"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
     times = json.loads((runs / "times.json").read_text())

@@ -11,41 +11,31 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from training import bert, clip, data, diffusion, distill, vqgan
+from training import bert, clip, diffusion, distill, vqgan
 from training.cli import stage_cli
+from training.run import Run
 
 STAGES = (clip, bert, vqgan, diffusion, distill)
 WRITE_EVERY = 5.0  # seconds of work whose time a kill may lose
 
 
-def train(
-    checkpoint: Path,
-    runs: Path,
-    steps: int | None = None,
-    batch: int | None = None,
-    bf16: bool = False,
-    device: torch.device = data.CPU,
-    source: data.Source = data.SCENES,
-    save_every: int = 100,
-) -> None:
-    """Runs every stage; `steps` and `batch` are each stage's own where they are None."""
-    runs.mkdir(parents=True, exist_ok=True)
+def train(run: Run) -> None:
+    """Runs every stage; `steps` and `batch` are each stage's own where they are 0."""
+    run.runs.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn()) as bar:
         task = bar.add_task("stages", total=len(STAGES))
         for stage in STAGES:
             name = stage.__name__.rpartition(".")[-1]
             bar.update(task, description=f"stages: {name}")
-            with timed(runs / "times.json", name):
-                stage.train(
-                    checkpoint, runs, steps or stage.STEPS, batch or stage.BATCH, bf16, device,
-                    source, save_every,
-                )  # fmt: skip
+            steps, batch = run.steps or stage.STEPS, run.batch or stage.BATCH
+            with timed(run.runs / "times.json", name):
+                stage.train(replace(run, steps=steps, batch=batch))
             bar.advance(task)
 
 
@@ -76,4 +66,4 @@ def timed(path: Path, name: str) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    stage_cli(train, None, None)
+    stage_cli(train)

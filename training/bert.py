@@ -6,8 +6,6 @@ the checkpoint.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from transformers import (
     BertConfig,
@@ -18,24 +16,15 @@ from transformers import (
 
 from training import data
 from training.cli import stage_cli
-from training.loop import Trainer
+from training.run import Run
 from training.tokenizers import trained_tokenizer
 
 STEPS, BATCH = 1200, 96
 
 
-def train(
-    checkpoint: Path,
-    runs: Path,
-    steps: int,
-    batch: int,
-    bf16: bool = False,
-    device: torch.device = data.CPU,
-    source: data.Source = data.SCENES,
-    save_every: int = 100,
-) -> None:
-    tokenizer = trained_tokenizer(BertTokenizer, source, 2, runs / "bert")
-    tokenizer.save_pretrained(checkpoint / "tokenizer_2")
+def train(run: Run) -> None:
+    tokenizer = trained_tokenizer(BertTokenizer, run.source, 2, run.runs / "bert")
+    tokenizer.save_pretrained(run.checkpoint / "tokenizer_2")
     torch.manual_seed(0)
     model = BertForMaskedLM(
         BertConfig(
@@ -43,8 +32,8 @@ def train(
             num_hidden_layers=4, num_attention_heads=4,
             max_position_embeddings=data.MAX_TOKENS, pad_token_id=tokenizer.pad_token_id,
         )
-    ).to(device)  # fmt: skip
-    batches = source.batches(20_000_000, batch, device, captions_only=True)
+    ).to(run.device)  # fmt: skip
+    batches = run.source.batches(20_000_000, run.batch, run.device, captions_only=True)
 
     def loss_at(step: int) -> dict[str, torch.Tensor]:
         collate = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.25, seed=step)
@@ -52,16 +41,14 @@ def train(
         masked = collate(
             [{"input_ids": i, "attention_mask": m} for i, m in zip(ids, mask, strict=True)]
         )
-        masked = {name: tensor.to(device) for name, tensor in masked.items()}
+        masked = {name: tensor.to(run.device) for name, tensor in masked.items()}
         out = model(**masked)
         wanted = masked["labels"] != -100
         hit = out.logits.argmax(-1)[wanted] == masked["labels"][wanted]
         return {"loss": out.loss, "accuracy": hit.float().mean()}
 
-    trained = Trainer(
-        model, runs / "bert", steps, 1e-3, 0.99, save_every=save_every, bf16=bf16
-    ).run(loss_at, batches)
-    trained.bert.save_pretrained(checkpoint / "text_encoder_2")
+    trained = run.trainer(model, "bert", 1e-3, 0.99).run(loss_at, batches)
+    trained.bert.save_pretrained(run.checkpoint / "text_encoder_2")
 
 
 if __name__ == "__main__":

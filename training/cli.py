@@ -14,13 +14,22 @@ import typer
 from training.captioned import Captioned
 from training.data import BadInput, SceneWorld, Source
 from training.preparation import BOUNDS, Bound, Preparation
+from training.run import Run
 
 DEVICES = ("auto", "cpu", "cuda")
 WORKERS = 8  # processes at most that draw scenes for a GPU
 
 
-def stage_cli(train: Callable[..., None], steps: int | None, batch: int | None) -> None:
-    """Runs a stage's `train` from the command line, with the stage's own steps and batch."""
+def stage_cli(
+    train: Callable[[Run], None],
+    steps: int | None = None,
+    batch: int | None = None,
+    warm_start: bool = False,
+) -> None:
+    """Runs a stage's `train` from the command line, with the stage's own steps and batch.
+
+    With `warm_start` the stage can start from the weights of a checkpoint.
+    """
 
     def main(
         checkpoint: Annotated[Path, typer.Option(help="Checkpoint folder to write.")] = Path(
@@ -38,6 +47,12 @@ def stage_cli(train: Callable[..., None], steps: int | None, batch: int | None) 
         ] = None,
         save_every: Annotated[
             int | None, typer.Option(min=1, help="Steps between saves: 100, and 500 on cuda.")
+        ] = None,
+        init: Annotated[
+            Path | None,
+            typer.Option(
+                help="Checkpoint whose fusion head and UNet training.diffusion starts from."
+            ),
         ] = None,
         path: Annotated[
             Path | None,
@@ -79,7 +94,14 @@ def stage_cli(train: Callable[..., None], steps: int | None, batch: int | None) 
                 source = Captioned(path, preparation, shuffle)
             wanted_bf16 = on_cuda if bf16 is None else bf16
             saving = save_every or (500 if on_cuda else 100)
-            train(checkpoint, runs, steps, batch, wanted_bf16, chosen, source, saving)
+            if init is not None and not warm_start:
+                raise BadInput("--init: only training.diffusion starts from a checkpoint")
+            train(
+                Run(
+                    checkpoint, runs, steps or 0, batch or 0, chosen, wanted_bf16, source, saving,
+                    init,
+                )
+            )  # fmt: skip
         except BadInput as error:
             raise SystemExit(f"error: {error}")
 

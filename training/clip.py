@@ -7,8 +7,6 @@ telling captions apart takes every word of them. The tokenizer is trained here t
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from PIL import Image
 from transformers import (
@@ -20,7 +18,7 @@ from transformers import (
 
 from training import data
 from training.cli import stage_cli
-from training.loop import Trainer
+from training.run import Run
 from training.sheets import similarities
 from training.tokenizers import trained_tokenizer
 
@@ -29,37 +27,28 @@ STEPS, BATCH = 900, 192
 TOWER = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4}
 
 
-def train(
-    checkpoint: Path,
-    runs: Path,
-    steps: int,
-    batch: int,
-    bf16: bool = False,
-    device: torch.device = data.CPU,
-    source: data.Source = data.SCENES,
-    save_every: int = 100,
-) -> None:
-    tokenizer = trained_tokenizer(CLIPTokenizer, source, 1, runs / "clip")
-    tokenizer.save_pretrained(checkpoint / "tokenizer")
+def train(run: Run) -> None:
+    tokenizer = trained_tokenizer(CLIPTokenizer, run.source, 1, run.runs / "clip")
+    tokenizer.save_pretrained(run.checkpoint / "tokenizer")
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     text = TOWER | special | {
         "vocab_size": len(tokenizer), "max_position_embeddings": data.MAX_TOKENS,
         "num_attention_heads": 4, "pad_token_id": tokenizer.pad_token_id,
     }  # fmt: skip
-    vision = TOWER | {"num_attention_heads": 4, "image_size": source.side, "patch_size": 8,
-              "projection_dim": 128}  # fmt: skip
+    vision = TOWER | {"num_attention_heads": 4, "image_size": run.source.side,
+              "patch_size": 8, "projection_dim": 128}  # fmt: skip
     torch.manual_seed(0)
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
-    model.to(device)
-    batches = source.batches(10_000_000, batch, device, near=True)
-    shown = data.on_device(source.sample(19_999_999, 12), device)
-    shown_ids, _ = data.token_ids(tokenizer, shown.captions, device)
+    model.to(run.device)
+    batches = run.source.batches(10_000_000, run.batch, run.device, near=True)
+    shown = data.on_device(run.source.sample(19_999_999, 12), run.device)
+    shown_ids, _ = data.token_ids(tokenizer, shown.captions, run.device)
 
     def loss_at(step: int) -> dict[str, torch.Tensor]:
         drawn = batches.at(step)
-        ids, _ = data.token_ids(tokenizer, drawn.captions, device)
+        ids, _ = data.token_ids(tokenizer, drawn.captions, run.device)
         out = model(input_ids=ids, pixel_values=drawn.pictures, return_loss=True)
-        hit = out.logits_per_text.argmax(1) == torch.arange(len(ids), device=device)
+        hit = out.logits_per_text.argmax(1) == torch.arange(len(ids), device=run.device)
         return {"loss": out.loss, "accuracy": hit.float().mean()}
 
     def samples(averaged: CLIPModel) -> Image.Image:
@@ -67,13 +56,12 @@ def train(
         cosines = out.logits_per_text / averaged.logit_scale.exp()
         return similarities(cosines, shown.pictures, shown.captions)
 
-    trainer = Trainer(model, runs / "clip", steps, 1e-3, 0.99, save_every, bf16=bf16)
-    trained = trainer.run(loss_at, batches, samples)
-    trained.text_model.save_pretrained(checkpoint / "text_encoder")
+    trained = run.trainer(model, "clip", 1e-3, 0.99).run(loss_at, batches, samples)
+    trained.text_model.save_pretrained(run.checkpoint / "text_encoder")
     image_encoder = CLIPVisionModelWithProjection(trained.config.vision_config)
     image_encoder.vision_model.load_state_dict(trained.vision_model.state_dict())
     image_encoder.visual_projection.load_state_dict(trained.visual_projection.state_dict())
-    image_encoder.save_pretrained(checkpoint / "image_encoder")
+    image_encoder.save_pretrained(run.checkpoint / "image_encoder")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from diffusers import (
     UNet2DConditionModel,
     VQModel,
 )
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertModel, BertTokenizer, CLIPTextModel, CLIPTokenizer
@@ -30,7 +32,7 @@ from export.fusion_head import FusionHead
 from export.preview import fit_preview
 from training import data
 from training.cli import stage_cli
-from training.loop import Trainer
+from training.run import Run
 from training.sampling import ReadsText, Sampler
 from training.scenes import describe
 
@@ -40,6 +42,7 @@ SCENES = 40_000  # distinct pictures; each gets a new caption every time it is d
 BERT_LAYERS = (2, 4)
 CAPTION_DROP = 0.1
 LEARNING_RATE, EMA_DECAY = 8e-4, 0.999
+TIMESTEP_MEAN = 1.0  # logit: half lie above 731, where captions matter and layout is decided
 DEFAULTS = {"steps": 12, "guidance_scale": 3.0}  # of requests that name none
 
 
@@ -167,13 +170,12 @@ class EncodedBatches:
         self._batches.close()
 
 
-def latent_batches(
-    checkpoint: Path, runs: Path, batch: int, device: torch.device, source: data.Source
-) -> Batches | EncodedBatches:
+def latent_batches(run: Run) -> Batches | EncodedBatches:
     """Clean latents and captions of a source: of scenes encoded once, of others as they come."""
-    if isinstance(source, data.SceneWorld):
-        return Batches(checkpoint, runs, batch, device)
-    return EncodedBatches(checkpoint, source.batches(60_000_000, batch, device), device)
+    if isinstance(run.source, data.SceneWorld):
+        return Batches(run.checkpoint, run.runs, run.batch, run.device)
+    batches = run.source.batches(60_000_000, run.batch, run.device)
+    return EncodedBatches(run.checkpoint, batches, run.device)
 
 
 def noised(x0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
@@ -187,8 +189,7 @@ def velocity_loss(
 ) -> Callable[[int], dict[str, Tensor]]:
     """The loss of a step: squared error of v, some captions dropped.
 
-    Timesteps are logit-normal (arXiv:2403.03206, 3.1): most in the middle, where shapes are
-    decided.
+    Timesteps are logit-normal (arXiv:2403.03206, 3.1), most where `TIMESTEP_MEAN` puts them.
     """
     device = next(painter.parameters()).device
     alphas_cumprod = scheduler().alphas_cumprod.to(device)
@@ -198,7 +199,8 @@ def velocity_loss(
         texts = ["" if rng.random() < CAPTION_DROP else text for text in texts]
         draw = torch.Generator().manual_seed(step)
         noise = torch.randn(x0.shape, generator=draw).to(device)
-        t = (1000 * torch.randn(len(x0), generator=draw).sigmoid()).long().to(device)
+        logit = TIMESTEP_MEAN + torch.randn(len(x0), generator=draw)
+        t = (1000 * logit.sigmoid()).long().to(device)
         x_t = noised(x0, noise, alphas_cumprod[t])
         v = noised(noise, -x0, alphas_cumprod[t])
         hidden = painter.fusion(*encoders(texts))
@@ -208,31 +210,38 @@ def velocity_loss(
     return loss_at
 
 
-def train(
-    checkpoint: Path,
-    runs: Path,
-    steps: int,
-    batch: int,
-    bf16: bool = False,
-    device: torch.device = data.CPU,
-    source: data.Source = data.SCENES,
-    save_every: int = 100,
-) -> None:
-    batches = latent_batches(checkpoint, runs, batch, device, source)
-    encoders = Encoders(checkpoint, device)
+def train(run: Run) -> None:
+    batches = latent_batches(run)
+    encoders = Encoders(run.checkpoint, run.device)
     torch.manual_seed(0)
-    painter = Painter(source.side).to(device)
-    sampler = Sampler(checkpoint, encoders, source, device)
-    trainer = Trainer(painter, runs / "diffusion", steps, LEARNING_RATE, EMA_DECAY, save_every,
-                      bf16=bf16)  # fmt: skip
-    trained = trainer.run(
+    painter = new_painter(run).to(run.device)
+    sampler = Sampler(run.checkpoint, encoders, run.source, run.device)
+    trained = run.trainer(painter, "diffusion", LEARNING_RATE, EMA_DECAY).run(
         velocity_loss(painter, encoders, batches),
         batches,
         lambda averaged: sampler.sheet(averaged.unet, averaged.fusion, scheduler(), DEFAULTS),
     )
-    trained.fusion.save_pretrained(checkpoint / "fusion")
-    trained.unet.half().save_pretrained(checkpoint / "unet")
-    write_index(checkpoint, scheduler(), DEFAULTS, source)
+    trained.fusion.save_pretrained(run.checkpoint / "fusion")
+    trained.unet.half().save_pretrained(run.checkpoint / "unet")
+    write_index(run.checkpoint, scheduler(), DEFAULTS, run.source)
+
+
+def new_painter(run: Run) -> Painter:
+    """Random, or as `run.init` has it.
+
+    Raises:
+        BadInput: `run.init` has no such parts, or of another shape.
+    """
+    painter = Painter(run.source.side)
+    if run.init is not None:
+        for name in ("fusion", "unet"):
+            file = run.init / name / SAFETENSORS_WEIGHTS_NAME
+            try:
+                getattr(painter, name).load_state_dict(load_file(file))
+            except (OSError, RuntimeError) as error:
+                reason = str(error).splitlines()[-1].strip()
+                raise data.BadInput(f"--init: {file} is no {name} to start from: {reason}")
+    return painter
 
 
 @torch.no_grad()
@@ -266,4 +275,4 @@ def write_index(
 
 
 if __name__ == "__main__":
-    stage_cli(train, STEPS, BATCH)
+    stage_cli(train, STEPS, BATCH, warm_start=True)

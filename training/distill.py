@@ -18,10 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from export.fusion_head import FusionHead
-from training import data
 from training.cli import stage_cli
 from training.diffusion import Encoders, latent_batches, noised, scheduler, write_index
-from training.loop import Trainer
+from training.run import Run
 from training.sampling import Sampler
 from twinbrush.samplers import guidance_embedding
 
@@ -66,27 +65,16 @@ def new_student(teacher: UNet2DConditionModel) -> UNet2DConditionModel:
     return student
 
 
-def train(
-    checkpoint: Path,
-    runs: Path,
-    steps: int,
-    batch: int,
-    bf16: bool = False,
-    device: torch.device = data.CPU,
-    source: data.Source = data.SCENES,
-    save_every: int = 100,
-) -> None:
-    batches = latent_batches(checkpoint, runs, batch, device, source)
-    encoders = Encoders(checkpoint, device)
-    fusion = FusionHead.from_pretrained(checkpoint / "fusion").eval().to(device)
-    teacher = UNet2DConditionModel.from_pretrained(teacher_of(checkpoint) / "unet").eval()
+def train(run: Run) -> None:
+    batches = latent_batches(run)
+    device, encoders = run.device, Encoders(run.checkpoint, run.device)
+    fusion = FusionHead.from_pretrained(run.checkpoint / "fusion").eval().to(device)
+    teacher = UNet2DConditionModel.from_pretrained(teacher_of(run.checkpoint) / "unet").eval()
     teacher.float().to(device)
     student = new_student(teacher).to(device)
-    trainer = Trainer(
-        student, runs / "distill", steps, 3e-4, 0.98, save_every=save_every, bf16=bf16
-    )
+    trainer = run.trainer(student, "distill", 3e-4, 0.98)
     alphas_cumprod = lcm_scheduler().alphas_cumprod.to(device)
-    sampler = Sampler(checkpoint, encoders, source, device)
+    sampler = Sampler(run.checkpoint, encoders, run.source, device)
     stride = len(alphas_cumprod) // SOLVER_STEPS
     with torch.no_grad():
         empty = fusion(*encoders([""]))
@@ -95,8 +83,8 @@ def train(
         x0, texts, rng = batches.at(step)
         draw = torch.Generator().manual_seed(step)
         noise = torch.randn(x0.shape, generator=draw).to(device)
-        t = torch.randint(1, SOLVER_STEPS + 1, (batch,), generator=draw).to(device) * stride - 1
-        scales = rng.uniform(*GUIDANCE, size=batch)
+        t = torch.randint(1, SOLVER_STEPS + 1, (run.batch,), generator=draw).to(device) * stride - 1
+        scales = rng.uniform(*GUIDANCE, size=run.batch)
         embedding = np.stack([guidance_embedding(w, EMBEDDING) for w in scales])
         embedding = torch.from_numpy(embedding).to(device)
         w = torch.from_numpy(scales).float().to(device)[:, None, None, None]
@@ -121,8 +109,8 @@ def train(
         batches,
         lambda averaged: sampler.sheet(averaged, fusion, lcm_scheduler(), DEFAULTS),
     )
-    trained.half().save_pretrained(checkpoint / "unet")
-    write_index(checkpoint, lcm_scheduler(), DEFAULTS, source)
+    trained.half().save_pretrained(run.checkpoint / "unet")
+    write_index(run.checkpoint, lcm_scheduler(), DEFAULTS, run.source)
 
 
 def ddim_step(

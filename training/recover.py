@@ -28,9 +28,11 @@ from export.prune import save_part
 from export.repository import SOURCE, load_parts
 from export.shapes import pruning_of
 from export.tokenizer import load_tokenizer
+from training import data
+from training.cli import pick_device
 from training.diffusion import CAPTION_DROP, Batches, noised
 from training.distill import GUIDANCE
-from training.loop import Trainer
+from training.run import Run
 from twinbrush.samplers import guidance_embedding
 
 LEARNING_RATE, EMA_DECAY = 3e-4, 0.99
@@ -40,16 +42,19 @@ HELD_OUT = 1_000_000  # the step whose captions and noise the distillation error
 class Teacher:
     """The unpruned checkpoint: what its models are given at a step, and what they say."""
 
-    def __init__(self, checkpoint: Checkpoint, runs: Path, batch: int):
+    def __init__(
+        self, checkpoint: Checkpoint, runs: Path, batch: int, device: torch.device = data.CPU
+    ):
+        self.device = device
         self.parts = load_parts(checkpoint)
         for part in self.parts.values():
-            part.module.requires_grad_(False)
+            part.module.requires_grad_(False).to(device)
         self._tokenizers = {
             name: load_tokenizer(checkpoint, name) for name in ("tokenizer", "tokenizer_2")
         }
         schedule = DDIMScheduler.from_config(checkpoint.config("scheduler"))
-        self._alphas_cumprod = schedule.alphas_cumprod
-        self._batches = Batches(checkpoint.folders["unet"].parent, runs, batch)
+        self._alphas_cumprod = schedule.alphas_cumprod.to(device)
+        self._batches = Batches(checkpoint.folders["unet"].parent, runs, batch, device)
 
     @torch.no_grad()
     def inputs(self, model: str, step: int) -> dict[str, Tensor]:
@@ -64,14 +69,15 @@ class Teacher:
             case "vqgan_decoder":
                 return {"latent": x0}
         draw = torch.Generator().manual_seed(step)
-        t = torch.randint(len(self._alphas_cumprod), (len(x0),), generator=draw)
-        x_t = noised(x0, torch.randn(x0.shape, generator=draw), self._alphas_cumprod[t])
+        t = torch.randint(len(self._alphas_cumprod), (len(x0),), generator=draw).to(self.device)
+        noise = torch.randn(x0.shape, generator=draw).to(self.device)
+        x_t = noised(x0, noise, self._alphas_cumprod[t])
         hidden = self._fused(texts)
         inputs = {"sample": x_t, "timestep": t, "encoder_hidden_states": hidden}
         if embedding := self.parts["unet"].inputs.get("timestep_cond"):
             scales = rng.uniform(*GUIDANCE, size=len(x0))
             rows = [guidance_embedding(scale, embedding.axes[0]) for scale in scales]
-            inputs["timestep_cond"] = torch.from_numpy(np.stack(rows))
+            inputs["timestep_cond"] = torch.from_numpy(np.stack(rows)).to(self.device)
         return inputs
 
     def _fused(self, texts: list[str]) -> Tensor:
@@ -91,9 +97,10 @@ class Teacher:
 
     def _tokens(self, tokenizer: str, model: str, texts: list[str]) -> dict[str, Tensor]:
         length = self.parts[model].inputs["input_ids"].axes[0]
-        return self._tokenizers[tokenizer](
+        encoded = self._tokenizers[tokenizer](
             texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         )
+        return encoded.to(self.device)
 
     def error(self, part: Part, inputs: dict[str, Tensor]) -> Tensor:
         """Squared error of a model against its original, as a share of the original's square."""
@@ -104,15 +111,9 @@ class Teacher:
 
 
 def recover(
-    checkpoint: Path,
-    teacher: Path,
-    runs: Path,
-    steps: int,
-    batch: int,
-    bf16: bool = False,
-    models: list[str] | None = None,
+    run: Run, teacher: Path, models: list[str] | None = None
 ) -> dict[str, tuple[float, float]]:
-    """Trains the pruned models of `checkpoint`, or those named, and writes them back.
+    """Trains the pruned models of the run's checkpoint, or those named, and writes them back.
 
     Returns:
         the distillation error of each, before and after.
@@ -120,13 +121,14 @@ def recover(
     Raises:
         ValueError: a checkpoint cannot be opened, or a model is not pruned.
     """
-    opened, original = open_checkpoint(checkpoint), open_checkpoint(teacher)
+    opened, original = open_checkpoint(run.checkpoint), open_checkpoint(teacher)
     models = _pruned(opened, original, models)
     parts = load_parts(opened)
-    taught = Teacher(original, runs, batch)
+    taught = Teacher(original, run.runs, run.batch, run.device)
     errors = {}
     for name in models:
         part = parts[name]
+        part.module.to(run.device)
         held_out = taught.inputs(name, HELD_OUT)
         with torch.no_grad():
             before = taught.error(part, held_out).item()
@@ -135,8 +137,8 @@ def recover(
             return {"loss": taught.error(part, taught.inputs(part.name, step))}
 
         place = opened.folders[SOURCE[name]]
-        folder = runs / f"recover-{name}-{_digest(place)}"
-        trainer = Trainer(part.module, folder, steps, LEARNING_RATE, EMA_DECAY, bf16=bf16)
+        folder = f"recover-{name}-{_digest(place)}"
+        trainer = run.trainer(part.module, folder, LEARNING_RATE, EMA_DECAY)
         learnt = replace(part, module=trainer.run(loss_at))
         with torch.no_grad():
             errors[name] = (before, taught.error(learnt, held_out).item())
@@ -174,8 +176,9 @@ def main(
     runs: Annotated[Path, typer.Option(help="Folder of saves and loss curves.")] = Path("runs"),
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each model.")] = 2000,
     batch: Annotated[int, typer.Option(min=1, help="Scenes a step.")] = 64,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     bf16: Annotated[
-        bool, typer.Option(help="bfloat16 matrix products; pays on CPUs with AMX.")
+        bool, typer.Option(help="bfloat16 matrix products; pays on GPUs, and on CPUs with AMX.")
     ] = False,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 takes all.")] = 0,
 ) -> None:
@@ -183,7 +186,8 @@ def main(
         torch.set_num_threads(threads)
     names = [name.strip() for name in models.split(",")] if models else None
     try:
-        errors = recover(checkpoint, teacher, runs, steps, batch, bf16, names)
+        run = Run(checkpoint, runs, steps, batch, pick_device(device), bf16)
+        errors = recover(run, teacher, names)
     except ValueError as error:
         sys.exit(f"error: {error}")
     for name, (before, after) in errors.items():

@@ -10,8 +10,7 @@ learns from perceptual and adversarial losses too. Writes `vae/` after each part
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from transformers import CLIPVisionModelWithProjection
 
 from training import data
 from training.cli import stage_cli
-from training.loop import Trainer
+from training.run import Run
 from training.sheets import grid
 from training.vqgan_losses import (
     OPPONENT,
@@ -82,34 +81,26 @@ class Sharpening(nn.Module):
         self.discriminator = Discriminator()
 
 
-def autoencoder(
-    folder: Path,
-    steps: int,
-    batch: int,
-    bf16: bool = False,
-    device: torch.device = data.CPU,
-    source: data.Source = data.SCENES,
-    save_every: int = 100,
-) -> VQModel:
+def autoencoder(run: Run) -> VQModel:
     """Encoder, codebook and decoder, from reconstruction and codebook losses."""
-    stage = Stage(source.side).to(device)
+    stage = Stage(run.source.side).to(run.device)
     model, use = stage.model, stage.use
-    start = int(WARM_UP * steps)
-    batches = source.batches(30_000_000, batch, device)
-    shown = source.sample(SHOWN, 8).pictures.to(device)
+    start = int(WARM_UP * run.steps)
+    batches = run.source.batches(30_000_000, run.batch, run.device)
+    shown = run.source.sample(SHOWN, 8).pictures.to(run.device)
 
     def loss_at(step: int) -> dict[str, Tensor]:
         x = batches.at(step).pictures
-        if step >= start and (step - start) % REVIVE_EVERY == 0 and step < 0.9 * steps:
+        if step >= start and (step - start) % REVIVE_EVERY == 0 and step < 0.9 * run.steps:
             if step == start:
                 use.zero_()
-            revive(model, use, step, source)
+            revive(model, use, step, run.source)
         z = model.encode(opponent(x)).latents.float()
-        codebook = torch.zeros((), device=device)
+        codebook = torch.zeros((), device=run.device)
         if step >= start:
-            with torch.autocast(device.type, enabled=False):
+            with torch.autocast(run.device.type, enabled=False):
                 z, codebook, (_, _, codes) = model.quantize(z)
-            use.index_add_(0, codes.flatten(), torch.ones(codes.numel(), device=device))
+            use.index_add_(0, codes.flatten(), torch.ones(codes.numel(), device=run.device))
         y = rgb(model.decoder(model.post_quant_conv(z)).float())
         loss = reconstruction(y, x) + codebook
         return {"loss": loss, "psnr": psnr(y, x), "codes_used": (use > 0).float().mean()}
@@ -121,37 +112,31 @@ def autoencoder(
             z, _, _ = inner.quantize(z)
         return compared(shown, rgb(inner.decoder(inner.post_quant_conv(z))))
 
-    trainer = Trainer(stage, folder, steps, 1.5e-3, 0.998, save_every, bf16=bf16)
+    trainer = run.trainer(stage, "autoencoder", 1.5e-3, 0.998)
     trained = trainer.run(loss_at, batches, samples).model
     fold_colours(trained)
     with torch.no_grad():
-        spread = trained.encode(source.sample(39_999_999, 512).pictures.to(device)).latents.std()
+        pictures = run.source.sample(39_999_999, 512).pictures.to(run.device)
+        spread = trained.encode(pictures).latents.std()
     trained.register_to_config(scaling_factor=1 / float(spread))
     return trained
 
 
-def sharpen(
-    vae: VQModel,
-    tower: CLIPVisionModelWithProjection,
-    weights: Weights,
-    folder: Path,
-    steps: int,
-    batch: int,
-    bf16: bool = False,
-    device: torch.device = data.CPU,
-    source: data.Source = data.SCENES,
-    save_every: int = 100,
-) -> VQModel:
-    """Trains the decoder of `vae` further, behind its encoder and codebook; gives `vae` back."""
-    vae.requires_grad_(False).eval().to(device)
-    stage = Sharpening(vae).to(device)
-    perception = Perception(tower.to(device))
+def sharpen(vae: VQModel, weights: Weights, run: Run) -> VQModel:
+    """Trains the decoder of `vae` further, behind its encoder and codebook; gives `vae` back.
+
+    Pictures are perceived through the `image_encoder/` of the run's checkpoint.
+    """
+    vae.requires_grad_(False).eval().to(run.device)
+    stage = Sharpening(vae).to(run.device)
+    tower = CLIPVisionModelWithProjection.from_pretrained(run.checkpoint / "image_encoder")
+    perception = Perception(tower.to(run.device))
     last = vae.decoder.conv_out.weight
-    batches = source.batches(40_000_000, batch, device)
-    shown = source.sample(SHOWN, 8).pictures.to(device)
+    batches = run.source.batches(40_000_000, run.batch, run.device)
+    shown = run.source.sample(SHOWN, 8).pictures.to(run.device)
 
     def codes_of(x: Tensor) -> Tensor:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(run.device.type, enabled=False):
             return vae.quantize(vae.encode(x).latents)[0]
 
     def loss_at(step: int) -> dict[str, Tensor]:
@@ -164,7 +149,7 @@ def sharpen(
         parts = {"psnr": psnr(y, x)}
         if weights.adversarial:
             fooling, parts["judging"] = hinge(stage.discriminator, y, x)
-            if step >= WATCHING * steps:
+            if step >= WATCHING * run.steps:
                 balance = adaptive_weight(loss, fooling, last)
                 loss = loss + weights.adversarial * balance * fooling
             loss = loss + parts["judging"]
@@ -173,8 +158,8 @@ def sharpen(
     def samples(averaged: Sharpening) -> Image.Image:
         return compared(shown, averaged.decoder(codes_of(shown)))
 
-    trainer = Trainer(stage, folder, steps, 5e-4, 0.995, save_every, bf16=bf16)
-    vae.post_quant_conv, vae.decoder = trainer.run(loss_at, batches, samples).decoder
+    trained = run.trainer(stage, "vqgan", 5e-4, 0.995).run(loss_at, batches, samples)
+    vae.post_quant_conv, vae.decoder = trained.decoder
     return vae
 
 
@@ -219,25 +204,16 @@ def compared(originals: Tensor, painted: Tensor) -> Image.Image:
     return grid(torch.cat([originals, painted]), columns=len(originals))
 
 
-def train(
-    checkpoint: Path,
-    runs: Path,
-    steps: int,
-    batch: int,
-    bf16: bool = False,
-    device: torch.device = data.CPU,
-    source: data.Source = data.SCENES,
-    save_every: int = 100,
-) -> None:
-    if not (checkpoint / "image_encoder").is_dir():
-        raise data.BadInput(f"--checkpoint: {checkpoint} has no image_encoder/: train clip first")
-    rest = (bf16, device, source, save_every)
-    alone = int(DECODER * steps)
-    vae = autoencoder(runs / "autoencoder", steps - alone, batch, *rest)
-    vae.save_pretrained(checkpoint / "vae")
-    tower = CLIPVisionModelWithProjection.from_pretrained(checkpoint / "image_encoder")
-    sharpen(vae, tower, Weights(), runs / "vqgan", alone, batch, *rest)
-    vae.save_pretrained(checkpoint / "vae")
+def train(run: Run) -> None:
+    if not (run.checkpoint / "image_encoder").is_dir():
+        raise data.BadInput(
+            f"--checkpoint: {run.checkpoint} has no image_encoder/: train clip first"
+        )
+    alone = int(DECODER * run.steps)
+    vae = autoencoder(replace(run, steps=run.steps - alone))
+    vae.save_pretrained(run.checkpoint / "vae")
+    sharpen(vae, Weights(), replace(run, steps=alone))
+    vae.save_pretrained(run.checkpoint / "vae")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,46 @@
+"""What every training stage is told: where, for how long, on what, and from what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from training import data
+from training.loop import Trainer
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a stage.
+
+    Attributes:
+        checkpoint: folder whose parts are read and written.
+        runs: folder of saves, curves and samples, one folder in it for each `trainer`.
+        steps, batch: optimiser steps, and pictures a step; 0 is a stage's own in `training.all`.
+        bf16: bfloat16 products.
+        source: what pictures and captions come from.
+        save_every: steps between saves.
+        init: checkpoint whose weights training starts from; random ones without it.
+    """
+
+    checkpoint: Path
+    runs: Path
+    steps: int
+    batch: int
+    device: torch.device = data.CPU
+    bf16: bool = False
+    source: data.Source = data.SCENES
+    save_every: int = 100
+    init: Path | None = None
+
+    def trainer(
+        self, module: nn.Module, name: str, learning_rate: float, ema_decay: float
+    ) -> Trainer:
+        """A trainer of `module`, which is on the run's device, into the folder `name`."""
+        return Trainer(
+            module, self.runs / name, self.steps, learning_rate, ema_decay, self.save_every,
+            self.bf16,
+        )  # fmt: skip
