@@ -72,6 +72,10 @@ def parity_error(part: Part, file: Path, precision: Precision = Precision.FP32) 
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.add_session_config_entry("session.disable_prepacking", "1")  # a copy of the weights
+    options.enable_cpu_mem_arena = False  # it keeps what casts of the weights took
+    if precision is Precision.FP16:  # the CPU would keep every weight in FP32 too
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     names = [node.name for node in session.get_inputs()]
     if sorted(names) != sorted(part.inputs):

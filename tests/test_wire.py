@@ -300,6 +300,24 @@ def test_a_live_request_can_be_cancelled_by_its_id(server):
     assert answers[0][1] == "the request was cancelled"
 
 
+def test_an_id_stops_all_live_requests_that_bear_it(server):
+    answers, begun = [], threading.Semaphore(0)
+
+    def slow():
+        answers.append(stream(server, "ours", lambda *_: begun.release(), **SLOW))
+
+    threads = [threading.Thread(target=slow) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+        assert begun.acquire(timeout=60)
+    _, error = stream(server, "ours", steps=1)  # ends while the others live
+    assert error is None
+    assert cancel(server, "ours") == ([{"event": b"cancelled"}], None)
+    for thread in threads:
+        thread.join(10)
+    assert [error for _, error in answers] == ["the request was cancelled"] * 2
+
+
 def test_cancelling_what_does_not_live_says_so(server):
     assert "no live request has the id 'nobody'" in cancel(server, "nobody")[1]
 

@@ -174,9 +174,12 @@ def _apart(items: Sequence[Item]) -> bool:
 _GRID_Y, _GRID_X = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32) + 0.5
 
 
-def _signed_distance(item: Item) -> np.ndarray:
-    """Distance to the outline in pixels, negative inside: (64, 64)."""
-    x, y, r = _GRID_X - item.x, _GRID_Y - item.y, item.radius
+WHOLE = np.s_[:, :]
+
+
+def _signed_distance(item: Item, window: tuple[slice, slice]) -> np.ndarray:
+    """Distance to the outline in pixels, negative inside, at the pixels of a window."""
+    x, y, r = _GRID_X[window] - item.x, _GRID_Y[window] - item.y, item.radius
     match item.shape:
         case "circle":
             return np.hypot(x, y) - r
@@ -197,9 +200,9 @@ def _signed_distance(item: Item) -> np.ndarray:
     raise ValueError(f"shape {item.shape!r} is not one of {SHAPES}")
 
 
-def coverage(item: Item) -> np.ndarray:
-    """How much of each pixel the object covers, 0 to 1: (64, 64)."""
-    return np.clip(0.5 - _signed_distance(item), 0, 1)
+def coverage(item: Item, window: tuple[slice, slice] = WHOLE) -> np.ndarray:
+    """How much of each pixel the object covers, 0 to 1: (64, 64), or a window of it."""
+    return np.clip(0.5 - _signed_distance(item, window), 0, 1)
 
 
 def render(scene: Scene) -> np.ndarray:

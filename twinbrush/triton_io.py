@@ -90,7 +90,7 @@ class StreamModel:
         self._engine = Engine.of_model(folder, config, TritonModels())
         self._relay = RelayServer(relay_address(), self._submit)
         self._watch = CancelWatch()
-        self._live: dict[str, Generation] = {}  # by request id, where the client gave one
+        self._live: dict[Answer, tuple[str, Generation]] = {}  # and the id that the client gave
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
@@ -114,7 +114,7 @@ class StreamModel:
 
         def forget() -> None:
             self._watch.discard(answer)
-            self._live.pop(request_id, None)
+            self._live.pop(answer, None)
 
         def reply(event: Event) -> None:
             if isinstance(event, End):
@@ -123,7 +123,7 @@ class StreamModel:
 
         generation = self._submit(fields, reply)
         if request_id:
-            self._live[request_id] = generation
+            self._live[answer] = request_id, generation
         self._watch.add(answer, generation.cancel)
         if generation.ended:  # before it was known here
             forget()
@@ -136,10 +136,11 @@ class StreamModel:
         name = target.reshape(-1)[0].decode("utf-8", "replace")
         if others:
             raise InvalidArgument("cancel", name, "it must be the only input of its request")
-        generation = self._live.get(name)
-        if generation is None:
+        named = [generation for given, generation in list(self._live.values()) if given == name]
+        if not named:
             raise EngineError("NOT_FOUND", f"no live request has the id {name!r}")
-        generation.cancel()
+        for generation in named:
+            generation.cancel()
         answer.send({"event": b"cancelled"}, final=True)
 
 
