@@ -10,6 +10,7 @@ goes on from its last save.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -24,6 +25,7 @@ from benchmarks.machine import write_result
 from benchmarks.quality import NAMES, read, score, table_of, tasks
 from export.checkpoint import open_checkpoint
 from training import data
+from training.cli import pick_device
 from training.diffusion import (
     BERT_LAYERS,
     DEFAULTS,
@@ -35,7 +37,7 @@ from training.diffusion import (
     scheduler,
     velocity_loss,
 )
-from training.loop import Trainer
+from training.run import Run
 from training.sampling import sample
 
 ARMS = ("clip", "bert", "fusion")
@@ -46,8 +48,8 @@ console = Console()
 class Arm(Encoders):
     """What one arm's head gets: a stream of tokens, the layers it attends to, and their mask."""
 
-    def __init__(self, checkpoint: Path, arm: str):
-        super().__init__(checkpoint)
+    def __init__(self, checkpoint: Path, arm: str, device: torch.device):
+        super().__init__(checkpoint, device)
         self.arm = arm
 
     @torch.no_grad()
@@ -70,6 +72,7 @@ def main(
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each UNet.")] = 6000,
     batch: Annotated[int, typer.Option(min=1, help="Scenes a step.")] = 64,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of each arm.")] = 2,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     bf16: Annotated[bool, typer.Option(help="bfloat16 products in training.")] = False,
     n: Annotated[int, typer.Option(min=1, help="Held-out prompts.")] = 1000,
     out: Annotated[Path, typer.Option(help="Result file; the plot goes beside it.")] = Path(
@@ -77,16 +80,18 @@ def main(
     ),
 ) -> None:
     """Trains and measures CLIP alone, BERT alone, and both fused."""
-    batches = Batches(checkpoint, runs, batch)
+    try:
+        run = Run(checkpoint, runs, steps, batch, pick_device(device), bf16, save_every=500)
+    except data.BadInput as error:
+        sys.exit(f"error: {error}")
+    batches = Batches(checkpoint, runs, batch, run.device)
     results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
     for seed in range(seeds):
         for arm in ARMS:
-            encoders = Arm(checkpoint, arm)
+            encoders = Arm(checkpoint, arm, run.device)
             torch.manual_seed(seed)
-            painter = Painter()
-            trainer = Trainer(
-                painter, runs / f"{arm}-{seed}", steps, LEARNING_RATE, EMA_DECAY, bf16=bf16
-            )
+            painter = Painter().to(run.device)
+            trainer = run.trainer(painter, f"{arm}-{seed}", LEARNING_RATE, EMA_DECAY)
             trained = trainer.run(velocity_loss(painter, encoders, batches), batches)
             learnt = cast(Painter, trained.eval())
             results[arm].append(measured(learnt, encoders, checkpoint, n))
@@ -104,7 +109,7 @@ def main(
 def measured(painter: Painter, encoders: Arm, checkpoint: Path, n: int) -> dict[str, Any]:
     """The table of `benchmarks.quality`, of pictures that diffusers' sampler paints."""
     all_tasks = tasks(n)
-    vae = open_checkpoint(checkpoint).load("vae", VQModel)
+    vae = open_checkpoint(checkpoint).load("vae", VQModel).to(encoders.device)
     draw = torch.Generator().manual_seed(0)
     empty = painter.fusion(*encoders([""]))
     scores = []
@@ -113,7 +118,7 @@ def measured(painter: Painter, encoders: Arm, checkpoint: Path, n: int) -> dict[
         hidden = painter.fusion(*encoders([task.prompt for task in some]))
         latents = sample(painter.unet, hidden, empty, scheduler(), DEFAULTS, draw)
         pictures = vae.decode(latents / vae.config["scaling_factor"]).sample.clamp(-1, 1)
-        pixels = ((pictures + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        pixels = ((pictures + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         scores += [score(task, read(p)) for task, p in zip(some, pixels, strict=True)]
     return table_of(all_tasks, scores)
 

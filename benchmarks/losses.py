@@ -8,8 +8,9 @@ decoded by all. Writes a sheet of them, side by side, beside the result file.
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -26,6 +27,7 @@ from benchmarks.machine import write_result
 from benchmarks.quality import read, score, share, tasks
 from export.checkpoint import open_checkpoint
 from training import data
+from training.cli import pick_device
 from training.run import Run
 from training.vqgan import Weights, sharpen
 
@@ -46,6 +48,7 @@ def main(
     ),
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each decoder.")] = 1500,
     batch: Annotated[int, typer.Option(min=1, help="Scenes a step.")] = 32,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     bf16: Annotated[bool, typer.Option(help="bfloat16 products in training.")] = False,
     n: Annotated[int, typer.Option(min=1, help="Held-out scenes.")] = 600,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 takes all.")] = 0,
@@ -56,14 +59,19 @@ def main(
     """Measures PSNR, SSIM, edge sharpness, and what the reader reads right."""
     if threads:
         torch.set_num_threads(threads)
+    try:
+        run = Run(checkpoint, Path(), steps, batch, pick_device(device), bf16, save_every=steps)
+    except data.BadInput as error:
+        sys.exit(f"error: {error}")
     all_tasks = tasks(n)
     true = data.pictures([task.scene for task in all_tasks])
     painted: dict[str, Tensor] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for name, weights in VARIANTS.items():
             console.print(f"training a decoder: {name}")
-            run = Run(checkpoint, Path(scratch, name), steps, batch, bf16=bf16, save_every=steps)
-            painted[name] = _decoded(sharpen(_untrained(checkpoint), weights, run), true)
+            alone = replace(run, runs=Path(scratch, name))
+            trained = sharpen(_untrained(checkpoint), weights, alone).cpu()
+            painted[name] = _decoded(trained, true)
     results = {name: _measures(y, true, all_tasks) for name, y in painted.items()}
     write_result(
         out, "python -m benchmarks.losses", checkpoint=checkpoint.name, steps=steps, batch=batch,

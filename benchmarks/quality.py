@@ -48,6 +48,7 @@ class Score:
     """What of a prompt a picture shows; None where the prompt does not say.
 
     Attributes:
+        painted: there is any object; in a black picture, which NaN would be too, is none.
         count: as many objects as named.
         shape, colour, size: the multiset of each is right.
         colour_binding: every named shape is there in its colour; of several objects only.
@@ -55,6 +56,7 @@ class Score:
         background: it has the named colour.
     """
 
+    painted: bool
     count: bool
     shape: bool
     colour: bool
@@ -85,6 +87,7 @@ def score(task: Task, reading: Reading) -> Score:
     sized = [item for item in wanted if f"{item.size} {item.colour} {item.shape}" in task.prompt]
     bound = all((item.shape, item.colour) in placed for item in wanted)
     return Score(
+        painted=bool(shown),
         count=len(shown) == len(wanted),
         shape=_same(wanted, shown, "shape"),
         colour=_same(wanted, shown, "colour"),

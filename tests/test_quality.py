@@ -69,6 +69,7 @@ def wrong(reading: Reading) -> set[str]:
     ("shown", "attributes"),
     [
         ([RED, BLUE], set()),
+        ([], {"painted", "count", "shape", "colour", "size", "colour_binding", "relation"}),
         ([RED], {"count", "shape", "colour", "size", "colour_binding", "relation"}),
         ([RED, BLUE, replace(BLUE, y=10)], {"count", "shape", "colour"}),
         ([replace(RED, x=46), replace(BLUE, x=18)], {"relation"}),
