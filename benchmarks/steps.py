@@ -39,17 +39,14 @@ def main(
     repository: Annotated[Path, typer.Option(help="Whose configurations are used.")] = Path(
         "model_repository"
     ),
-    n: Annotated[int, typer.Option(help="Held-out prompts.")] = 600,
+    n: Annotated[int, typer.Option(min=3, help="Held-out prompts.")] = 600,
     out: Annotated[Path, typer.Option(help="Result file; the plot goes beside it.")] = Path(
         "benchmarks/results/steps.json"
     ),
 ) -> None:
     """Measures quality at 1 to 25 steps."""
-    lines = [(student, "lcm"), *((teacher, sampler) for sampler in TEACHER_SAMPLERS)]
-    curves: dict[str, dict[int, dict[str, Any]]] = {}
-    for checkpoint, sampler in lines:
-        console.print(f"{checkpoint.name}, {sampler}")
-        curves[f"{checkpoint.name} {sampler}"] = _curve(checkpoint, sampler, repository, n)
+    curves = _curves(student, ("lcm",), repository, n)
+    curves |= _curves(teacher, TEACHER_SAMPLERS, repository, n)
     distilled = _percent(curves[f"{student.name} lcm"][4])
     taught = {s: _percent(curves[f"{teacher.name} {s}"][25]) for s in TEACHER_SAMPLERS}
     summary = {
@@ -65,20 +62,23 @@ def main(
     print(json.dumps(summary))
 
 
-def _curve(checkpoint: Path, sampler: str, repository: Path, n: int) -> dict[int, dict[str, Any]]:
-    """All-correct by number of objects, at each step count."""
+def _curves(
+    checkpoint: Path, samplers: tuple[str, ...], repository: Path, n: int
+) -> dict[str, dict[int, dict[str, Any]]]:
+    """All-correct by number of objects, of each sampler at each step count."""
+    curves: dict[str, dict[int, dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         served = Path(scratch) / "repository"
         shutil.copytree(repository, served, ignore=shutil.ignore_patterns("*.onnx", "*.data"))
         build(open_checkpoint(checkpoint), served)
         with local_engine(served, LocalModels(served)) as engine:
-            tables = {
-                steps: measure(engine, tasks(n), steps=steps, sampler=sampler) for steps in STEPS
-            }
-    return {
-        steps: {name: row["all_correct"] for name, row in table.items()}
-        for steps, table in tables.items()
-    }
+            for sampler in samplers:
+                console.print(f"{checkpoint.name}, {sampler}")
+                curve = curves[f"{checkpoint.name} {sampler}"] = {}
+                for steps in STEPS:
+                    table = measure(engine, tasks(n), steps=steps, sampler=sampler)
+                    curve[steps] = {name: row["all_correct"] for name, row in table.items()}
+    return curves
 
 
 def _percent(row: dict[str, Any]) -> float:

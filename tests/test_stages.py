@@ -124,10 +124,11 @@ def test_revival_takes_the_codes_that_nothing_used(live):
     model, use = vqgan.build().eval(), torch.zeros(1024)
     use[:live] = 1
     before = model.quantize.embedding.weight.detach().clone()
-    vqgan.revive(model, use, seed=0)
+    told = vqgan.revive(model, use, seed=0)
     moved = (model.quantize.embedding.weight != before).any(dim=1)
     assert not moved[:live].any()
     assert moved[live:].all()
+    assert torch.equal(told, moved)
     assert not use.any()
 
 

@@ -106,6 +106,21 @@ def train(folder, steps, stop_at=None):
     return trainer
 
 
+def test_a_run_that_was_killed_before_its_first_save_begins_its_curve_anew(tmp_path):
+    (tmp_path / "losses.csv").write_text("step,loss\n10,1.0\n20,0.9\n")
+    train(tmp_path, 10)
+    assert [row.split(",")[0] for row in (tmp_path / "losses.csv").read_text().split()] == [
+        "step",
+        "10",
+    ]
+
+
+def test_a_save_of_another_model_is_named(tmp_path):
+    train(tmp_path, 2)
+    with pytest.raises(ValueError, match=f"--runs: {tmp_path}.* was saved from a model of other"):
+        Trainer(torch.nn.Linear(4, 1), tmp_path, 2, 1e-2)
+
+
 def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path):
     whole = train(tmp_path / "whole", 12)
     with pytest.raises(KeyboardInterrupt):

@@ -201,7 +201,7 @@ class CaptionedBatches:
         if pictures:
             stacked = torch.from_numpy(np.stack(pictures)).to(self._device, non_blocking=True)
             stacked = stacked.permute(0, 3, 1, 2).float() / 127.5 - 1
-        return Batch(stacked, captions, [])
+        return Batch(stacked, captions)
 
     def _next(self) -> tuple[str, Future | LeftOut | None, Place] | None:
         """The next row in order, while those after it are being loaded; None at the end."""

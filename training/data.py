@@ -31,12 +31,10 @@ class Batch:
     Attributes:
         pictures: (B, 3, S, S) in [-1, 1]; (0, 3, S, S) where only captions were asked for.
         captions: one a picture.
-        scenes: the truth of the pictures where they are scenes, else empty.
     """
 
     pictures: Tensor
     captions: list[str]
-    scenes: list[Scene]
 
 
 class Batches(Protocol):
@@ -157,7 +155,7 @@ class _Drawn(Dataset):
         if self.near:
             truth = [scene for base in truth for scene in (base, *near_misses(base, rng))]
         texts = captions(truth, rng)
-        return Batch(pictures(truth) if not self.captions_only else no_pictures(), texts, truth)
+        return Batch(pictures(truth) if not self.captions_only else no_pictures(), texts)
 
 
 def no_pictures(side: int = SIDE) -> Tensor:
@@ -201,7 +199,7 @@ def check_no_position(position: dict[str, Any] | None) -> None:
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
-    return Batch(batch.pictures.to(device, non_blocking=True), batch.captions, batch.scenes)
+    return Batch(batch.pictures.to(device), batch.captions)
 
 
 def token_ids(

@@ -43,6 +43,7 @@ BERT_LAYERS = (2, 4)
 CAPTION_DROP = 0.1
 LEARNING_RATE, EMA_DECAY = 8e-4, 0.999
 TIMESTEP_MEAN = 1.0  # logit: half lie above 731, where captions matter and layout is decided
+SEED_STRIDE = 100_000_000  # between the draws of runs with different seeds
 DEFAULTS = {"steps": 12, "guidance_scale": 3.0}  # of requests that name none
 
 
@@ -119,8 +120,15 @@ class Batches:
 
     position = None
 
-    def __init__(self, checkpoint: Path, runs: Path, batch: int, device: torch.device = data.CPU):
-        self.batch = batch
+    def __init__(
+        self,
+        checkpoint: Path,
+        runs: Path,
+        batch: int,
+        device: torch.device = data.CPU,
+        seed: int = 0,
+    ):
+        self.batch, self._seed = batch, 60_000_000 + SEED_STRIDE * seed
         self._latents = latents(checkpoint, runs).to(device)
         seeds = range(SCENES // 100)
         self._truth = [s for seed in seeds for s in data.scenes(50_000_000 + seed, 100)[0]]
@@ -130,7 +138,7 @@ class Batches:
 
     def at(self, step: int) -> tuple[Tensor, list[str], np.random.Generator]:
         """Clean latents (B, C, h, w), their captions, and a generator for what else is drawn."""
-        rng = np.random.default_rng(60_000_000 + step)
+        rng = np.random.default_rng(self._seed + step)
         chosen = rng.integers(SCENES, size=self.batch)
         return self._latents[chosen], [describe(self._truth[i], rng) for i in chosen], rng
 
@@ -185,7 +193,7 @@ def noised(x0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
 
 
 def velocity_loss(
-    painter: Painter, encoders: ReadsText, batches: Batches | EncodedBatches
+    painter: Painter, encoders: ReadsText, batches: Batches | EncodedBatches, seed: int = 0
 ) -> Callable[[int], dict[str, Tensor]]:
     """The loss of a step: squared error of v, some captions dropped.
 
@@ -197,7 +205,7 @@ def velocity_loss(
     def loss_at(step: int) -> dict[str, Tensor]:
         x0, texts, rng = batches.at(step)
         texts = ["" if rng.random() < CAPTION_DROP else text for text in texts]
-        draw = torch.Generator().manual_seed(step)
+        draw = torch.Generator().manual_seed(SEED_STRIDE * seed + step)
         noise = torch.randn(x0.shape, generator=draw).to(device)
         logit = TIMESTEP_MEAN + torch.randn(len(x0), generator=draw)
         t = (1000 * logit.sigmoid()).long().to(device)

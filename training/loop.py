@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import get_cosine_schedule_with_warmup
 
-from training.data import Batches
+from training.data import BadInput, Batches
 from training.sheets import draw_losses, replace_picture
 
 # Short sequences: on a CPU the fused kernel's backward is slower, above all in bf16.
@@ -42,7 +42,7 @@ class Trainer:
     has something to show, `samples.png`; `losses.csv` grows between them.
 
     Raises:
-        ValueError: the folder holds a save of a module with other tensors.
+        BadInput: the folder holds a save of a module with other tensors.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class Trainer:
         folder.mkdir(parents=True, exist_ok=True)
         if self._state.exists():
             self._load()
+        self._forget_unsaved()
 
     @property
     def _state(self) -> Path:
@@ -154,12 +155,16 @@ class Trainer:
 
     def _load(self) -> None:
         tensors = load_file(self._state, device=str(self.device))
-        self.module.load_state_dict(_under("module.", tensors))
-        self.ema.load_state_dict(_under("ema.", tensors))
+        try:
+            self.module.load_state_dict(_under("module.", tensors))
+            self.ema.load_state_dict(_under("ema.", tensors))
+        except RuntimeError:
+            raise BadInput(f"--runs: {self._state} was saved from a model of other tensors")
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in _under("optimizer.", tensors).items():
             index, key = name.split(".", 1)
-            state.setdefault(int(index), {})[key] = tensor
+            # AdamW counts on the CPU.
+            state.setdefault(int(index), {})[key] = tensor.cpu() if key == "step" else tensor
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.step = int(self.ema.n_averaged)
@@ -168,14 +173,15 @@ class Trainer:
             group["lr"] = group["initial_lr"] * self.schedule.lr_lambdas[0](self.step)
         with safe_open(self._state, "pt") as file:
             self._position = json.loads(file.metadata().get("position", "null"))
-        self._forget_after(self.step)
 
-    def _forget_after(self, step: int) -> None:
+    def _forget_unsaved(self) -> None:
         """Drops the rows of the loss curve that were written after the save."""
         path = self.folder / "losses.csv"
-        if path.exists():
+        if self.step == 0:
+            path.unlink(missing_ok=True)
+        elif path.exists():
             heading, *rows = path.read_text().splitlines(keepends=True)
-            kept = (row for row in rows if int(row.split(",", 1)[0]) <= step)
+            kept = (row for row in rows if int(row.split(",", 1)[0]) <= self.step)
             path.write_text(heading + "".join(kept))
 
 

@@ -33,7 +33,6 @@ BACKGROUNDS = {
     "brown": (110, 70, 40),
 }
 SIZES = {"small": 7.5, "large": 12.5}  # radius in pixels
-RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 # One in eight (shape, colour, size) combinations is kept out of training, so that a prompt

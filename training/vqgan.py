@@ -94,7 +94,9 @@ def autoencoder(run: Run) -> VQModel:
         if step >= start and (step - start) % REVIVE_EVERY == 0 and step < 0.9 * run.steps:
             if step == start:
                 use.zero_()
-            revive(model, use, step, run.source)
+            moved = revive(model, use, step, run.source)
+            averaged = trainer.ema.module.model.quantize.embedding.weight.data
+            averaged[moved] = model.quantize.embedding.weight.data[moved]
         z = model.encode(opponent(x)).latents.float()
         codebook = torch.zeros((), device=run.device)
         if step >= start:
@@ -164,18 +166,20 @@ def sharpen(vae: VQModel, weights: Weights, run: Run) -> VQModel:
 
 
 @torch.no_grad()
-def revive(model: VQModel, use: Tensor, seed: int, source: data.Source = data.SCENES) -> None:
+def revive(model: VQModel, use: Tensor, seed: int, source: data.Source = data.SCENES) -> Tensor:
     """Moves codes that nothing used onto encoder outputs, in eight rounds.
 
     Outputs are drawn in proportion to their squared distance from the codes that live
     (k-means++), so that rare details get codes and flat backgrounds do not take them all.
+    Gives which were moved: (codes,) of bool.
     """
     x = opponent(source.sample(seed, 128).pictures.to(use.device))
     vectors = model.encode(x).latents.float().permute(0, 2, 3, 1).flatten(0, 2)
     codes = model.quantize.embedding.weight.data
     draw = torch.Generator().manual_seed(seed)
     live = use > 0
-    for part in (~live).nonzero().flatten().chunk(8):
+    moved = ~live
+    for part in moved.nonzero().flatten().chunk(8):
         if not len(part):
             break  # all live
         near = torch.ones(len(vectors), device=use.device)
@@ -186,6 +190,7 @@ def revive(model: VQModel, use: Tensor, seed: int, source: data.Source = data.SC
         ]
         live[part] = True
     use.zero_()
+    return moved
 
 
 @torch.no_grad()
