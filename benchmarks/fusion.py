@@ -30,6 +30,7 @@ from training.diffusion import (
     BERT_LAYERS,
     DEFAULTS,
     EMA_DECAY,
+    FROZEN,
     LEARNING_RATE,
     Batches,
     Encoders,
@@ -91,7 +92,8 @@ def main(
             encoders = Arm(checkpoint, arm, run.device)
             torch.manual_seed(seed)
             painter = Painter().to(run.device)
-            trainer = run.trainer(painter, f"{arm}-{seed}", LEARNING_RATE, EMA_DECAY)
+            reads = [checkpoint / part for part in FROZEN]
+            trainer = run.trainer(painter, f"{arm}-{seed}", LEARNING_RATE, EMA_DECAY, reads)
             trained = trainer.run(velocity_loss(painter, encoders, batches, seed), batches)
             learnt = cast(Painter, trained.eval())
             results[arm].append(measured(learnt, encoders, checkpoint, n, seed))

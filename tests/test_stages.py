@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler, LCMScheduler, UNet2DConditionModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from export.checkpoint import open_checkpoint
-from training import bert, clip, diffusion, distill, vqgan, vqgan_losses
+from training import bert, clip, data, diffusion, distill, vqgan, vqgan_losses
 from training.run import Run
 from training.scenes import sample_scene
 from training.vqgan_losses import opponent, rgb
@@ -170,6 +170,28 @@ def test_a_checkpoint_that_training_cannot_start_from_is_named(tmp_path, other):
     reason = "cond_proj" if other else "No such file"
     with pytest.raises(ValueError, match=f"--init: .*unet.* is no unet to start from: .*{reason}"):
         diffusion.new_painter(Run(tmp_path, tmp_path, 1, 1, init=tmp_path))
+
+
+def test_a_run_does_not_go_on_from_a_save_on_other_weights(tmp_path):
+    module, run = torch.nn.Linear(2, 2), Run(tmp_path, tmp_path, steps=1, batch=1)
+
+    def trainer():
+        return run.trainer(module, "stage", 1e-3, 0.9, [tmp_path])
+
+    save_file({"w": torch.zeros(2)}, tmp_path / "model.safetensors")
+    trainer().run(lambda _: {"loss": module(torch.ones(2)).sum()})
+    assert trainer().step == 1
+    save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"--runs: .* was saved from a run on other weights"):
+        trainer()
+
+
+def test_latents_are_encoded_anew_for_other_scenes(tmp_path):
+    vqgan.build().save_pretrained(tmp_path / "vae")
+    kept, other = (data.scenes(seed, 3)[0] for seed in (1, 2))
+    first = diffusion.latents(tmp_path, tmp_path, kept, data.CPU)
+    assert torch.equal(diffusion.latents(tmp_path, tmp_path, kept, data.CPU), first)
+    assert not torch.equal(diffusion.latents(tmp_path, tmp_path, other, data.CPU), first)
 
 
 def test_captions_of_a_step_never_change(tmp_path, monkeypatch):

@@ -34,11 +34,12 @@ from training import data
 from training.cli import stage_cli
 from training.run import Run
 from training.sampling import ReadsText, Sampler
-from training.scenes import describe
+from training.scenes import Scene, describe
 
 STEPS, BATCH = 7000, 64
 LATENT_CELL = 8  # pixels a side
 SCENES = 40_000  # distinct pictures; each gets a new caption every time it is drawn
+FROZEN = ("text_encoder", "text_encoder_2", "vae")
 BERT_LAYERS = (2, 4)
 CAPTION_DROP = 0.1
 LEARNING_RATE, EMA_DECAY = 8e-4, 0.999
@@ -96,21 +97,22 @@ class Encoders:
         )
 
 
-def latents(checkpoint: Path, runs: Path) -> Tensor:
-    """Scaled latents of the training scenes (SCENES, 8, 8, 8), encoded once for each VQGAN."""
-    vae = VQModel.from_pretrained(checkpoint / "vae").eval()
-    weights = (checkpoint / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
-    path = runs / f"latents-{SCENES}-{hashlib.sha256(weights).hexdigest()[:8]}.npy"
+@torch.no_grad()
+def latents(checkpoint: Path, runs: Path, truth: list[Scene], device: torch.device) -> Tensor:
+    """Scaled latents of scenes (N, C, h, w), encoded once for each VQGAN and kept in `runs`."""
+    vae = VQModel.from_pretrained(checkpoint / "vae").eval().to(device)
+    weights = (checkpoint / "vae" / SAFETENSORS_WEIGHTS_NAME).read_bytes()
+    digest = hashlib.sha256(weights + repr(truth).encode()).hexdigest()[:12]
+    path = runs / f"latents-{digest}.npy"
     if path.exists():
-        return torch.from_numpy(np.load(path))
+        return torch.from_numpy(np.load(path)).to(device)
     parts = []
-    with torch.no_grad():
-        for seed in range(SCENES // 100):
-            batch, _ = data.scenes(50_000_000 + seed, 100)
-            parts.append(vae.encode(data.pictures(batch)).latents * vae.config.scaling_factor)
+    for start in range(0, len(truth), 100):
+        pictures = data.pictures(truth[start : start + 100]).to(device)
+        parts.append(vae.encode(pictures).latents * vae.config.scaling_factor)
     runs.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part.npy")
-    np.save(part, torch.cat(parts).numpy())
+    np.save(part, torch.cat(parts).cpu().numpy())
     os.replace(part, path)
     return torch.cat(parts)
 
@@ -129,9 +131,9 @@ class Batches:
         seed: int = 0,
     ):
         self.batch, self._seed = batch, 60_000_000 + SEED_STRIDE * seed
-        self._latents = latents(checkpoint, runs).to(device)
-        seeds = range(SCENES // 100)
-        self._truth = [s for seed in seeds for s in data.scenes(50_000_000 + seed, 100)[0]]
+        seeds = range(50_000_000, 50_000_000 + SCENES // 100)
+        self._truth = [scene for seed in seeds for scene in data.scenes(seed, 100)[0]]
+        self._latents = latents(checkpoint, runs, self._truth, device)
 
     def resume(self, position: dict | None) -> None:
         data.check_no_position(position)
@@ -224,7 +226,10 @@ def train(run: Run) -> None:
     torch.manual_seed(0)
     painter = new_painter(run).to(run.device)
     sampler = Sampler(run.checkpoint, encoders, run.source, run.device)
-    trained = run.trainer(painter, "diffusion", LEARNING_RATE, EMA_DECAY).run(
+    reads = [run.checkpoint / part for part in FROZEN]
+    if run.init:
+        reads += [run.init / "fusion", run.init / "unet"]
+    trained = run.trainer(painter, "diffusion", LEARNING_RATE, EMA_DECAY, reads).run(
         velocity_loss(painter, encoders, batches),
         batches,
         lambda averaged: sampler.sheet(averaged.unet, averaged.fusion, scheduler(), DEFAULTS),

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from export.fusion_head import FusionHead
 from training.cli import stage_cli
-from training.diffusion import Encoders, latent_batches, noised, scheduler, write_index
+from training.diffusion import FROZEN, Encoders, latent_batches, noised, scheduler, write_index
 from training.run import Run
 from training.sampling import Sampler
 from twinbrush.samplers import guidance_embedding
@@ -72,7 +72,8 @@ def train(run: Run) -> None:
     teacher = UNet2DConditionModel.from_pretrained(teacher_of(run.checkpoint) / "unet").eval()
     teacher.float().to(device)
     student = new_student(teacher).to(device)
-    trainer = run.trainer(student, "distill", 3e-4, 0.98)
+    reads = [teacher_of(run.checkpoint) / part for part in (*FROZEN, "fusion", "unet")]
+    trainer = run.trainer(student, "distill", 3e-4, 0.98, reads)
     alphas_cumprod = lcm_scheduler().alphas_cumprod.to(device)
     sampler = Sampler(run.checkpoint, encoders, run.source, device)
     stride = len(alphas_cumprod) // SOLVER_STEPS

@@ -42,7 +42,8 @@ class Trainer:
     has something to show, `samples.png`; `losses.csv` grows between them.
 
     Raises:
-        BadInput: the folder holds a save of a module with other tensors.
+        BadInput: the folder holds a save of a module with other tensors, or of a run that did
+            not read what `reads` names.
     """
 
     def __init__(
@@ -54,9 +55,10 @@ class Trainer:
         ema_decay: float = 0.999,
         save_every: int = 100,
         bf16: bool = False,
+        reads: str = "",
     ):
         self.module, self.folder, self.steps, self.save_every = module, folder, steps, save_every
-        self.bf16 = bf16
+        self.bf16, self._reads = bf16, reads
         self.device = next(module.parameters()).device
         trainable = [p for p in module.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trainable, learning_rate, weight_decay=0.01)
@@ -150,10 +152,16 @@ class Trainer:
             tensors |= {f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in state.items()}
         part = self._state.with_suffix(".part")
         tensors = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
-        save_file(tensors, part, {"step": str(self.step), "position": json.dumps(position)})
+        told = {"step": str(self.step), "position": json.dumps(position), "reads": self._reads}
+        save_file(tensors, part, told)
         os.replace(part, self._state)
 
     def _load(self) -> None:
+        with safe_open(self._state, "pt") as file:
+            told = file.metadata()
+        if told.get("reads", "") != self._reads:
+            raise BadInput(f"--runs: {self._state} was saved from a run on other weights")
+        self._position = json.loads(told.get("position", "null"))
         tensors = load_file(self._state, device=str(self.device))
         try:
             self.module.load_state_dict(_under("module.", tensors))
@@ -171,8 +179,6 @@ class Trainer:
         self.schedule.last_epoch = self.step
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self.schedule.lr_lambdas[0](self.step)
-        with safe_open(self._state, "pt") as file:
-            self._position = json.loads(file.metadata().get("position", "null"))
 
     def _forget_unsaved(self) -> None:
         """Drops the rows of the loss curve that were written after the save."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,10 +39,27 @@ class Run:
     init: Path | None = None
 
     def trainer(
-        self, module: nn.Module, name: str, learning_rate: float, ema_decay: float
+        self,
+        module: nn.Module,
+        name: str,
+        learning_rate: float,
+        ema_decay: float,
+        reads: Sequence[Path] = (),
     ) -> Trainer:
-        """A trainer of `module`, which is on the run's device, into the folder `name`."""
+        """A trainer of `module`, which is on the run's device, into the folder `name`.
+
+        `reads` are folders of weights that the training depends on: it does not go on from a save
+        that was made with others.
+        """
         return Trainer(
             module, self.runs / name, self.steps, learning_rate, ema_decay, self.save_every,
-            self.bf16,
+            self.bf16, digest(reads),
         )  # fmt: skip
+
+
+def digest(folders: Sequence[Path]) -> str:
+    """Of the weights in folders; another where any is another."""
+    weights = hashlib.sha256()
+    for file in (file for folder in folders for file in sorted(folder.glob("*.safetensors"))):
+        weights.update(file.read_bytes())
+    return weights.hexdigest()

@@ -160,7 +160,8 @@ def sharpen(vae: VQModel, weights: Weights, run: Run) -> VQModel:
     def samples(averaged: Sharpening) -> Image.Image:
         return compared(shown, averaged.decoder(codes_of(shown)))
 
-    trained = run.trainer(stage, "vqgan", 5e-4, 0.995).run(loss_at, batches, samples)
+    reads = [run.checkpoint / "image_encoder"]
+    trained = run.trainer(stage, "vqgan", 5e-4, 0.995, reads).run(loss_at, batches, samples)
     vae.post_quant_conv, vae.decoder = trained.decoder
     return vae
 
