@@ -162,13 +162,32 @@ def test_latents_of_a_codebook_may_be_narrower_than_its_decoder(broken):
     assert decoder.module(**decoder.example(1, 2)).shape[1] == 3
 
 
-def test_code_that_a_checkpoint_brings_is_not_asked_about(broken, tmp_path, monkeypatch):
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
+def a_text_model_with_code(folder):
     code = {"AutoConfig": "code.Config", "AutoModel": "code.Model"}
-    change(broken / "text_encoder_2" / "config.json", model_type="novel", auto_map=code)
+    change(folder / "text_encoder_2" / "config.json", model_type="novel", auto_map=code)
+
+
+def a_tokenizer_with_code(folder):
+    code = {"AutoTokenizer": ["code.Slow", "code.Fast"]}
+    file = folder / "tokenizer_2" / "tokenizer_config.json"
+    change(file, tokenizer_class="Novel", auto_map=code)
+
+
+@pytest.mark.parametrize(
+    ("bringing", "message"),
+    [
+        (a_text_model_with_code, "text_encoder_2 has model_type 'novel', which transformers does"),
+        (a_tokenizer_with_code, "tokenizer_2 has no tokenizer that can be served: "),
+    ],
+)
+def test_code_that_a_checkpoint_brings_is_not_asked_about(
+    broken, tmp_path, monkeypatch, bringing, message
+):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
+    bringing(broken)
     done = export_command(broken, "--repository", skeleton(tmp_path / "model_repository"))
     assert done.exit_code == 1
-    assert "text_encoder_2 has model_type 'novel', which transformers does not" in done.stdout
+    assert message in done.stdout
     assert len(done.stdout.strip().splitlines()) == 1
 
 
@@ -264,12 +283,6 @@ def no_model_type(folder):
     change(folder / "text_encoder_2" / "config.json", model_type=None)
 
 
-def a_tokenizer_with_code(folder):
-    code = {"AutoTokenizer": ["code.Slow", "code.Fast"]}
-    file = folder / "tokenizer_2" / "tokenizer_config.json"
-    change(file, tokenizer_class="Novel", auto_map=code)
-
-
 def index_of_another_kind(folder):
     (folder / "model_index.json").write_text("[]")
 
@@ -303,7 +316,6 @@ def mismatched_widths(folder):
         (an_unknown_default, r"cannot be served: pipeline\.json is not .*'colour'"),
         (a_default_that_no_request_may_have, "guidance_scale='high' is not allowed"),
         (no_model_type, "text_encoder_2 has model_type None, which transformers does not know"),
-        (a_tokenizer_with_code, "tokenizer_2 has no tokenizer .* contains custom code"),
         (mismatched_widths, "fusion has width 64, its encoder has 32"),
     ],
 )
