@@ -6,16 +6,19 @@ transformers can stand here: RoBERTa, DistilBERT, GPT-2, T5's encoder.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_TEXT_ENCODING_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForTextEncoding,
 )
 
-from export.checkpoint import Checkpoint, CheckpointError
+from export.checkpoint import Checkpoint, CheckpointError, first_line
 from export.part import Part, TensorSpec, integers, padding_mask
 from export.tokenizer import load_tokenizer
 
@@ -68,14 +71,27 @@ def part(checkpoint: Checkpoint) -> Part:
 
 
 def _load(checkpoint: Checkpoint) -> nn.Module:
-    config = AutoConfig.from_pretrained(checkpoint.folders["text_encoder_2"])
+    options: dict[str, Any] = {"trust_remote_code": False}
+    config = _config(checkpoint, options)
     encodes = type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING
-    options = {}
     if hasattr(config, "relative_attention_num_buckets"):  # T5: torch cannot export its fused form
         options["attn_implementation"] = "eager"
     # The encoder alone, where a model also has a decoder.
     model_class = AutoModelForTextEncoding if encodes else AutoModel
     return checkpoint.load("text_encoder_2", model_class, **options)
+
+
+def _config(checkpoint: Checkpoint, options: dict[str, Any]) -> Any:
+    folder = checkpoint.folders["text_encoder_2"]
+    try:
+        return AutoConfig.from_pretrained(folder, **options)
+    except Exception as error:
+        kind = checkpoint.config("text_encoder_2").get("model_type")
+        text = f"{folder} has a config.json that cannot be read: {first_line(error)}"
+        if kind not in CONFIG_MAPPING:
+            text = f"{folder} has model_type {kind!r}, which transformers does not know"
+            text += "; code that a checkpoint brings is not run"
+        raise CheckpointError(text) from error
 
 
 def _layers(checkpoint: Checkpoint, depth: int) -> list[int]:

@@ -146,9 +146,13 @@ def _fetch(source: str | Path, revision: str | None, files: list[str]) -> Path:
             )
         )
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        text = f"{source} is not a folder, and the hub did not give it: {reason}"
+        text = f"{source} is not a folder, and the hub did not give it: {first_line(error)}"
         raise CheckpointError(text) from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says, without its advice."""
+    return str(error).strip().partition("\n")[0]
 
 
 def _index(folder: Path) -> dict[str, Any]:

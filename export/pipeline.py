@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 
 from export.checkpoint import Checkpoint, CheckpointError
 from export.part import Part
 from export.tokenizer import load_tokenizer
 from export.unet import side_multiple
 from export.vqgan_decoder import latent_to_rgb, scale_factor
+from twinbrush.config import PipelineConfig
+from twinbrush.prompt import PromptTokenizer
+from twinbrush.request import GenerationRequest
 
 # The sampler that a checkpoint's scheduler class stands for, and defaults for its kind.
 SAMPLER_OF = {
@@ -21,6 +26,25 @@ SAMPLER_OF = {
     "PNDMScheduler": "dpmpp_2m",
     "EulerDiscreteScheduler": "euler",
     "DPMSolverMultistepScheduler": "dpmpp_2m",
+}
+BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+# What the engine's samplers stand for, of options that a scheduler may set otherwise. Where
+# clip_sample is left out it is off, whatever its class says, as in pipelines of diffusers.
+OPTIONS = {
+    "clip_sample": False,
+    "thresholding": False,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "use_lu_lambdas": False,
+    "use_flow_sigmas": False,
+    "interpolation_type": "linear",
+    "timestep_type": "discrete",
+    "final_sigmas_type": "zero",
+    "algorithm_type": "dpmsolver++",
+    "solver_order": 2,
+    "solver_type": "midpoint",
+    "timestep_scaling": 10.0,
 }
 DISTILLED = {"steps": 4, "guidance_scale": 8.0}
 UNDISTILLED = {"steps": 20, "guidance_scale": 7.5}
@@ -34,7 +58,7 @@ def write(checkpoint: Checkpoint, parts: dict[str, Part], folder: Path) -> None:
     the kind of checkpoint, and fitted on random latents.
 
     Raises:
-        CheckpointError: the scheduler or a tokenizer is not one that can be served.
+        CheckpointError: the scheduler, a default or a tokenizer is not one that can be served.
     """
     index = checkpoint.index
     unet = parts["unet"].module.unet
@@ -55,6 +79,18 @@ def write(checkpoint: Checkpoint, parts: dict[str, Part], folder: Path) -> None:
         "latent_to_rgb": index.get("latent_to_rgb") or latent_to_rgb(parts["vqgan_decoder"]),
     }
     (folder / "pipeline.json").write_text(json.dumps(pipeline) + "\n")
+    _check(checkpoint, folder)
+
+
+def _check(checkpoint: Checkpoint, folder: Path) -> None:
+    """Reads the files as the engine does, and a request that is silent."""
+    try:
+        config = PipelineConfig.load(folder / "pipeline.json")
+        PromptTokenizer(folder, config)
+        GenerationRequest.parse({"prompt": np.array(["a"], object)}, config)
+    except ValueError as error:
+        text = str(error).replace(f"{folder}/", "")
+        raise CheckpointError(f"{checkpoint.name} cannot be served: {text}") from error
 
 
 def _padding(checkpoint: Checkpoint, part: str, file: Path) -> int:
@@ -67,18 +103,31 @@ def _padding(checkpoint: Checkpoint, part: str, file: Path) -> int:
 
 
 def _schedule(checkpoint: Checkpoint) -> dict[str, Any]:
-    config = checkpoint.config("scheduler")
+    given = checkpoint.config("scheduler")
     name = checkpoint.classes["scheduler"]
     if name not in SAMPLER_OF:
         allowed = ", ".join(SAMPLER_OF)
         raise CheckpointError(f"scheduler is a {name}, which is not served: {allowed} are")
-    # DDIM and LCM keep alpha_bar exact where others round a zero up.
-    exact = diffusers.DDIMScheduler.from_config(config)
+    scheduler_class = getattr(diffusers, name)
+    known = inspect.signature(scheduler_class).parameters
+    for option, served in OPTIONS.items():
+        if option in known and given.get(option) not in (None, served):
+            text = f"scheduler has {option} {given[option]!r}, which is not served"
+            raise CheckpointError(f"{text}: {served!r} is")
+    try:
+        config = scheduler_class.from_config(given).config
+        # DDIM and LCM keep alpha_bar exact where others round a zero up.
+        exact = diffusers.DDIMScheduler(
+            **{beta: config[beta] for beta in BETAS},
+            rescale_betas_zero_snr=config.get("rescale_betas_zero_snr", False),
+        )
+    except Exception as error:
+        raise CheckpointError(f"scheduler is no {name} that can be read: {error}") from error
     return {
         "alphas_cumprod": exact.alphas_cumprod.double().tolist(),
-        "prediction_type": exact.config.prediction_type,
-        "timestep_spacing": config.get("timestep_spacing", "leading"),
-        "steps_offset": config.get("steps_offset", 0),
+        "prediction_type": config.prediction_type,
+        "timestep_spacing": config.timestep_spacing,
+        "steps_offset": config.steps_offset,
         "set_alpha_to_one": config.get("set_alpha_to_one", True),
         "original_inference_steps": config.get("original_inference_steps", 50),
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ SOURCE = {
     "unet": "unet",
     "vqgan_decoder": "vae",
 }
+# The tokenizer whose ids each text model was trained on.
+TOKENIZER = {"clip_text": "clip_tokenizer.json", "bert": "bert_tokenizer.json"}
 TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
 
 
@@ -51,6 +53,9 @@ class ModelReport:
         nodes_traced, nodes: of the graph as PyTorch traced it, and as it is served.
         error: against PyTorch, as a share of the largest output.
         seconds: that its export took.
+        checkpoint: name of the one that it was exported from.
+        revisions: commit of each source of that checkpoint that came from the hub, by hub id.
+        tools: versions of the libraries that exported it.
         plan: TensorRT and GPU that its plan was made for, where it has one.
     """
 
@@ -66,6 +71,9 @@ class ModelReport:
     nodes: int
     error: float
     seconds: float
+    checkpoint: str
+    revisions: dict[str, str]
+    tools: dict[str, str]
     plan: dict[str, str] | None = None
 
 
@@ -107,20 +115,25 @@ def build(
     with staging(repository) as stage:
         (stage / ENGINE).mkdir(parents=True)
         pipeline.write(checkpoint, parts, stage / ENGINE)
+        _check_tokenizers(kept, repository, stage)
         parts = {name: parts[name] for name in only}
         reports = []
         for name in only:
             progress(name)
             pruning = pruning_of(checkpoint.folders[SOURCE[name]]) if name in SOURCE else None
             # What is done leaves its memory to the next.
-            report = _build_model(parts.pop(name), pruning, precision, repository, stage)
+            report = _build_model(
+                checkpoint, parts.pop(name), pruning, precision, repository, stage
+            )
             reports.append(_with_plan(report, trt, repository, stage) if trt else report)
         built = {report.model: asdict(report) for report in reports}
         manifest = {
             "checkpoint": checkpoint.name,
-            "revisions": checkpoint.revisions,
-            "tools": {tool: importlib.metadata.version(tool) for tool in TOOLS},
             "models": [(kept | built)[name] for name in MODELS],
+            "files": {
+                str(file.relative_to(stage)): sha256_of(file)
+                for file in sorted((stage / ENGINE).iterdir())
+            },
             "gate": check(stage) if check else None,
         }
         (stage / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
@@ -143,20 +156,40 @@ def _kept(parts: dict[str, Part], repository: Path, only: Sequence[str]) -> dict
     if not stay:
         return {}
     try:
-        lines = json.loads((repository / MANIFEST).read_text())["models"]
+        manifest = json.loads((repository / MANIFEST).read_text())
+        lines = {line["model"]: line for line in manifest["models"]}
+        kept = {name: lines[name] for name in stay}
     except FileNotFoundError:
         text = f"{repository} has no export of {', '.join(stay)} to keep: export everything"
         raise CheckpointError(text) from None
+    except (ValueError, KeyError, TypeError) as error:
+        text = f"{repository / MANIFEST} cannot be read ({error!r}): export everything"
+        raise CheckpointError(text) from error
     for name in stay:
         config = (repository / name / "config.pbtxt").read_text()
         if with_tensors(config, parts[name]) != config:
             text = f"the {name} in {repository} has other tensors than this checkpoint's"
             raise CheckpointError(f"{text}: export everything")
-    return {line["model"]: line for line in lines if line["model"] in stay}
+    return kept
+
+
+def _check_tokenizers(kept: Container[str], repository: Path, stage: Path) -> None:
+    """Refuses to give a text model that stays the token ids of another vocabulary."""
+    for model, name in TOKENIZER.items():
+        before = repository / ENGINE / name
+        same = before.is_file() and before.read_bytes() == (stage / ENGINE / name).read_bytes()
+        if model in kept and not same:
+            text = f"the {model} in {repository} has another {name} than this checkpoint's"
+            raise CheckpointError(f"{text}: export everything")
 
 
 def _build_model(
-    part: Part, pruning: Pruning | None, precision: Precision, repository: Path, stage: Path
+    checkpoint: Checkpoint,
+    part: Part,
+    pruning: Pruning | None,
+    precision: Precision,
+    repository: Path,
+    stage: Path,
 ) -> ModelReport:
     started = time.monotonic()
     folder = stage / part.name / "1"
@@ -179,6 +212,9 @@ def _build_model(
         nodes=nodes,
         error=error,
         seconds=round(time.monotonic() - started, 2),
+        checkpoint=checkpoint.name,
+        revisions=checkpoint.revisions,
+        tools={tool: importlib.metadata.version(tool) for tool in TOOLS},
     )
 
 

@@ -76,7 +76,7 @@ def load_pruned(folder: Path, model_class: Any, **options: Any) -> nn.Module:
     if hasattr(model_class, "load_config"):
         module = model_class.from_config(model_class.load_config(folder))
     else:
-        config = AutoConfig.from_pretrained(folder, **options)
+        config = AutoConfig.from_pretrained(folder, **{"trust_remote_code": False} | options)
         automatic = model_class.__module__.startswith(transformers.models.auto.__name__)
         module = model_class.from_config(config) if automatic else model_class(config)
     resize(module, shapes)

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from export.checkpoint import Checkpoint, CheckpointError
+from export.checkpoint import Checkpoint, CheckpointError, first_line
 
 
 def load_tokenizer(checkpoint: Checkpoint, part: str) -> Any:
@@ -17,8 +17,9 @@ def load_tokenizer(checkpoint: Checkpoint, part: str) -> Any:
     """
     folder = checkpoint.folders[part]
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
         tokenizer.backend_tokenizer.to_str()
     except Exception as error:
-        raise CheckpointError(f"{folder} has no tokenizer that can be served: {error}") from error
+        text = f"{folder} has no tokenizer that can be served: {first_line(error)}"
+        raise CheckpointError(text) from error
     return tokenizer

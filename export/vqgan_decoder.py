@@ -36,9 +36,11 @@ def part(checkpoint: Checkpoint, latent_channels: int) -> Part:
     """
     vae = checkpoint.load("vae", getattr(diffusers, checkpoint.classes["vae"]))
     vae.encoder = vae.quant_conv = None  # pictures never go in
-    channels = vae.config.latent_channels
+    # What a VQModel looks up, and so its latents, may be narrower than its convolutions.
+    channels = vae.config.get("vq_embed_dim") or vae.config.latent_channels
     if channels != latent_channels:
-        raise CheckpointError(f"vae has latent_channels {channels}, unet has {latent_channels}")
+        text = f"vae decodes latents of {channels} channels, unet paints {latent_channels}"
+        raise CheckpointError(text)
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     return Part(
         name="vqgan_decoder",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, LCMScheduler, UNet2DConditionModel, VQModel
@@ -50,8 +52,7 @@ def text_model(folder: Path, kind: str) -> Path:
     """Writes a text model with its tokenizer, as a hub repository holds them."""
     torch.manual_seed(0)
     config_class, model_class, tokenizer_class, sizes = TEXT_MODELS[kind]
-    tokenizer = tokenizer_class().train_new_from_iterator(CAPTIONS, 300)
-    tokenizer.model_max_length = TOKENS
+    tokenizer = _tokenizer(tokenizer_class)
     special = {
         name: getattr(tokenizer, name)
         for name in ("pad_token_id", "bos_token_id", "eos_token_id")
@@ -65,7 +66,7 @@ def text_model(folder: Path, kind: str) -> Path:
 def tiny_checkpoint(folder: Path, timestep_cond: int | None = None) -> Path:
     """Writes a checkpoint of 32-pixel pictures whose parts all do something."""
     torch.manual_seed(0)
-    bert_tokenizer = BertTokenizer().train_new_from_iterator(CAPTIONS, 300)
+    bert_tokenizer = _tokenizer(BertTokenizer)
     bert = BertModel(BertConfig(vocab_size=len(bert_tokenizer), **TOWER))
     fusion = FusionHead(width=32, bert_width=32, bert_layers=(1, 2), heads=2)
     for level in fusion.levels:
@@ -100,9 +101,15 @@ def stable_diffusion(folder: Path, distilled: bool) -> Path:
     return _save(parts, folder, {"_class_name": pipeline, "_diffusers_version": "0.42.1"})
 
 
-def _clip() -> dict:
-    tokenizer = CLIPTokenizer().train_new_from_iterator(CAPTIONS, 300)
+@cache  # two trainings number the same tokens differently
+def _tokenizer(tokenizer_class: type) -> Any:
+    tokenizer = tokenizer_class().train_new_from_iterator(CAPTIONS, 300)
     tokenizer.model_max_length = TOKENS
+    return tokenizer
+
+
+def _clip() -> dict:
+    tokenizer = _tokenizer(CLIPTokenizer)
     config = CLIPTextConfig(
         vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id, **TOWER,

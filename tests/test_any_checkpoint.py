@@ -115,6 +115,41 @@ def test_a_part_that_would_not_fit_the_others_is_not_rebuilt(foreign, tiny, bert
     assert contents(repository) == before
 
 
+@pytest.mark.parametrize(
+    ("model", "tokenizer"), [("clip_text", "tokenizer"), ("bert", "tokenizer_2")]
+)
+def test_a_text_model_that_stays_keeps_its_tokenizer(tiny, repository, tmp_path, model, tokenizer):
+    other = Path(shutil.copytree(tiny, tmp_path / "other"))
+    file = other / tokenizer / "tokenizer.json"
+    vocabulary = json.loads(file.read_text())
+    ids = vocabulary["model"]["vocab"]
+    ids["a"], ids["b"] = ids["b"], ids["a"]
+    file.write_text(json.dumps(vocabulary))
+    before = contents(repository)
+    with pytest.raises(
+        CheckpointError, match=rf"the {model} in .* has another \w+_tokenizer\.json"
+    ):
+        build(open_checkpoint(other), repository, only=["unet"])
+    assert contents(repository) == before
+
+
+def test_the_manifest_says_where_each_model_is_from(distilled_repository):
+    manifest = json.loads((distilled_repository / "MANIFEST.json").read_text())
+    sources = {line["model"]: line["checkpoint"] for line in manifest["models"]}
+    assert sources == dict.fromkeys(MODELS, "tiny") | {"unet": "lcm"}
+    assert all("diffusers" in line["tools"] for line in manifest["models"])
+
+
+@pytest.mark.parametrize("text", ["no JSON", "[]", '{"models": []}'])
+def test_a_manifest_that_cannot_be_read_keeps_nothing(tiny, repository, tmp_path, text):
+    copy = Path(shutil.copytree(repository, tmp_path / "copy"))
+    (copy / "MANIFEST.json").write_text(text)
+    with pytest.raises(
+        CheckpointError, match=r"MANIFEST\.json cannot be read .* export everything"
+    ):
+        build(open_checkpoint(tiny), copy, only=["unet"])
+
+
 def test_a_checkpoint_without_bert_says_what_to_do(foreign):
     with pytest.raises(CheckpointError, match="lacks its part text_encoder_2/; --bert names"):
         open_checkpoint(foreign[0])

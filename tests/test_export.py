@@ -11,15 +11,17 @@ import sys
 import time
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import ROOT, contents, skeleton
+from conftest import ROOT, contents, export_command, skeleton
 from diffusers import VQModel
 from safetensors.torch import load_file, save_file
 
 import export.repository as repository_module
+from export import pipeline
 from export.checkpoint import CheckpointError, open_checkpoint
 from export.convert import ParityError, parity_error
 from export.fusion_head import FusionHead
@@ -46,10 +48,11 @@ def test_every_model_says_what_pytorch_says(tiny, repository, model):
     assert parity_error(part, repository / model / "1" / "model.onnx") <= part.tolerance
 
 
-def test_a_model_out_of_tolerance_is_refused(tiny, repository):
+@pytest.mark.parametrize("factor", [1.1, float("nan")])
+def test_a_model_out_of_tolerance_is_refused(tiny, repository, factor):
     part = load_parts(open_checkpoint(tiny))["unet"]
     with torch.no_grad():
-        next(part.module.parameters()).mul_(1.1)
+        next(part.module.parameters()).mul_(factor)
     with pytest.raises(ParityError, match=r"unet: error .* against PyTorch is over"):
         parity_error(part, repository / "unet" / "1" / "model.onnx")
 
@@ -131,6 +134,63 @@ def test_previews_look_like_the_pictures():
     assert np.square(rough - wanted).mean() < 0.5 * wanted.var()
 
 
+def change(file, **fields):
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+@pytest.mark.parametrize("name", pipeline.SAMPLER_OF)
+def test_a_schedule_is_that_of_its_class_where_the_file_is_silent(broken, tmp_path, name):
+    (broken / "scheduler" / "scheduler_config.json").write_text("{}")
+    change(broken / "model_index.json", scheduler=["diffusers", name])
+    opened = open_checkpoint(broken)
+    pipeline.write(opened, load_parts(opened), tmp_path)
+    schedule = json.loads((tmp_path / "pipeline.json").read_text())["schedule"]
+    theirs = getattr(diffusers, name)()
+    assert np.allclose(schedule["alphas_cumprod"], theirs.alphas_cumprod)
+    assert {k: v for k, v in schedule.items() if k in theirs.config} == {
+        k: v for k, v in theirs.config.items() if k in schedule
+    }
+
+
+def test_latents_of_a_codebook_may_be_narrower_than_its_decoder(broken):
+    vae = VQModel(
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 16), norm_num_groups=4, latent_channels=8, vq_embed_dim=4,
+    )  # fmt: skip
+    vae.save_pretrained(broken / "vae")
+    decoder = load_parts(open_checkpoint(broken))["vqgan_decoder"]
+    assert decoder.module(**decoder.example(1, 2)).shape[1] == 3
+
+
+def a_text_model_with_code(folder):
+    code = {"AutoConfig": "code.Config", "AutoModel": "code.Model"}
+    change(folder / "text_encoder_2" / "config.json", model_type="novel", auto_map=code)
+
+
+def a_tokenizer_with_code(folder):
+    code = {"AutoTokenizer": ["code.Slow", "code.Fast"]}
+    file = folder / "tokenizer_2" / "tokenizer_config.json"
+    change(file, tokenizer_class="Novel", auto_map=code)
+
+
+@pytest.mark.parametrize(
+    ("bringing", "message"),
+    [
+        (a_text_model_with_code, "text_encoder_2 has model_type 'novel', which transformers does"),
+        (a_tokenizer_with_code, "tokenizer_2 has no tokenizer that can be served: "),
+    ],
+)
+def test_code_that_a_checkpoint_brings_is_not_asked_about(
+    broken, tmp_path, monkeypatch, bringing, message
+):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
+    bringing(broken)
+    done = export_command(broken, "--repository", skeleton(tmp_path / "model_repository"))
+    assert done.exit_code == 1
+    assert message in done.stdout
+    assert len(done.stdout.strip().splitlines()) == 1
+
+
 def missing_folder(folder):
     shutil.rmtree(folder)
 
@@ -193,6 +253,36 @@ def no_schedule(folder):
     (folder / "scheduler" / "scheduler_config.json").unlink()
 
 
+def karras_sigmas(folder):
+    change(folder / "model_index.json", scheduler=["diffusers", "EulerDiscreteScheduler"])
+    change(folder / "scheduler" / "scheduler_config.json", use_karras_sigmas=True)
+
+
+def clipped_samples(folder):
+    change(folder / "scheduler" / "scheduler_config.json", clip_sample=True)
+
+
+def unknown_betas(folder):
+    change(folder / "scheduler" / "scheduler_config.json", beta_schedule="zigzag")
+
+
+def epsilon_from_pure_noise(folder):
+    file = folder / "scheduler" / "scheduler_config.json"
+    change(file, prediction_type="epsilon", rescale_betas_zero_snr=True)
+
+
+def an_unknown_default(folder):
+    change(folder / "model_index.json", defaults={"colour": "red"})
+
+
+def a_default_that_no_request_may_have(folder):
+    change(folder / "model_index.json", defaults={"guidance_scale": "high"})
+
+
+def no_model_type(folder):
+    change(folder / "text_encoder_2" / "config.json", model_type=None)
+
+
 def index_of_another_kind(folder):
     (folder / "model_index.json").write_text("[]")
 
@@ -219,6 +309,13 @@ def mismatched_widths(folder):
         (no_vocabulary, "tokenizer has no vocabulary"),
         (no_schedule, r"scheduler_config\.json is not there"),
         (index_of_another_kind, r"model_index\.json is not a JSON object"),
+        (karras_sigmas, "scheduler has use_karras_sigmas True, which is not served: False is"),
+        (clipped_samples, "scheduler has clip_sample True, which is not served: False is"),
+        (unknown_betas, "scheduler is no DDIMScheduler that can be read: zigzag"),
+        (epsilon_from_pure_noise, "prediction_type='epsilon' is not allowed where alpha_bar"),
+        (an_unknown_default, r"cannot be served: pipeline\.json is not .*'colour'"),
+        (a_default_that_no_request_may_have, "guidance_scale='high' is not allowed"),
+        (no_model_type, "text_encoder_2 has model_type None, which transformers does not know"),
         (mismatched_widths, "fusion has width 64, its encoder has 32"),
     ],
 )

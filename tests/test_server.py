@@ -190,6 +190,15 @@ def test_a_file_that_was_not_exported_is_named_before_anything_starts(copy, star
     assert server.text() == f"twinbrush: {file} is missing: export again\n"
 
 
+@pytest.mark.parametrize("name", ["pipeline.json", "clip_tokenizer.json", "bert_tokenizer.json"])
+def test_a_file_of_the_engine_that_was_not_exported_is_named(copy, name):
+    verify(copy)
+    file = copy / "text_to_image_stream" / "1" / name
+    file.write_text(file.read_text() + " ")
+    with pytest.raises(ManifestError, match=f"{file} is not the file that was exported"):
+        verify(copy)
+
+
 @pytest.mark.parametrize("text", ["no JSON", "[]", '{"models": [{"model": "unet"}]}'])
 def test_a_manifest_that_cannot_be_read_is_named(copy, text):
     (copy / "MANIFEST.json").write_text(text)
@@ -199,7 +208,7 @@ def test_a_manifest_that_cannot_be_read_is_named(copy, text):
 
 def test_a_missing_export_is_named_with_what_to_run(copy, start_server):
     (copy / "text_to_image_stream" / "1" / "pipeline.json").unlink()
-    server = start_server(copy)
+    server = start_server(copy, "--no-verify")
     assert server.process.wait(60) == 1
     assert "pipeline.json is not there: run `python -m export CHECKPOINT`" in server.text()
 

@@ -23,13 +23,14 @@ def verify(repository: Path) -> None:
     if not manifest.is_file():
         return
     try:
-        models = json.loads(manifest.read_text())["models"]
+        content = json.loads(manifest.read_text())
         expected = {
             repository / model["model"] / "1" / name: sha256
-            for model in models
+            for model in content["models"]
             for name, sha256 in model["sha256"].items()
         }
-    except (ValueError, KeyError, TypeError) as error:
+        expected |= {repository / name: sha256 for name, sha256 in content.get("files", {}).items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ManifestError(f"{manifest} cannot be read: {error!r}") from error
     for file, sha256 in expected.items():
         if not file.is_file():

@@ -5,7 +5,6 @@ Every rule about what a client may ask for stands here, and is checked before an
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -124,7 +123,7 @@ def _integer(name: str, value: Any, lowest: int, highest: int) -> int:
 
 
 def _guidance(value: Any) -> float:
-    if not math.isfinite(value) or not 0 <= value <= MAX_GUIDANCE_SCALE:
+    if not isinstance(value, int | float) or not 0 <= value <= MAX_GUIDANCE_SCALE:
         allowed = f"a finite number from 0 to {MAX_GUIDANCE_SCALE:g}"
         raise InvalidArgument("guidance_scale", value, allowed)
     return float(value)
