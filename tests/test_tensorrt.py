@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,10 @@ def test_the_profile_spans_what_the_engine_sends(repository, tmp_path):
 HERE = Target("10.14.1.48", "NVIDIA L4, 8.9")
 
 
+def write_manifest(folder, *lines):
+    (folder / "MANIFEST.json").write_text(json.dumps({"models": lines}))
+
+
 @pytest.mark.parametrize(
     ("machine", "message"),
     [
@@ -115,19 +120,31 @@ HERE = Target("10.14.1.48", "NVIDIA L4, 8.9")
     ],
 )
 def test_a_plan_of_another_tensorrt_or_gpu_is_refused(tmp_path, machine, message):
-    line = {"model": "unet", "plan": {"tensorrt": HERE.tensorrt, "gpu": HERE.gpu}}
-    models = {"models": [{"model": "bert"}, line]}
-    (tmp_path / "MANIFEST.json").write_text(json.dumps(models))
+    write_manifest(tmp_path, {"model": "unet", "plan": asdict(HERE)})
     check_plans(tmp_path, HERE)
     with pytest.raises(ManifestError, match=f"the plan of unet was .*{message}"):
         check_plans(tmp_path, machine)
+
+
+def test_models_without_a_plan_are_named(tmp_path):
+    lines = [{"model": "bert"}, {"model": "unet", "plan": asdict(HERE)}, {"model": "fusion"}]
+    write_manifest(tmp_path, *lines)
+    with pytest.raises(ManifestError, match=r"no TensorRT plan of bert, fusion: run `python -m"):
+        check_plans(tmp_path, HERE)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"models": [{"plan": {"tensorrt": "10"}}]}'])
+def test_a_manifest_whose_plans_cannot_be_read_is_named(tmp_path, text):
+    (tmp_path / "MANIFEST.json").write_text(text)
+    with pytest.raises(ManifestError, match=r"MANIFEST\.json cannot be read"):
+        check_plans(tmp_path, HERE)
 
 
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
         ("planned", "the plan of clip_text was made for TensorRT 1.7.1.116, this machine has"),
-        ("repository", "has no TensorRT plans: run `python -m export.tensorrt`"),
+        ("repository", "no TensorRT plan of clip_text, bert, fusion, unet, vqgan_decoder: run"),
     ],
 )
 def test_the_server_says_what_to_run_instead_of_serving(kind, message, request, start_server):
