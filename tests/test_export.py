@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import ROOT, contents, skeleton
+from conftest import ROOT, contents, export_command, skeleton
 from diffusers import VQModel
 from safetensors.torch import load_file, save_file
 
@@ -391,3 +391,63 @@ def test_two_exports_into_one_repository_are_refused(old):
         with pytest.raises(OSError, match="another export builds into it"), staging(old):
             pass
         assert stage.is_dir()
+
+
+@pytest.fixture
+def refused(tiny, old):
+    """Runs the export command on the tiny checkpoint; gives the sentence that it ends with."""
+
+    def run(*flags: str | Path) -> str:
+        before = contents(old)
+        done = export_command(tiny, "--repository", old, *flags)
+        assert done.exit_code == 1
+        assert len(done.stdout.strip().splitlines()) == 1
+        assert contents(old) == before
+        return done.stdout
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--report", "{here}"], "--report {here} is a folder: name a file"),
+        (["--revision", "v1"], "is a folder, only a hub id has revisions"),
+        (["--bert-revision", "v1"], "--bert-revision v1: there is no --bert"),
+        (["--bert", "{here}", "--bert-revision", "v1"], "--bert-revision v1: {here} is a folder"),
+        (["--report", "{here}/[v2]/table"], "{here}/[v2] is no folder"),
+    ],
+)
+def test_flags_that_cannot_be_followed_are_refused(refused, tmp_path, flags, message):
+    flags = [flag.format(here=tmp_path) for flag in flags]
+    assert message.format(here=tmp_path) in refused(*flags)
+
+
+@pytest.mark.parametrize("model", ["unet", "text_to_image"])
+def test_a_config_that_is_missing_is_named_before_anything_is_converted(
+    refused, old, monkeypatch, model
+):
+    monkeypatch.setattr(repository_module, "load_parts", None)
+    (old / model / "config.pbtxt").unlink()
+    assert f"{old / model / 'config.pbtxt'} is not there" in refused()
+
+
+def test_a_manifest_that_cannot_be_read_keeps_no_model(refused):
+    assert "MANIFEST.json cannot be read" in refused("--only", "unet")
+
+
+def test_a_model_that_pytorch_cannot_convert_is_named(refused, monkeypatch):
+    def forward(self, input_ids):
+        raise ValueError("no such attention")
+
+    monkeypatch.setattr("export.clip_text.ClipText.forward", forward)
+    assert "clip_text cannot be converted to ONNX: no such attention" in refused()
+
+
+def test_a_model_that_is_named_twice_is_built_once(tiny, tmp_path, monkeypatch):
+    without_conversion(monkeypatch)
+    folder = skeleton(tmp_path / "model_repository")
+    twice = ",".join([*MODELS, "unet"])
+    done = export_command(tiny, "--repository", folder, "--only", twice)
+    assert done.exit_code == 0
+    assert done.stdout.count("unet") == 1
