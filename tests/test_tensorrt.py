@@ -159,7 +159,7 @@ def write_manifest(folder, *lines):
             Target(HERE.tensorrt, "NVIDIA A10, 8.6"),
             "GPU NVIDIA L4, 8.9, this machine has NVIDIA A",
         ),
-        (Target(HERE.tensorrt, None), "GPU NVIDIA L4, 8.9, this machine has none: run `python -m"),
+        (Target(HERE.tensorrt, None), "GPU NVIDIA L4, 8.9, this machine has none: run `python3 -m"),
     ],
 )
 def test_a_plan_of_another_tensorrt_or_gpu_is_refused(tmp_path, machine, message):
@@ -172,7 +172,7 @@ def test_a_plan_of_another_tensorrt_or_gpu_is_refused(tmp_path, machine, message
 def test_models_without_a_plan_are_named(tmp_path):
     lines = [{"model": "bert"}, {"model": "unet", "plan": asdict(HERE)}, {"model": "fusion"}]
     write_manifest(tmp_path, *lines)
-    with pytest.raises(ManifestError, match=r"no TensorRT plan of bert, fusion: run `python -m"):
+    with pytest.raises(ManifestError, match=r"no TensorRT plan of bert, fusion: run `python3 -m"):
         check_plans(tmp_path, HERE)
 
 

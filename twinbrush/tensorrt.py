@@ -17,7 +17,7 @@ from twinbrush.manifest import NAME, ManifestError, reading
 
 CONFIG_NAME = "tensorrt"  # of the models' `configs/tensorrt.pbtxt`
 PLAN = "model.plan"
-REMEDY = "run `python -m export.tensorrt` in this container, on this GPU"
+REMEDY = "run `python3 -m export.tensorrt` in this container, on this GPU"
 
 
 @dataclass(frozen=True)
