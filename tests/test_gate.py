@@ -149,6 +149,14 @@ def test_pictures_that_cannot_be_read_are_compared(scene_gate, monkeypatch):
     assert gate(stage)["measure"] == "psnr"
 
 
+def test_models_that_cannot_paint_are_refused_in_one_sentence(scene_gate, tmp_path):
+    gate, stage = scene_gate
+    skeleton(tmp_path / "repository")
+    empty = {"unet": stage / "unet" / "1" / "model.onnx"}
+    with pytest.raises(GateError, match="the gate cannot paint: ONNX Runtime cannot load"):
+        Gate._paint(gate, stage, empty, ["a red circle"])
+
+
 def test_psnr_is_what_its_formula_says():
     measure = Psnr(Limits(prompts=1))
     measure.set_before([np.full((4, 4, 3), 100, np.uint8)])
