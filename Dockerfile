@@ -8,6 +8,8 @@ WORKDIR /opt/twinbrush
 COPY pyproject.toml README.md LICENSE ./
 COPY twinbrush ./twinbrush
 RUN pip install --no-cache-dir . && useradd --create-home --uid 10001 twinbrush
+# What `python3 -m export.tensorrt` needs, to build plans in here.
+COPY export/__init__.py export/staging.py export/tensorrt.py export/triton_config.py ./export/
 COPY --chown=10001 model_repository ./model_repository
 
 USER 10001

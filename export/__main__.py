@@ -14,15 +14,16 @@ from typing import Annotated, NoReturn
 import transformers
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from export.checkpoint import Checkpoint, CheckpointError, open_checkpoint
-from export.convert import ParityError
+from export.convert import ConversionError, ParityError
 from export.gate import PROMPTS as GENERAL_PROMPTS
 from export.gate import SCENE_PROMPTS, Gate, GateError, Limits
 from export.precision import Precision
 from export.prune import parse_ratios, prune_checkpoint
-from export.repository import MODELS, SOURCE, ModelReport, build
+from export.repository import MODELS, SOURCE, ModelReport, RepositoryError, build
 from export.resources import ResourceError
 from export.shapes import pruning_of
 from export.tensorrt import TensorRTError, load_tensorrt
@@ -96,8 +97,9 @@ def main(
     """
     _quieten()
     models = _models(only)
-    if report is not None and not report.parent.is_dir():
-        _stop(f"--report {report}: {report.parent} is no folder")
+    _check_report(report)
+    _check_revision("--revision", revision, checkpoint)
+    _check_revision("--bert-revision", bert_revision, bert)
     if precision not in list(Precision):
         _stop(f"--precision {precision!r} is not allowed: {' or '.join(Precision)}")
     ratios = _ratios(prune, models, save_pruned)
@@ -125,7 +127,10 @@ def main(
                 opened, repository, lambda model: status.update(f"exporting {model}"), models,
                 Precision(precision), trt, check,
             )  # fmt: skip
-    except (CheckpointError, ParityError, GateError, ResourceError, TensorRTError) as error:
+    except (
+        CheckpointError, ConversionError, ParityError, GateError, RepositoryError, ResourceError,
+        TensorRTError,
+    ) as error:  # fmt: skip
         _stop(str(error))
     except OSError as error:
         _stop(f"cannot write into {repository}: {error.strerror or error}")
@@ -136,10 +141,24 @@ def main(
 
 
 def _models(only: str) -> list[str]:
-    models = [name.strip() for name in only.split(",")]
+    models = [*dict.fromkeys(name.strip() for name in only.split(","))]
     if unknown := set(models) - set(MODELS):
         _stop(f"--only {min(unknown)!r} is no model: {', '.join(MODELS)} are")
     return models
+
+
+def _check_report(report: Path | None) -> None:
+    if report is not None and not report.parent.is_dir():
+        _stop(f"--report {report}: {report.parent} is no folder")
+    if report is not None and report.is_dir():
+        _stop(f"--report {report} is a folder: name a file")
+
+
+def _check_revision(flag: str, revision: str | None, source: str | None) -> None:
+    if revision is not None and source is None:
+        _stop(f"{flag} {revision}: there is no --bert")
+    if revision is not None and source is not None and Path(source).is_dir():
+        _stop(f"{flag} {revision}: {source} is a folder, only a hub id has revisions")
 
 
 def _ratios(prune: str | None, models: list[str], save_pruned: Path | None) -> dict[str, float]:
@@ -190,7 +209,8 @@ def _quieten() -> None:
 
 
 def _stop(reason: str) -> NoReturn:
-    console.print(f"[red]export failed:[/] {reason}", highlight=False, soft_wrap=True)
+    text = f"[red]export failed:[/] {escape(reason)}"
+    console.print(text, highlight=False, soft_wrap=True)
     raise typer.Exit(1)
 
 

@@ -16,6 +16,10 @@ from export.precision import Precision, in_precision
 OPSET = 23  # keeps attention as one node; ONNX Runtime 1.27 and TensorRT-RTX 1.7 run it
 
 
+class ConversionError(RuntimeError):
+    """PyTorch cannot make an ONNX graph of a model; the message names the model."""
+
+
 class ParityError(RuntimeError):
     """An exported model does not say what its original says."""
 
@@ -34,6 +38,9 @@ def to_onnx(
 
     Returns:
         Nodes of the graph as it was traced, and as it was written.
+
+    Raises:
+        ConversionError: PyTorch cannot trace the model, or has no ONNX operator for what it does.
     """
     shapes = {
         name: {
@@ -41,17 +48,22 @@ def to_onnx(
         }
         for name, spec in part.inputs.items()
     }
-    program = torch.onnx.export(
-        in_precision(part, precision),
-        kwargs=part.example(2, 2),
-        input_names=list(part.inputs),
-        output_names=[part.output[0]],
-        dynamic_shapes=shapes,
-        opset_version=opset,
-        dynamo=True,
-        optimize=False,
-        verbose=False,
-    )
+    try:
+        program = torch.onnx.export(
+            in_precision(part, precision),
+            kwargs=part.example(2, 2),
+            input_names=list(part.inputs),
+            output_names=[part.output[0]],
+            dynamic_shapes=shapes,
+            opset_version=opset,
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+        )
+    except RuntimeError as error:
+        reason = str(error.__cause__ or error).strip().partition("\n")[0]
+        text = f"{part.name} cannot be converted to ONNX: {reason}"
+        raise ConversionError(text) from error
     traced = len(program.model.graph)
     program.optimize()
     if rewrite:

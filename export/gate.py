@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from export.convert import to_onnx
 from export.repository import ENGINE, MODELS, load_parts
 from twinbrush.config import PipelineConfig
 from twinbrush.engine import Engine
+from twinbrush.generation import EngineError
 from twinbrush.onnx_runtime import LocalModels, read_config
 
 SCENE_PROMPTS = 1000
@@ -40,7 +42,7 @@ PROMPTS = (
 
 
 class GateError(RuntimeError):
-    """The optimised models lose more than is allowed; the message says which cost what."""
+    """The optimised models lose more than is allowed, or cannot paint; the message says which."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class Gate:
         """The verdict on what stands in `stage`, for the manifest.
 
         Raises:
-            GateError: it loses more than the limits allow.
+            GateError: it loses more than the limits allow, or no picture can be painted.
         """
         files = {name: stage / name / "1" / "model.onnx" for name in MODELS}
         staged = {name: file for name, file in files.items() if file.exists()}
@@ -157,12 +159,13 @@ class Gate:
         """Picture k has seed k; models that are not in `files` are the repository's."""
         from benchmarks.quality import paint
 
-        config = read_config(self._repository / ENGINE.parent / "config.pbtxt")
-        engine = Engine.of_model(stage / ENGINE, config, LocalModels(self._repository, files))
         try:
-            return paint(engine, prompts)
-        finally:
-            engine.close()
+            config = read_config(self._repository / ENGINE.parent / "config.pbtxt")
+            engine = Engine.of_model(stage / ENGINE, config, LocalModels(self._repository, files))
+            with closing(engine):
+                return paint(engine, prompts)
+        except (EngineError, RuntimeError, ValueError) as error:
+            raise GateError(f"the gate cannot paint: {error}") from error
 
 
 class AllCorrect:

@@ -19,7 +19,7 @@ from export.precision import Precision
 from export.resources import check_resources
 from export.shapes import Pruning, pruning_of
 from export.staging import put_in_place, staging
-from export.tensorrt import engine_limits, stage_plan
+from export.tensorrt import Limits, engine_limits, stage_plan
 from export.triton_config import with_tensors
 from twinbrush.manifest import NAME as MANIFEST
 from twinbrush.manifest import sha256_of
@@ -36,7 +36,12 @@ SOURCE = {
 }
 # The tokenizer whose ids each text model was trained on.
 TOKENIZER = {"clip_text": "clip_tokenizer.json", "bert": "bert_tokenizer.json"}
+FRONT_DOORS = ("text_to_image", "text_to_image_stream")
 TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
+
+
+class RepositoryError(RuntimeError):
+    """A repository cannot be exported into; the message names the file."""
 
 
 @dataclass(frozen=True)
@@ -104,11 +109,17 @@ def build(
 
     Raises:
         CheckpointError: the checkpoint cannot be exported, or does not fit the models that stay.
+        RepositoryError: the repository lacks a file, or its manifest cannot be read.
+        ConversionError: PyTorch cannot make an ONNX graph of a model.
         ParityError: a model does not say what its original says.
         TensorRTError: a plan cannot be built.
         ResourceError: the machine has not enough memory or disk.
         OSError: the disk is full, or the repository cannot be written.
     """
+    for name in (*FRONT_DOORS, *MODELS):
+        if not (config := repository / name / "config.pbtxt").is_file():
+            text = f"{config} is not there: copy it from this project's model_repository"
+            raise RepositoryError(text)
     _check_resources(checkpoint, repository, only, precision)
     parts = load_parts(checkpoint)
     kept = _kept(parts, repository, only)
@@ -116,6 +127,7 @@ def build(
         (stage / ENGINE).mkdir(parents=True)
         pipeline.write(checkpoint, parts, stage / ENGINE)
         _check_tokenizers(kept, repository, stage)
+        limits = engine_limits(repository, stage / ENGINE / "pipeline.json") if trt else None
         parts = {name: parts[name] for name in only}
         reports = []
         for name in only:
@@ -125,7 +137,9 @@ def build(
             report = _build_model(
                 checkpoint, parts.pop(name), pruning, precision, repository, stage
             )
-            reports.append(_with_plan(report, trt, repository, stage) if trt else report)
+            if limits:
+                report = _with_plan(report, trt, limits, repository, stage)
+            reports.append(report)
         built = {report.model: asdict(report) for report in reports}
         manifest = {
             "checkpoint": checkpoint.name,
@@ -155,22 +169,22 @@ def _kept(parts: dict[str, Part], repository: Path, only: Sequence[str]) -> dict
     stay = [name for name in MODELS if name not in only]
     if not stay:
         return {}
+    manifest = repository / MANIFEST
     try:
-        manifest = json.loads((repository / MANIFEST).read_text())
-        lines = {line["model"]: line for line in manifest["models"]}
-        kept = {name: lines[name] for name in stay}
-    except FileNotFoundError:
-        text = f"{repository} has no export of {', '.join(stay)} to keep: export everything"
-        raise CheckpointError(text) from None
+        lines = json.loads(manifest.read_text())["models"] if manifest.is_file() else []
+        exported = {line["model"]: line for line in lines}
     except (ValueError, KeyError, TypeError) as error:
-        text = f"{repository / MANIFEST} cannot be read ({error!r}): export everything"
-        raise CheckpointError(text) from error
+        text = f"{manifest} cannot be read: {error!r}: export everything"
+        raise RepositoryError(text) from error
+    if missing := [name for name in stay if name not in exported]:
+        text = f"{repository} has no export of {', '.join(missing)} to keep: export everything"
+        raise CheckpointError(text)
     for name in stay:
         config = (repository / name / "config.pbtxt").read_text()
         if with_tensors(config, parts[name]) != config:
             text = f"the {name} in {repository} has other tensors than this checkpoint's"
             raise CheckpointError(f"{text}: export everything")
-    return kept
+    return {name: exported[name] for name in stay}
 
 
 def _check_tokenizers(kept: Container[str], repository: Path, stage: Path) -> None:
@@ -218,9 +232,10 @@ def _build_model(
     )
 
 
-def _with_plan(report: ModelReport, trt: Any, repository: Path, stage: Path) -> ModelReport:
+def _with_plan(
+    report: ModelReport, trt: Any, limits: Limits, repository: Path, stage: Path
+) -> ModelReport:
     folder = stage / report.model / "1"
-    limits = engine_limits(repository, stage / ENGINE / "pipeline.json")
     made_for = stage_plan(trt, folder / "model.onnx", repository, stage, limits)
     hashes = report.sha256 | {PLAN: sha256_of(folder / PLAN)}
     return replace(report, sha256=hashes, plan=asdict(made_for))

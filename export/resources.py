@@ -31,7 +31,7 @@ def check_resources(
     Args:
         parts: folders of all parts, which are loaded in FP32.
         built: folders of those that are converted and written.
-        repository: that is written beside.
+        repository: that is written.
 
     Raises:
         ResourceError: there is not enough disk or memory.
@@ -39,9 +39,9 @@ def check_resources(
     weights = {folder: weight_count(folder) for folder in {*parts, *built}}
     converted = [weights[folder] for folder in built]
     disk = sum(converted) * precision.bytes
-    free = shutil.disk_usage(repository.parent).free
+    free = shutil.disk_usage(repository).free
     if disk > free:
-        raise ResourceError(f"not enough disk at {repository.parent}: {_needs(disk, free)}")
+        raise ResourceError(f"not enough disk at {repository}: {_needs(disk, free)}")
     memory = BASE_BYTES + sum(weights[folder] for folder in parts) * Precision.FP32.bytes
     memory += max(converted, default=0) * CONVERSION_BYTES
     free = free_memory()

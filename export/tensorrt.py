@@ -20,10 +20,11 @@ import typer
 from export.staging import put_in_place, staging
 from export.triton_config import MARKER
 from twinbrush.config import PipelineConfig
-from twinbrush.manifest import NAME, sha256_of
+from twinbrush.manifest import NAME, ManifestError, reading, sha256_of
 from twinbrush.tensorrt import CONFIG_NAME, PLAN, Target, this_machine
 
 ENGINE = "text_to_image_stream"
+LOG_TAIL = 10  # lines of the builder's log that an error tells
 CONFIG = """\
 # Written with the plan. Everything but the tensors may be changed, and lasts until the next.
 name: "{model}"
@@ -73,18 +74,35 @@ def load_tensorrt() -> Any:
 
 
 def engine_limits(repository: Path, pipeline: Path) -> Limits:
-    """From the engine's `config.pbtxt` and a `pipeline.json`."""
-    text = (repository / ENGINE / "config.pbtxt").read_text()
+    """From the engine's `config.pbtxt` and a `pipeline.json`.
+
+    Raises:
+        TensorRTError: one of them is not there or does not say it.
+    """
+    file = repository / ENGINE / "config.pbtxt"
     pattern = r'key: "(max_rows|row_buckets)" value: \{ string_value: "([\d, ]*)" \}'
-    given = dict(re.findall(pattern, text))
-    buckets = [int(size) for size in given["row_buckets"].split(",") if size.strip()]
-    most = max([int(given["max_rows"]), *buckets])
-    config = PipelineConfig.load(pipeline)
+    given = dict(re.findall(pattern, _existing(file).read_text()))
+    try:
+        buckets = [int(size) for size in given["row_buckets"].split(",") if size.strip()]
+        most = max([int(given["max_rows"]), *buckets])
+    except (KeyError, ValueError):
+        text = "max_rows, a whole number, and row_buckets, whole numbers with commas"
+        raise TensorRTError(f"{file} must have the parameters {text}") from None
+    try:
+        config = PipelineConfig.load(pipeline)
+    except ValueError as error:
+        raise TensorRTError(str(error)) from error
     sides = (config.side_multiple, config.native_side, config.max_side)
     return Limits(
         rows=Range(1, max(1, most // 4), most),  # between one client and many
         side=Range(*(side // config.scale_factor for side in sides)),
     )
+
+
+def _existing(file: Path) -> Path:
+    if not file.is_file():
+        raise TensorRTError(f"{file} is not there")
+    return file
 
 
 def stage_plan(
@@ -100,7 +118,7 @@ def stage_plan(
             any, it is for the GPU of this machine.
 
     Raises:
-        TensorRTError: with the builder's first error.
+        TensorRTError: with the builder's first error, and the last lines of its log.
     """
     model = onnx.parent.parent.name
     folder, configs = stage / model / "1", stage / model / "configs"
@@ -108,14 +126,13 @@ def stage_plan(
         made.mkdir(parents=True, exist_ok=True)
     cache = repository / model / "1" / "timing.cache"
     log = _log(trt)
-    try:
-        plan, timings = _build(
-            trt, log, onnx, limits, cache.read_bytes() if cache.is_file() else b"", targets
-        )
-    finally:
-        (folder / "tensorrt.log").write_text("\n".join(log.lines) + "\n")
+    plan, timings = _build(
+        trt, log, onnx, limits, cache.read_bytes() if cache.is_file() else b"", targets
+    )
     if plan is None:
-        raise TensorRTError(f"TensorRT cannot build {model}: {log.first_error}")
+        text = f"TensorRT cannot build {model}: {log.first_error}; its log ends"
+        raise TensorRTError("\n".join([text, *log.lines[-LOG_TAIL:]]))
+    (folder / "tensorrt.log").write_text("\n".join(log.lines) + "\n")
     (folder / PLAN).write_bytes(plan)
     (folder / "timing.cache").write_bytes(timings)
     tensors = (repository / model / "config.pbtxt").read_text().partition(MARKER)[2]
@@ -194,22 +211,29 @@ def add_plans(trt: Any, repository: Path, targets: Sequence[str] = ()) -> list[s
     Gives the names of the models. When one cannot be built, the repository stays as it was.
 
     Raises:
-        TensorRTError: nothing was exported yet, or a plan cannot be built.
+        TensorRTError: nothing was exported yet, a file is not there, or a plan cannot be built.
+        ManifestError: the manifest cannot be read.
+        OSError: the disk is full, or the repository cannot be written.
     """
     manifest_file = repository / NAME
     if not manifest_file.is_file():
         raise TensorRTError(f"{repository} has no {NAME}: run `python -m export CHECKPOINT` first")
-    manifest = json.loads(manifest_file.read_text())
+    with reading(manifest_file):
+        manifest = json.loads(manifest_file.read_text())
+        models = {line["model"]: (line, line["sha256"]) for line in manifest["models"]}
+    for model in models:
+        for name in ("config.pbtxt", "1/model.onnx"):
+            _existing(repository / model / name)
     limits = engine_limits(repository, repository / ENGINE / "1" / "pipeline.json")
     with staging(repository) as stage:
-        for line in manifest["models"]:
-            version = Path(line["model"], "1")
+        for model, (line, sha256) in models.items():
+            version = Path(model, "1")
             onnx = repository / version / "model.onnx"
             line["plan"] = asdict(stage_plan(trt, onnx, repository, stage, limits, targets))
-            line["sha256"][PLAN] = sha256_of(stage / version / PLAN)
+            sha256[PLAN] = sha256_of(stage / version / PLAN)
         (stage / NAME).write_text(json.dumps(manifest, indent=2) + "\n")
         put_in_place(stage, repository)
-    return [line["model"] for line in manifest["models"]]
+    return [*models]
 
 
 def main(
@@ -220,8 +244,12 @@ def main(
     """Builds TensorRT plans beside the ONNX files, for this machine's TensorRT and GPU."""
     try:
         models = add_plans(load_tensorrt(), repository)
-    except TensorRTError as error:
+    except (TensorRTError, ManifestError) as error:
         typer.echo(f"no plans were built: {error}", err=True)
+        raise typer.Exit(1) from None
+    except OSError as error:
+        text = f"cannot write into {repository}: {error.strerror or error}"
+        typer.echo(f"no plans were built: {text}", err=True)
         raise typer.Exit(1) from None
     typer.echo(f"plans of {', '.join(models)}: serve them with --config-name {CONFIG_NAME}")
 

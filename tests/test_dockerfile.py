@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,14 +35,33 @@ def test_the_linter_has_nothing_to_say():
     subprocess.run([linter, ROOT / "Dockerfile"], check=True)
 
 
-def test_every_path_that_it_copies_exists_and_is_let_through():
-    let_through = (ROOT / ".dockerignore").read_text()
+def copies() -> Iterator[tuple[str, str]]:
+    """Each path that is copied, and where to."""
     for line in INSTRUCTIONS:
         if line.startswith("COPY"):
-            *sources, _ = [w for w in shlex.split(line)[1:] if not w.startswith("--")]
-            for source in sources:
-                assert (ROOT / source).exists(), source
-                assert f"!{source}" in let_through.splitlines(), source
+            *sources, target = [w for w in shlex.split(line)[1:] if not w.startswith("--")]
+            yield from ((source, target) for source in sources)
+
+
+def test_every_path_that_it_copies_exists_and_is_let_through():
+    let_through = (ROOT / ".dockerignore").read_text()
+    for source, _ in copies():
+        assert (ROOT / source).exists(), source
+        assert f"!{source}" in let_through.splitlines(), source
+
+
+def test_plans_can_be_built_with_what_is_copied(tmp_path):
+    for source, target in copies():
+        if source.startswith("export/"):
+            (tmp_path / target).mkdir(exist_ok=True)
+            shutil.copy(ROOT / source, tmp_path / target)
+        elif source == "twinbrush":
+            shutil.copytree(ROOT / source, tmp_path / target)
+    command = [sys.executable, "-m", "export.tensorrt", "--help"]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--repository" in done.stdout
 
 
 def test_its_command_is_one_that_the_server_takes():

@@ -6,6 +6,7 @@ import hashlib
 import json
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -26,7 +27,7 @@ from export.checkpoint import CheckpointError, open_checkpoint
 from export.convert import ParityError, parity_error
 from export.fusion_head import FusionHead
 from export.repository import MODELS, build, load_parts
-from export.staging import staging
+from export.staging import STAGE, staging
 from export.triton_config import MARKER, with_tensors
 from training import data
 from twinbrush import images
@@ -363,7 +364,7 @@ def test_a_build_that_fails_half_way_leaves_the_old_repository(
     with pytest.raises(ParityError):
         build(open_checkpoint(tiny), repository)
     assert contents(repository) == before
-    assert not list(repository.parent.glob(".building-*"))
+    assert not (repository / STAGE).parent.exists()
 
 
 def test_a_build_replaces_everything_it_made_before(tiny, tmp_path, monkeypatch):
@@ -389,7 +390,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_old_repository(tiny, reposit
     assert f"cannot write into {repository}" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
     assert contents(repository) == before
-    assert not list(repository.parent.glob(".building-*"))
+    assert not (repository / STAGE).parent.exists()
 
 
 def test_the_command_names_a_missing_checkpoint(tmp_path):
@@ -404,13 +405,146 @@ def test_a_killed_export_leaves_the_old_repository_and_the_next_one_cleans_up(ti
     before = contents(repository)
     command = [sys.executable, "-m", "export", str(tiny), "--repository", str(repository)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=ROOT)
-    while not (left := list(repository.parent.glob(".building-*/clip_text/1/model.onnx"))):
+    left = repository / STAGE / "clip_text" / "1" / "model.onnx"
+    while not left.exists():
         assert process.poll() is None, "it ended before it was killed"
         time.sleep(0.02)
     process.kill()
     process.wait()
-    assert contents(repository) == before
-    assert left[0].is_file()
+    assert contents(repository).items() > before.items()
     verify(repository)
     with staging(repository) as stage:
-        assert list(repository.parent.glob(".building-*")) == [stage]
+        assert not list(stage.iterdir())
+    assert contents(repository) == before
+
+
+@pytest.fixture
+def old(tmp_path) -> Path:
+    """A repository of files that say "old"."""
+    folder = skeleton(tmp_path / "model_repository")
+    for file in ("bert/1/model.onnx", "bert/1/model.plan", "unet/1/model.onnx", "MANIFEST.json"):
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_text("old")
+    return folder
+
+
+REPLACE = """
+import os, signal, sys
+from pathlib import Path
+from export.staging import put_in_place, staging
+renames = int(sys.argv[2])
+def stops(source, target, rename=os.replace):
+    global renames
+    renames -= 1
+    if renames < 0:
+        if sys.argv[3] == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.replace = rename
+        raise OSError("the disk is gone")
+    rename(source, target)
+with staging(Path(sys.argv[1])) as stage:
+    for file in ("bert/1/model.onnx", "unet/1/model.onnx", "unet/1/model.onnx.data",
+                 "MANIFEST.json"):
+        (stage / file).parent.mkdir(parents=True, exist_ok=True)
+        (stage / file).write_text("new")
+    os.replace = stops
+    put_in_place(stage, Path(sys.argv[1]))
+"""
+
+
+def put_new_files_in_place(old: Path, renames: int, then: str) -> int:
+    """In a process of its own, which after some renames fails or is killed; its exit code."""
+    command = [sys.executable, "-c", REPLACE, str(old), str(renames), then]
+    return subprocess.run(command, cwd=ROOT, stderr=subprocess.DEVNULL).returncode
+
+
+def test_files_are_put_in_place_together(old):
+    assert put_new_files_in_place(old, 99, "fail") == 0
+    made = {p.relative_to(old).as_posix(): p.read_text() for p in old.rglob("*")
+            if p.is_file() and p.suffix not in (".pbtxt", ".py")}  # fmt: skip
+    names = ("bert/1/model.onnx", "unet/1/model.onnx", "unet/1/model.onnx.data", "MANIFEST.json")
+    assert made == dict.fromkeys(names, "new")
+
+
+@pytest.mark.parametrize("renames", [0, 1, 3, 6, 8])
+def test_a_rename_that_fails_leaves_the_old_repository(old, renames):
+    before = contents(old)
+    assert put_new_files_in_place(old, renames, "fail") == 1
+    assert contents(old) == before
+
+
+@pytest.mark.parametrize("renames", [1, 3, 6, 8])
+def test_an_export_killed_among_its_renames_is_put_back_by_the_next(old, renames):
+    before = contents(old)
+    assert put_new_files_in_place(old, renames, "kill") == -signal.SIGKILL
+    assert not contents(old).items() >= before.items()
+    with staging(old):
+        assert contents(old).items() >= before.items()
+    assert contents(old) == before
+
+
+def test_two_exports_into_one_repository_are_refused(old):
+    with staging(old) as stage:
+        with pytest.raises(OSError, match="another export builds into it"), staging(old):
+            pass
+        assert stage.is_dir()
+
+
+@pytest.fixture
+def refused(tiny, old):
+    """Runs the export command on the tiny checkpoint; gives the sentence that it ends with."""
+
+    def run(*flags: str | Path) -> str:
+        before = contents(old)
+        done = export_command(tiny, "--repository", old, *flags)
+        assert done.exit_code == 1
+        assert len(done.stdout.strip().splitlines()) == 1
+        assert contents(old) == before
+        return done.stdout
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--report", "{here}"], "--report {here} is a folder: name a file"),
+        (["--revision", "v1"], "is a folder, only a hub id has revisions"),
+        (["--bert-revision", "v1"], "--bert-revision v1: there is no --bert"),
+        (["--bert", "{here}", "--bert-revision", "v1"], "--bert-revision v1: {here} is a folder"),
+        (["--report", "{here}/[v2]/table"], "{here}/[v2] is no folder"),
+    ],
+)
+def test_flags_that_cannot_be_followed_are_refused(refused, tmp_path, flags, message):
+    flags = [flag.format(here=tmp_path) for flag in flags]
+    assert message.format(here=tmp_path) in refused(*flags)
+
+
+@pytest.mark.parametrize("model", ["unet", "text_to_image"])
+def test_a_config_that_is_missing_is_named_before_anything_is_converted(
+    refused, old, monkeypatch, model
+):
+    monkeypatch.setattr(repository_module, "load_parts", None)
+    (old / model / "config.pbtxt").unlink()
+    assert f"{old / model / 'config.pbtxt'} is not there" in refused()
+
+
+def test_a_manifest_that_cannot_be_read_keeps_no_model(refused):
+    assert "MANIFEST.json cannot be read" in refused("--only", "unet")
+
+
+def test_a_model_that_pytorch_cannot_convert_is_named(refused, monkeypatch):
+    def forward(self, input_ids):
+        raise ValueError("no such attention")
+
+    monkeypatch.setattr("export.clip_text.ClipText.forward", forward)
+    assert "clip_text cannot be converted to ONNX: no such attention" in refused()
+
+
+def test_a_model_that_is_named_twice_is_built_once(tiny, tmp_path, monkeypatch):
+    without_conversion(monkeypatch)
+    folder = skeleton(tmp_path / "model_repository")
+    twice = ",".join([*MODELS, "unet"])
+    done = export_command(tiny, "--repository", folder, "--only", twice)
+    assert done.exit_code == 0
+    assert done.stdout.count("unet") == 1

@@ -20,6 +20,7 @@ from export.gate import AllCorrect, Gate, GateError, Limits, Psnr
 from export.prune import prune_checkpoint, save_part
 from export.repository import ENGINE, SOURCE, build, load_parts
 from export.shapes import pruning_of
+from export.staging import STAGE
 from training.scenes import render
 
 PSNR = 15.0
@@ -70,7 +71,7 @@ def test_a_bad_repository_is_refused_and_the_old_one_untouched(bad, tiny, served
     with pytest.raises(GateError, match=r"dB .* on 8 prompts, --gate-psnr is 15; alone: vqgan"):
         export(bad, tiny, served)
     assert contents(served) == before
-    assert not list(served.parent.glob(".building-*"))
+    assert not (served / STAGE).parent.exists()
 
 
 def test_a_first_export_needs_no_repository_before_it(
@@ -146,6 +147,14 @@ def test_pictures_that_cannot_be_read_are_compared(scene_gate, monkeypatch):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     monkeypatch.setattr(SceneGate, "_paint", lambda *given: [noise] * len(given[-1]))
     assert gate(stage)["measure"] == "psnr"
+
+
+def test_models_that_cannot_paint_are_refused_in_one_sentence(scene_gate, tmp_path):
+    gate, stage = scene_gate
+    skeleton(tmp_path / "repository")
+    empty = {"unet": stage / "unet" / "1" / "model.onnx"}
+    with pytest.raises(GateError, match="the gate cannot paint: ONNX Runtime cannot load"):
+        Gate._paint(gate, stage, empty, ["a red circle"])
 
 
 def test_psnr_is_what_its_formula_says():

@@ -27,8 +27,8 @@ def huge(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "not enough disk at {beside}: the export needs about 40000."),
-        (["--precision", "fp16"], "not enough disk at {beside}: the export needs about 20000."),
+        ([], "not enough disk at {repository}: the export needs about 40000."),
+        (["--precision", "fp16"], "not enough disk at {repository}: the export needs about 20000."),
         (["--only", "clip_text"], "not enough memory: the export needs about 4000"),
     ],
 )
@@ -36,7 +36,7 @@ def test_a_machine_that_is_too_small_is_told_so_at_once(huge, repository, flags,
     before = contents(repository)
     done = export_command(huge, "--repository", repository, *flags)
     assert done.exit_code == 1
-    assert message.format(beside=repository.parent) in done.stdout
+    assert message.format(repository=repository) in done.stdout
     assert len(done.stdout.strip().splitlines()) == 1
     assert contents(repository) == before
 

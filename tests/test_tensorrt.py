@@ -6,16 +6,19 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import typer
 from conftest import ROOT, contents, skeleton
 
+from export import pipeline
 from export.checkpoint import open_checkpoint
 from export.precision import Precision
-from export.repository import ENGINE, MODELS, build
+from export.repository import ENGINE, MODELS, build, load_parts
 from export.staging import put_in_place
-from export.tensorrt import Limits, Range, TensorRTError, add_plans, engine_limits
+from export.tensorrt import Limits, Range, TensorRTError, add_plans, engine_limits, main
 from twinbrush.manifest import ManifestError, verify
 from twinbrush.onnx_runtime import read_config
 from twinbrush.tensorrt import PLAN, Target, check_plans, library_version
@@ -78,7 +81,8 @@ def test_a_model_that_tensorrt_refuses_is_named_and_nothing_is_touched(trt, plan
     folder = shutil.copytree(planned, tmp_path / "model_repository")
     (folder / "unet" / "1" / "model.onnx").write_bytes(b"no graph")
     before = contents(folder)
-    with pytest.raises(TensorRTError, match=r"TensorRT cannot build unet: .*[Pp]arse"):
+    message = r"TensorRT cannot build unet: .*[Pp]arse.*; its log ends\n\w+: "
+    with pytest.raises(TensorRTError, match=message):
         add_plans(trt, folder, TARGETS)
     assert contents(folder) == before
     assert list(tmp_path.iterdir()) == [folder]
@@ -87,6 +91,46 @@ def test_a_model_that_tensorrt_refuses_is_named_and_nothing_is_touched(trt, plan
 def test_plans_need_an_export(trt, tmp_path):
     with pytest.raises(TensorRTError, match="has no MANIFEST"):
         add_plans(trt, skeleton(tmp_path / "model_repository"))
+
+
+@pytest.fixture
+def unplanned(tmp_path):
+    """A repository with all that plans are built from, but in files that say nothing."""
+    folder = skeleton(tmp_path / "model_repository")
+    for model in MODELS:
+        (folder / model / "1").mkdir(exist_ok=True)
+        (folder / model / "1" / "model.onnx").touch()
+    write_manifest(folder, *({"model": model, "sha256": {}} for model in MODELS))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("MANIFEST.json", "{", "MANIFEST.json cannot be read"),
+        ("MANIFEST.json", '{"models": [{}]}', "MANIFEST.json cannot be read"),
+        ("unet/config.pbtxt", None, "unet/config.pbtxt is not there"),
+        ("unet/1/model.onnx", None, "unet/1/model.onnx is not there"),
+        (f"{ENGINE.parent}/config.pbtxt", "", "config.pbtxt must have the parameters max_rows"),
+        (f"{ENGINE}/pipeline.json", "{}", "is not a pipeline.json of this version"),
+        ("text_to_image_stream/.building", "no folder", "cannot write into"),
+    ],
+)
+def test_what_plans_cannot_be_built_from_is_one_sentence(
+    unplanned, tiny, file, text, message, monkeypatch, capsys
+):
+    monkeypatch.setattr("export.tensorrt.load_tensorrt", lambda: None)
+    opened = open_checkpoint(tiny)
+    pipeline.write(opened, load_parts(opened), unplanned / ENGINE)
+    if text is None:
+        (unplanned / file).unlink()
+    else:
+        (unplanned / file).write_text(text)
+    with pytest.raises(typer.Exit):
+        main(unplanned)
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.splitlines()) == 1
 
 
 def test_the_profile_spans_what_the_engine_sends(repository, tmp_path):
@@ -103,6 +147,10 @@ def test_the_profile_spans_what_the_engine_sends(repository, tmp_path):
 HERE = Target("10.14.1.48", "NVIDIA L4, 8.9")
 
 
+def write_manifest(folder, *lines):
+    (folder / "MANIFEST.json").write_text(json.dumps({"models": lines}))
+
+
 @pytest.mark.parametrize(
     ("machine", "message"),
     [
@@ -111,23 +159,35 @@ HERE = Target("10.14.1.48", "NVIDIA L4, 8.9")
             Target(HERE.tensorrt, "NVIDIA A10, 8.6"),
             "GPU NVIDIA L4, 8.9, this machine has NVIDIA A",
         ),
-        (Target(HERE.tensorrt, None), "GPU NVIDIA L4, 8.9, this machine has none: run `python -m"),
+        (Target(HERE.tensorrt, None), "GPU NVIDIA L4, 8.9, this machine has none: run `python3 -m"),
     ],
 )
 def test_a_plan_of_another_tensorrt_or_gpu_is_refused(tmp_path, machine, message):
-    line = {"model": "unet", "plan": {"tensorrt": HERE.tensorrt, "gpu": HERE.gpu}}
-    models = {"models": [{"model": "bert"}, line]}
-    (tmp_path / "MANIFEST.json").write_text(json.dumps(models))
+    write_manifest(tmp_path, {"model": "unet", "plan": asdict(HERE)})
     check_plans(tmp_path, HERE)
     with pytest.raises(ManifestError, match=f"the plan of unet was .*{message}"):
         check_plans(tmp_path, machine)
+
+
+def test_models_without_a_plan_are_named(tmp_path):
+    lines = [{"model": "bert"}, {"model": "unet", "plan": asdict(HERE)}, {"model": "fusion"}]
+    write_manifest(tmp_path, *lines)
+    with pytest.raises(ManifestError, match=r"no TensorRT plan of bert, fusion: run `python3 -m"):
+        check_plans(tmp_path, HERE)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"models": [{"plan": {"tensorrt": "10"}}]}'])
+def test_a_manifest_whose_plans_cannot_be_read_is_named(tmp_path, text):
+    (tmp_path / "MANIFEST.json").write_text(text)
+    with pytest.raises(ManifestError, match=r"MANIFEST\.json cannot be read"):
+        check_plans(tmp_path, HERE)
 
 
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
         ("planned", "the plan of clip_text was made for TensorRT 1.7.1.116, this machine has"),
-        ("repository", "has no TensorRT plans: run `python -m export.tensorrt`"),
+        ("repository", "no TensorRT plan of clip_text, bert, fusion, unet, vqgan_decoder: run"),
     ],
 )
 def test_the_server_says_what_to_run_instead_of_serving(kind, message, request, start_server):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 NAME = "MANIFEST.json"
@@ -22,7 +24,7 @@ def verify(repository: Path) -> None:
     manifest = repository / NAME
     if not manifest.is_file():
         return
-    try:
+    with reading(manifest):
         content = json.loads(manifest.read_text())
         expected = {
             repository / model["model"] / "1" / name: sha256
@@ -30,14 +32,21 @@ def verify(repository: Path) -> None:
             for name, sha256 in model["sha256"].items()
         }
         expected |= {repository / name: sha256 for name, sha256 in content.get("files", {}).items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ManifestError(f"{manifest} cannot be read: {error!r}") from error
     for file, sha256 in expected.items():
         if not file.is_file():
             raise ManifestError(f"{file} is missing: export again")
         if sha256_of(file) != sha256:
             text = f"{file} is not the file that was exported, by its hash in {NAME}"
             raise ManifestError(f"{text}: export again, or start with --no-verify")
+
+
+@contextmanager
+def reading(manifest: Path) -> Iterator[None]:
+    """Makes of what a broken manifest raises a `ManifestError`."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ManifestError(f"{manifest} cannot be read: {error!r}") from error
 
 
 def sha256_of(file: Path) -> str:

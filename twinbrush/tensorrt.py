@@ -13,11 +13,11 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from twinbrush.manifest import NAME, ManifestError
+from twinbrush.manifest import NAME, ManifestError, reading
 
 CONFIG_NAME = "tensorrt"  # of the models' `configs/tensorrt.pbtxt`
 PLAN = "model.plan"
-REMEDY = "run `python -m export.tensorrt` in this container, on this GPU"
+REMEDY = "run `python3 -m export.tensorrt` in this container, on this GPU"
 
 
 @dataclass(frozen=True)
@@ -59,16 +59,20 @@ def _gpu() -> str | None:
 
 
 def check_plans(repository: Path, machine: Target) -> None:
-    """Holds every plan of a repository against the machine that is to run it.
+    """Holds the plans of a repository against the machine that is to run them.
 
     Raises:
-        ManifestError: there is no plan, or one was made for another TensorRT or GPU.
+        ManifestError: a model has no plan, which Triton would serve on ONNX Runtime, a plan was
+            made for another TensorRT or GPU, or the manifest cannot be read.
     """
     manifest = repository / NAME
-    lines = json.loads(manifest.read_text())["models"] if manifest.is_file() else []
-    plans = {line["model"]: Target(**line["plan"]) for line in lines if line.get("plan")}
-    if not plans:
-        raise ManifestError(f"{repository} has no TensorRT plans: {REMEDY}")
+    with reading(manifest):
+        lines = json.loads(manifest.read_text())["models"] if manifest.is_file() else []
+        without = [line["model"] for line in lines if not line.get("plan")]
+        plans = {line["model"]: Target(**line["plan"]) for line in lines if line.get("plan")}
+    if without or not plans:
+        models = ", ".join(without) or "any model"
+        raise ManifestError(f"{repository} has no TensorRT plan of {models}: {REMEDY}")
     for model, made_for in plans.items():
         for what, made, here in (
             ("TensorRT", made_for.tensorrt, machine.tensorrt),
