@@ -106,9 +106,8 @@ def main(
         trt = load_tensorrt() if tensorrt else None
         with ExitStack() as stack:
             status = stack.enter_context(console.status("opening the checkpoint"))
-            opened = original = open_checkpoint(checkpoint, bert, revision, bert_revision)
-            if gate_against is not None:
-                original = open_checkpoint(gate_against, bert, None, bert_revision)
+            opened = open_checkpoint(checkpoint, bert, revision, bert_revision)
+            original = _original(opened, gate, gate_against, bert, bert_revision)
             if ratios:
                 folder = save_pruned
                 if folder is None:
@@ -157,6 +156,23 @@ def _ratios(prune: str | None, models: list[str], save_pruned: Path | None) -> d
     if save_pruned is not None and not save_pruned.parent.is_dir():
         _stop(f"--save-pruned {save_pruned}: {save_pruned.parent} is no folder")
     return ratios
+
+
+def _original(
+    opened: Checkpoint, gate: bool, against: str | None, bert: str | None, bert_revision: str | None
+) -> Checkpoint:
+    """What the gate compares with: the checkpoint of --gate-against, or else the opened one.
+
+    Raises:
+        CheckpointError: it cannot be opened, or the opened one is pruned.
+    """
+    if against is not None:
+        return open_checkpoint(against, bert, None, bert_revision)
+    pruned = [name for name, part in SOURCE.items() if pruning_of(opened.folders[part])]
+    if gate and pruned:
+        text = f"{opened.name} has {', '.join(pruned)} pruned"
+        raise CheckpointError(f"--gate needs --gate-against, the unpruned checkpoint: {text}")
+    return opened
 
 
 def _optimised(

@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from conftest import contents, skeleton
+from conftest import contents, export_command, skeleton
 
 from benchmarks.quality import tasks
 from export import pipeline
@@ -88,6 +88,15 @@ def test_a_first_export_needs_no_repository_before_it(
     gate = Gate(open_checkpoint(tiny), ["vqgan_decoder"], folder, Limits(psnr=PSNR, prompts=2))
     build(open_checkpoint(good), folder, check=gate)
     assert json.loads((folder / "MANIFEST.json").read_text())["gate"]["prompts"] == 2
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_pruned_checkpoint_is_not_its_own_measure(good, tmp_path, precision):
+    folder = skeleton(tmp_path / "model_repository")
+    done = export_command(good, "--repository", folder, "--precision", precision, "--gate")
+    assert done.exit_code == 1
+    assert "--gate needs --gate-against" in done.stdout
+    assert "good has vqgan_decoder pruned" in done.stdout
 
 
 class SceneGate(Gate):
