@@ -39,7 +39,10 @@ def main(
     ),
     bert: Annotated[
         str | None,
-        typer.Option(help="Folder or hub id of a text model, where the checkpoint has none."),
+        typer.Option(
+            help="Folder or hub id of a text model, where the checkpoint has none; with"
+            " --gate-against one that CHECKPOINT has is kept."
+        ),
     ] = None,
     revision: Annotated[
         str | None, typer.Option(help="Commit, tag or branch, where CHECKPOINT is a hub id.")
@@ -106,7 +109,9 @@ def main(
         trt = load_tensorrt() if tensorrt else None
         with ExitStack() as stack:
             status = stack.enter_context(console.status("opening the checkpoint"))
-            opened = open_checkpoint(checkpoint, bert, revision, bert_revision)
+            # A pruned checkpoint has the text model that --bert gives to its original.
+            keep_bert = gate_against is not None
+            opened = open_checkpoint(checkpoint, bert, revision, bert_revision, keep_bert)
             original = _original(opened, gate, gate_against, bert, bert_revision)
             if ratios:
                 folder = save_pruned
