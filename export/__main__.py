@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
 import warnings
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -22,9 +21,10 @@ from export.gate import PROMPTS as GENERAL_PROMPTS
 from export.gate import SCENE_PROMPTS, Gate, GateError, Limits
 from export.precision import Precision
 from export.prune import parse_ratios, prune_checkpoint
-from export.repository import MODELS, SOURCE, ModelReport, build
+from export.repository import MODELS, SOURCE, ModelReport, build, check_machine
 from export.resources import ResourceError
 from export.shapes import pruning_of
+from export.staging import staging
 from export.tensorrt import TensorRTError, load_tensorrt
 
 console = Console()
@@ -114,10 +114,8 @@ def main(
             opened = open_checkpoint(checkpoint, bert, revision, bert_revision, keep_bert)
             original = _original(opened, gate, gate_against, bert, bert_revision)
             if ratios:
-                folder = save_pruned
-                if folder is None:
-                    scratch = stack.enter_context(tempfile.TemporaryDirectory())
-                    folder = Path(scratch) / "pruned"
+                check_machine(opened, repository, models, Precision(precision))
+                folder = save_pruned or stack.enter_context(staging(repository)) / "pruned"
                 opened = prune_checkpoint(
                     opened, ratios, folder, lambda model: status.update(f"pruning {model}")
                 )
@@ -136,6 +134,8 @@ def main(
     if report is not None:
         report.write_text(json.dumps([asdict(line) for line in reports], indent=2) + "\n")
     console.print(_table(opened.name, reports))
+    if check is not None:
+        console.print(f"the gate passes: {check.verdict}", highlight=False, soft_wrap=True)
     console.print(f"{repository} serves {opened.name} now")
 
 

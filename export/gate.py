@@ -8,7 +8,6 @@ differ and nothing of how they were optimised.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 from export.checkpoint import Checkpoint
 from export.convert import to_onnx
 from export.repository import ENGINE, MODELS, load_parts
+from export.staging import staging
 from twinbrush.config import PipelineConfig
 from twinbrush.engine import Engine
 from twinbrush.onnx_runtime import LocalModels, read_config
@@ -101,6 +101,9 @@ class Gate:
         original: the checkpoint before it was optimised.
         optimised: models that differ from it.
         repository: where staged models will go; its configurations, and the models that stay.
+
+    Attributes:
+        verdict: on the last stage, None before there is one.
     """
 
     def __init__(
@@ -108,6 +111,7 @@ class Gate:
     ):
         self._original, self._optimised = original, list(optimised)
         self._repository, self._limits = repository, limits
+        self.verdict: Verdict | None = None
 
     def __call__(self, stage: Path) -> dict[str, Any]:
         """The verdict on what stands in `stage`, for the manifest.
@@ -117,11 +121,11 @@ class Gate:
         """
         files = {name: stage / name / "1" / "model.onnx" for name in MODELS}
         staged = {name: file for name, file in files.items() if file.exists()}
-        with tempfile.TemporaryDirectory() as scratch:
-            plain = staged | self._export_plain(Path(scratch))
+        with staging(self._repository) as scratch:
+            plain = staged | self._export_plain(scratch)
             measure = self._measure(stage, plain)
             after = measure.score(self._paint(stage, staged, measure.prompts))
-            verdict = Verdict(
+            verdict = self.verdict = Verdict(
                 measure.name, measure.before, after, measure.allowed, len(measure.prompts), {}
             )
             if verdict.passed:

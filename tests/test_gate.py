@@ -99,6 +99,19 @@ def test_a_pruned_checkpoint_is_not_its_own_measure(good, tmp_path, precision):
     assert "good has vqgan_decoder pruned" in done.stdout
 
 
+def test_pruning_saving_and_gating_is_one_command(tiny, served, tmp_path):
+    done = export_command(
+        tiny, "--repository", served, "--only", "unet", "--prune", "unet=0.3",
+        "--save-pruned", tmp_path / "saved", "--gate", "--gate-psnr", "1", "--gate-prompts", "2",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.stdout
+    verdict = json.loads((served / "MANIFEST.json").read_text())["gate"]
+    said = f"pictures are {verdict['after']:.1f} dB from the unoptimised on 2 prompts"
+    assert f"the gate passes: {said}, --gate-psnr is 1" in done.stdout
+    assert pruning_of(tmp_path / "saved" / "unet").ratio == 0.3
+    assert not list(served.parent.glob(".building-*"))
+
+
 class SceneGate(Gate):
     """A gate whose models paint true scenes, but for as many pictures as each model spoils."""
 
