@@ -10,18 +10,20 @@ import re
 import sys
 from pathlib import Path
 
+from twinbrush.tensorrt import gpu
+
 TOOLS = ("numpy", "onnxruntime", "nvidia-pytriton", "tritonclient", "tokenizers", "pillow")
 
 
 def describe() -> dict[str, object]:
-    """Processor, memory, system and versions."""
+    """Processor, memory, GPU, system and versions."""
     model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "cpu": model[1] if model else platform.processor(),
         "cores": os.cpu_count(),
         "memory_gb": round(memory / 1e9),
-        "gpu": None,
+        "gpu": gpu(),
         "system": platform.platform(),
         "python": platform.python_version(),
         "tools": {name: importlib.metadata.version(name) for name in TOOLS},

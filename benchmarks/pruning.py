@@ -2,8 +2,8 @@
 
 Each ratio prunes the checkpoint anew; quality is counted on held-out prompts before and after
 recovery by distillation, the other models being those of the repository. Step times are
-medians of calls that take turns with the unpruned model in one run. Writes a plot beside the
-result file.
+medians of calls that take turns with the unpruned model in one run. The result file is written
+after every ratio, and with the step times at the end, when a plot goes beside it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from export.checkpoint import CheckpointError, open_checkpoint
 from export.convert import to_onnx
 from export.macs import native_rows
 from export.part import Part
-from export.prune import prune_checkpoint
+from export.prune import RatioError, prune_checkpoint
 from export.repository import SOURCE, load_parts
 from export.shapes import pruning_of
 from training.recover import recover
@@ -59,13 +59,28 @@ def main(
     ),
 ) -> None:
     """Curves of quality and speed against pruning ratio."""
+    points: list[dict[str, Any]] = []
+    unreachable: list[dict[str, Any]] = []
+
+    def save() -> None:
+        write_result(
+            out, "python -m benchmarks.pruning", checkpoint=checkpoint.name, model=model,
+            goals=GOALS, n=n, recovery={"steps": recovery, "batch": batch}, points=points,
+            unreachable=unreachable,
+        )  # fmt: skip
+
     try:
         shares = _check(checkpoint, repository, model, ratios)
         with tempfile.TemporaryDirectory() as scratch:
             bench = Bench(checkpoint, repository, model, Path(scratch), n)
-            points = [bench.unpruned()]
+            points.append(bench.unpruned())
+            save()
             for ratio in shares:
-                points.append(bench.pruned(ratio, runs, recovery, batch, bf16))
+                try:
+                    points.append(bench.pruned(ratio, runs, recovery, batch, bf16))
+                except RatioError as error:
+                    unreachable.append({"ratio": ratio, "reason": str(error)})
+                save()
             times = bench.step_times(turns)
     except (CheckpointError, ValueError) as error:
         sys.exit(f"error: {error}")
@@ -77,10 +92,7 @@ def main(
                           "all_correct": [_percent(p["pruned"]), _percent(p["recovered"])]}
         for p in points
     }  # fmt: skip
-    write_result(
-        out, "python -m benchmarks.pruning", checkpoint=checkpoint.name, model=model,
-        goals=GOALS, n=n, recovery={"steps": recovery, "batch": batch}, points=points,
-    )  # fmt: skip
+    save()
     plot(points, model, out.with_suffix(".png"))
     print(json.dumps(summary))
 
@@ -104,7 +116,7 @@ class Bench:
         file = self._export(self._part, "0")
         self._files.append(file)
         quality = self._quality(file)
-        return {"ratio": 0, "macs_removed": 0, "bytes": file.stat().st_size, "pruning": None,
+        return {"ratio": 0, "macs_removed": 0, "bytes": _size(file), "pruning": None,
                 "pruned": quality, "recovered": quality, "distillation_error": None}  # fmt: skip
 
     def pruned(
@@ -121,7 +133,7 @@ class Bench:
         point: dict[str, Any] = {
             "ratio": ratio,
             "macs_removed": round(100 * (1 - pruning.macs[1] / pruning.macs[0]), 1),
-            "bytes": file.stat().st_size,
+            "bytes": _size(file),
             "pruning": pruning.__dict__,
             "pruned": self._quality(file),
             "recovered": None,
@@ -216,6 +228,11 @@ def plot(points: list[dict[str, Any]], model: str, file: Path) -> None:
         axes.legend()
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
+
+
+def _size(file: Path) -> int:
+    """Bytes of an ONNX file and its external data."""
+    return sum(each.stat().st_size for each in file.parent.iterdir())
 
 
 def _percent(cell: Mapping[str, object] | None) -> object:

@@ -23,7 +23,7 @@ from export.gate import PROMPTS as GENERAL_PROMPTS
 from export.gate import SCENE_PROMPTS, Gate, GateError, Limits
 from export.precision import Precision
 from export.prune import parse_ratios, prune_checkpoint
-from export.repository import MODELS, SOURCE, ModelReport, RepositoryError, build
+from export.repository import MODELS, SOURCE, ModelReport, RepositoryError, build, check_machine
 from export.resources import ResourceError
 from export.shapes import pruning_of
 from export.tensorrt import TensorRTError, load_tensorrt
@@ -40,7 +40,10 @@ def main(
     ),
     bert: Annotated[
         str | None,
-        typer.Option(help="Folder or hub id of a text model, where the checkpoint has none."),
+        typer.Option(
+            help="Folder or hub id of a text model, where the checkpoint has none; with"
+            " --gate-against one that CHECKPOINT has is kept."
+        ),
     ] = None,
     revision: Annotated[
         str | None, typer.Option(help="Commit, tag or branch, where CHECKPOINT is a hub id.")
@@ -108,14 +111,15 @@ def main(
         trt = load_tensorrt() if tensorrt else None
         with ExitStack() as stack:
             status = stack.enter_context(console.status("opening the checkpoint"))
-            opened = original = open_checkpoint(checkpoint, bert, revision, bert_revision)
-            if gate_against is not None:
-                original = open_checkpoint(gate_against, bert, None, bert_revision)
+            # A pruned checkpoint has the text model that --bert gives to its original.
+            keep_bert = gate_against is not None
+            opened = open_checkpoint(checkpoint, bert, revision, bert_revision, keep_bert)
+            original = _original(opened, gate, gate_against, bert, bert_revision)
             if ratios:
+                check_machine(opened, repository, models, Precision(precision))
                 folder = save_pruned
                 if folder is None:
-                    scratch = stack.enter_context(tempfile.TemporaryDirectory())
-                    folder = Path(scratch) / "pruned"
+                    folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "pruned"
                 opened = prune_checkpoint(
                     opened, ratios, folder, lambda model: status.update(f"pruning {model}")
                 )
@@ -137,6 +141,8 @@ def main(
     if report is not None:
         report.write_text(json.dumps([asdict(line) for line in reports], indent=2) + "\n")
     console.print(_table(opened.name, reports))
+    if check is not None:
+        console.print(f"the gate passes: {check.verdict}", highlight=False, soft_wrap=True)
     console.print(f"{repository} serves {opened.name} now")
 
 
@@ -176,6 +182,23 @@ def _ratios(prune: str | None, models: list[str], save_pruned: Path | None) -> d
     if save_pruned is not None and not save_pruned.parent.is_dir():
         _stop(f"--save-pruned {save_pruned}: {save_pruned.parent} is no folder")
     return ratios
+
+
+def _original(
+    opened: Checkpoint, gate: bool, against: str | None, bert: str | None, bert_revision: str | None
+) -> Checkpoint:
+    """What the gate compares with: the checkpoint of --gate-against, or else the opened one.
+
+    Raises:
+        CheckpointError: it cannot be opened, or the opened one is pruned.
+    """
+    if against is not None:
+        return open_checkpoint(against, bert, None, bert_revision)
+    pruned = [name for name, part in SOURCE.items() if pruning_of(opened.folders[part])]
+    if gate and pruned:
+        text = f"{opened.name} has {', '.join(pruned)} pruned"
+        raise CheckpointError(f"--gate needs --gate-against, the unpruned checkpoint: {text}")
+    return opened
 
 
 def _optimised(

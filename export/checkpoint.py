@@ -92,6 +92,7 @@ def open_checkpoint(
     bert: str | Path | None = None,
     revision: str | None = None,
     bert_revision: str | None = None,
+    keep_bert: bool = False,
 ) -> Checkpoint:
     """Checks that a checkpoint has every part, each of a class that can be exported.
 
@@ -100,6 +101,7 @@ def open_checkpoint(
         bert: folder or hub id of a text model and its tokenizer, for `text_encoder_2` and
             `tokenizer_2`; without a fusion head of its own the checkpoint gets a new one.
         revision, bert_revision: commit, tag or branch, of hub ids.
+        keep_bert: takes `bert` only where the checkpoint has no text model of its own.
 
     Raises:
         CheckpointError: with the first thing that is wrong.
@@ -112,6 +114,8 @@ def open_checkpoint(
         for part in folders
         if isinstance(entry := index.get(part), list) and len(entry) == 2
     }
+    if keep_bert and classes.get("text_encoder_2"):
+        bert = None
     sources = {str(source): folder}
     if bert is not None:
         bert_folder = sources[str(bert)] = _fetch(bert, bert_revision, BERT_FILES)

@@ -103,6 +103,9 @@ class Gate:
         original: the checkpoint before it was optimised.
         optimised: models that differ from it.
         repository: where staged models will go; its configurations, and the models that stay.
+
+    Attributes:
+        verdict: on the last stage, None before there is one.
     """
 
     def __init__(
@@ -110,6 +113,7 @@ class Gate:
     ):
         self._original, self._optimised = original, list(optimised)
         self._repository, self._limits = repository, limits
+        self.verdict: Verdict | None = None
 
     def __call__(self, stage: Path) -> dict[str, Any]:
         """The verdict on what stands in `stage`, for the manifest.
@@ -119,11 +123,11 @@ class Gate:
         """
         files = {name: stage / name / "1" / "model.onnx" for name in MODELS}
         staged = {name: file for name, file in files.items() if file.exists()}
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory(dir=stage) as scratch:
             plain = staged | self._export_plain(Path(scratch))
             measure = self._measure(stage, plain)
             after = measure.score(self._paint(stage, staged, measure.prompts))
-            verdict = Verdict(
+            verdict = self.verdict = Verdict(
                 measure.name, measure.before, after, measure.allowed, len(measure.prompts), {}
             )
             if verdict.passed:

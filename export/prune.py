@@ -35,6 +35,10 @@ from export.shapes import (
 ROWS = 128  # of random inputs that importance is measured on
 
 
+class RatioError(CheckpointError):
+    """That share of a model cannot be removed; the message says why, or how much can."""
+
+
 def parse_ratios(text: str) -> dict[str, float]:
     """`unet=0.3,bert=0.25` as a mapping.
 
@@ -128,8 +132,8 @@ def prune_checkpoint(
     """Writes a checkpoint with pruned parts to `folder`, and opens it.
 
     Raises:
-        CheckpointError: the folder is there or cannot be written, or a model cannot be pruned
-            so, or is pruned.
+        RatioError: a model cannot be pruned so.
+        CheckpointError: the folder is there or cannot be written, or a model is pruned.
     """
     if folder.exists():
         raise CheckpointError(
@@ -144,7 +148,7 @@ def prune_checkpoint(
         try:
             done[name] = prune(parts[name], ratio)
         except ValueError as error:
-            raise CheckpointError(str(error)) from error
+            raise RatioError(str(error)) from error
     try:
         with tempfile.TemporaryDirectory(prefix=".pruning-", dir=folder.parent) as scratch:
             stage = Path(scratch) / folder.name

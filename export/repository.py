@@ -120,7 +120,7 @@ def build(
         if not (config := repository / name / "config.pbtxt").is_file():
             text = f"{config} is not there: copy it from this project's model_repository"
             raise RepositoryError(text)
-    _check_resources(checkpoint, repository, only, precision)
+    check_machine(checkpoint, repository, only, precision)
     parts = load_parts(checkpoint)
     kept = _kept(parts, repository, only)
     with staging(repository) as stage:
@@ -155,9 +155,14 @@ def build(
     return reports
 
 
-def _check_resources(
+def check_machine(
     checkpoint: Checkpoint, repository: Path, only: Sequence[str], precision: Precision
 ) -> None:
+    """Holds what `build` needs of memory and disk against what is free.
+
+    Raises:
+        ResourceError: there is not enough.
+    """
     folders = dict(zip(MODELS, (checkpoint.folders.get(part) for part in PARTS), strict=True))
     built = [folder for model in only if (folder := folders[model])]
     loaded = [folder for folder in folders.values() if folder]

@@ -9,9 +9,11 @@ import json
 import re
 import shutil
 from collections.abc import Iterable
+from fnmatch import fnmatch
 from math import prod
 from pathlib import Path
 
+from export.checkpoint import UNUSED_FILES
 from export.precision import Precision
 
 BASE_BYTES = 1.5e9  # the interpreter with torch, transformers and ONNX Runtime
@@ -54,10 +56,11 @@ def _needs(needed: float, free: float) -> str:
 
 
 def weight_count(folder: Path) -> int:
-    """Numbers in the safetensors of a folder."""
+    """Numbers in the safetensors of a folder, without the second copies among them."""
     return sum(
         prod(tensor["shape"])
         for file in folder.glob("*.safetensors")
+        if not any(fnmatch(file.name, pattern) for pattern in UNUSED_FILES)
         for name, tensor in _header(file).items()
         if name != "__metadata__"
     )
@@ -77,7 +80,9 @@ def free_memory() -> int:
     """Bytes that this process may still take, by the machine and by its control group."""
     available = re.search(r"MemAvailable:\s+(\d+) kB", MEMINFO.read_text())
     free = [int(available[1]) * 1024] if available else []
-    limit, used = (CGROUP / f"memory.{name}" for name in ("max", "current"))
+    limit, used, stat = (CGROUP / f"memory.{name}" for name in ("max", "current", "stat"))
     if limit.is_file() and (most := limit.read_text().strip()) != "max":
-        free.append(int(most) - int(used.read_text()))
+        # The page cache of files that nothing uses counts as used, and goes when it is asked to.
+        dropped = re.search(r"^inactive_file (\d+)$", stat.read_text(), re.MULTILINE)
+        free.append(int(most) - int(used.read_text()) + int(dropped[1] if dropped else 0))
     return min(free)

@@ -19,6 +19,7 @@ from benchmarks.quality import paint
 from checkpoints import TEXT_MODELS, stable_diffusion, text_model
 from export.checkpoint import CheckpointError, open_checkpoint
 from export.convert import parity_error, to_onnx
+from export.prune import prune_checkpoint
 from export.repository import MODELS, build, load_parts
 
 PROMPT, STEPS = "a red circle", 4
@@ -148,6 +149,20 @@ def test_a_manifest_that_cannot_be_read_keeps_nothing(tiny, repository, tmp_path
         CheckpointError, match=r"MANIFEST\.json cannot be read .* export everything"
     ):
         build(open_checkpoint(tiny), copy, only=["unet"])
+
+
+def test_a_pruned_text_model_is_kept_and_gated_against_the_one_of_bert(foreign, bert, tmp_path):
+    source, repository = foreign
+    pruned = tmp_path / "pruned"
+    prune_checkpoint(open_checkpoint(source, bert), {"bert": 0.2}, pruned)
+    served = shutil.copytree(repository, tmp_path / "model_repository")
+    done = export_command(
+        pruned, "--repository", served, "--only", "bert", "--bert", bert,
+        "--gate", "--gate-against", source, "--gate-prompts", "1",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.stdout
+    lines = json.loads((served / "MANIFEST.json").read_text())["models"]
+    assert [line["model"] for line in lines if line["pruning"]] == ["bert"]
 
 
 def test_a_checkpoint_without_bert_says_what_to_do(foreign):

@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from conftest import contents, skeleton
+from conftest import contents, export_command, skeleton
 
 from benchmarks.quality import tasks
 from export import pipeline
@@ -89,6 +89,28 @@ def test_a_first_export_needs_no_repository_before_it(
     gate = Gate(open_checkpoint(tiny), ["vqgan_decoder"], folder, Limits(psnr=PSNR, prompts=2))
     build(open_checkpoint(good), folder, check=gate)
     assert json.loads((folder / "MANIFEST.json").read_text())["gate"]["prompts"] == 2
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_pruned_checkpoint_is_not_its_own_measure(good, tmp_path, precision):
+    folder = skeleton(tmp_path / "model_repository")
+    done = export_command(good, "--repository", folder, "--precision", precision, "--gate")
+    assert done.exit_code == 1
+    assert "--gate needs --gate-against" in done.stdout
+    assert "good has vqgan_decoder pruned" in done.stdout
+
+
+def test_pruning_saving_and_gating_is_one_command(tiny, served, tmp_path):
+    done = export_command(
+        tiny, "--repository", served, "--only", "unet", "--prune", "unet=0.3",
+        "--save-pruned", tmp_path / "saved", "--gate", "--gate-psnr", "1", "--gate-prompts", "2",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.stdout
+    verdict = json.loads((served / "MANIFEST.json").read_text())["gate"]
+    said = f"pictures are {verdict['after']:.1f} dB from the unoptimised on 2 prompts"
+    assert f"the gate passes: {said}, --gate-psnr is 1" in done.stdout
+    assert pruning_of(tmp_path / "saved" / "unet").ratio == 0.3
+    assert not list(served.parent.glob(".building-*"))
 
 
 class SceneGate(Gate):

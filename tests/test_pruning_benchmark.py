@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,28 @@ def test_step_times_are_of_every_model_and_batch(tiny, repository, tmp_path):
     medians = bench.step_times(turns=3)
     assert [set(one) for one in medians] == [{1, 16}] * 2
     assert all(ms > 0 for one in medians for ms in one.values())
+
+
+def test_what_is_measured_is_kept_when_the_rest_fails(tiny, repository, tmp_path, monkeypatch):
+    out, cell = tmp_path / "x.json", {"percent": 90.0, "interval": [85.0, 93.0], "n": 1}
+    monkeypatch.setattr(Bench, "_quality", lambda bench, file: cell)
+    monkeypatch.setattr(Bench, "step_times", lambda bench, turns: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pruning.main(
+            tiny, repository, "bert", "0.99,0.2", recovery=0, batch=1, bf16=False,
+            runs=tmp_path, n=1, turns=1, out=out,
+        )  # fmt: skip
+    result = json.loads(out.read_text())
+    assert [point["ratio"] for point in result["points"]] == [0, 0.2]
+    (unreachable,) = result["unreachable"]
+    assert unreachable["ratio"] == 0.99
+    assert "at most" in unreachable["reason"]
+
+
+def test_bytes_are_those_of_external_data_too(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"12")
+    (tmp_path / "model.onnx.data").write_bytes(b"345")
+    assert pruning._size(tmp_path / "model.onnx") == 5
 
 
 def test_the_plot_is_drawn_with_and_without_recovery(tmp_path):

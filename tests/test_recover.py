@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -87,6 +88,18 @@ def test_inputs_of_a_step_never_change(teacher, copy, tmp_path):
         first, second = (one.inputs(model, 5) for one in taught)
         assert first.keys() == taught[0].parts[model].inputs.keys()
         assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_teacher_gets_the_text_model_that_its_export_got(teacher, copy, tmp_path):
+    without = Path(shutil.copytree(teacher, tmp_path / "without"))
+    bert = (without / "text_encoder_2").rename(tmp_path / "bert")
+    for file in (without / "tokenizer_2").iterdir():
+        file.rename(bert / file.name)
+    index = json.loads((without / "model_index.json").read_text())
+    del index["text_encoder_2"], index["tokenizer_2"]
+    (without / "model_index.json").write_text(json.dumps(index))
+    run = Run(copy, tmp_path / "runs", 1, 4)
+    assert recover(run, without, ["bert"], str(bert)).keys() == {"bert"}
 
 
 def test_a_checkpoint_that_is_whole_has_nothing_to_recover(teacher, tmp_path):

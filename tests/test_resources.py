@@ -10,6 +10,7 @@ import pytest
 from conftest import contents, export_command
 from safetensors.torch import load_file
 
+from export import resources
 from export.resources import free_memory, weight_count
 
 
@@ -30,6 +31,7 @@ def huge(tiny, tmp_path):
         ([], "not enough disk at {repository}: the export needs about 40000."),
         (["--precision", "fp16"], "not enough disk at {repository}: the export needs about 20000."),
         (["--only", "clip_text"], "not enough memory: the export needs about 4000"),
+        (["--prune", "clip_text=0.25"], "not enough disk at {beside}: the export needs"),
     ],
 )
 def test_a_machine_that_is_too_small_is_told_so_at_once(huge, repository, flags, message):
@@ -44,6 +46,25 @@ def test_a_machine_that_is_too_small_is_told_so_at_once(huge, repository, flags,
 def test_weights_are_counted_without_reading_them(tiny):
     (file,) = (tiny / "unet").glob("*.safetensors")
     assert weight_count(tiny / "unet") == sum(t.numel() for t in load_file(file).values())
+
+
+@pytest.mark.parametrize("variant", ["fp16", "non_ema"])
+def test_copies_of_the_weights_that_are_not_read_do_not_count(tiny, tmp_path, variant):
+    folder = shutil.copytree(tiny / "unet", tmp_path / "unet")
+    (file,) = folder.glob("*.safetensors")
+    shutil.copy(file, file.with_suffix(f".{variant}.safetensors"))
+    assert weight_count(folder) == weight_count(tiny / "unet")
+
+
+def test_files_that_the_system_can_drop_from_memory_are_free(tmp_path, monkeypatch):
+    for name, text in {
+        "memory.max": "9000\n",
+        "memory.current": "5000\n",
+        "memory.stat": "anon 1000\nfile 4000\ninactive_file 3000\nactive_file 1000\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(resources, "CGROUP", tmp_path)
+    assert free_memory() == 7000
 
 
 def test_free_memory_is_some_and_not_more_than_there_is():

@@ -111,9 +111,12 @@ class Teacher:
 
 
 def recover(
-    run: Run, teacher: Path, models: list[str] | None = None
+    run: Run, teacher: Path, models: list[str] | None = None, bert: str | None = None
 ) -> dict[str, tuple[float, float]]:
     """Trains the pruned models of the run's checkpoint, or those named, and writes them back.
+
+    Args:
+        bert: folder or hub id of the teacher's text model, as in the export that pruned it.
 
     Returns:
         the distillation error of each, before and after.
@@ -121,7 +124,7 @@ def recover(
     Raises:
         ValueError: a checkpoint cannot be opened, or a model is not pruned.
     """
-    opened, original = open_checkpoint(run.checkpoint), open_checkpoint(teacher)
+    opened, original = open_checkpoint(run.checkpoint), open_checkpoint(teacher, bert)
     models = _pruned(opened, original, models)
     parts = load_parts(opened)
     taught = Teacher(original, run.runs, run.batch, run.device)
@@ -170,6 +173,10 @@ def main(
     teacher: Annotated[Path, typer.Option(help="The unpruned checkpoint.")] = Path(
         "checkpoints/scenes-64"
     ),
+    bert: Annotated[
+        str | None,
+        typer.Option(help="Folder or hub id of the teacher's text model, where it has none."),
+    ] = None,
     models: Annotated[
         str | None, typer.Option(help="Models to recover, with commas; all that are pruned.")
     ] = None,
@@ -187,7 +194,7 @@ def main(
     names = [name.strip() for name in models.split(",")] if models else None
     try:
         run = Run(checkpoint, runs, steps, batch, pick_device(device), bf16)
-        errors = recover(run, teacher, names)
+        errors = recover(run, teacher, names, bert)
     except ValueError as error:
         sys.exit(f"error: {error}")
     for name, (before, after) in errors.items():

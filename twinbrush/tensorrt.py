@@ -34,7 +34,7 @@ class Target:
 
 
 def this_machine() -> Target:
-    return Target(library_version(ctypes.util.find_library("nvinfer")), _gpu())
+    return Target(library_version(ctypes.util.find_library("nvinfer")), gpu())
 
 
 def library_version(library: str | None) -> str | None:
@@ -49,7 +49,8 @@ def library_version(library: str | None) -> str | None:
     return ".".join(str(getattr(loaded, f"getInferLib{part}Version")()) for part in parts)
 
 
-def _gpu() -> str | None:
+def gpu() -> str | None:
+    """Name and compute capability of the first GPU, None where there is none."""
     query = ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
     try:
         listed = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30)
