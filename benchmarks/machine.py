@@ -12,7 +12,10 @@ from pathlib import Path
 
 from twinbrush.tensorrt import gpu
 
-TOOLS = ("numpy", "onnxruntime", "nvidia-pytriton", "tritonclient", "tokenizers", "pillow")
+TOOLS = (
+    "numpy", "torch", "diffusers", "transformers", "onnxruntime", "nvidia-pytriton",
+    "tritonclient", "tokenizers", "pillow",
+)  # fmt: skip
 
 
 def describe() -> dict[str, object]:
@@ -26,8 +29,15 @@ def describe() -> dict[str, object]:
         "gpu": gpu(),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "tools": {name: importlib.metadata.version(name) for name in TOOLS},
+        "tools": {name: _version(name) for name in TOOLS},
     }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def write_result(out: Path, command: str, **parts: object) -> None:
