@@ -206,6 +206,7 @@ def plot(points: list[dict[str, Any]], model: str, file: Path) -> None:
     """All-correct before and after recovery, and speed, against the MACs that were removed."""
     from matplotlib.figure import Figure
 
+    points = sorted(points, key=lambda point: point["ratio"])
     removed = [point["macs_removed"] for point in points]
     figure = Figure(figsize=(10, 4), layout="constrained")
     quality, speed = figure.subplots(1, 2)
@@ -220,7 +221,7 @@ def plot(points: list[dict[str, Any]], model: str, file: Path) -> None:
         speed.plot(removed, y, marker="o", label=f"batch {rows}")
     ideal = [1 / (1 - x / 100) for x in removed]
     speed.plot(removed, ideal, linestyle=":", color="gray", label="as MACs fall")
-    quality.set(ylabel="pictures all correct, %", ylim=(0, 100))
+    quality.set(ylabel="pictures all correct, %", ylim=(0, None))
     speed.set(ylabel="steps a second, over unpruned")
     for axes in (quality, speed):
         axes.set(xlabel=f"MACs removed from {model}, %")
