@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -12,8 +13,11 @@ from export.part import Part
 
 def count_macs(part: Part) -> int:
     """MACs of matrix products and convolutions, attention's own among them."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        part.module(**native_rows(part, 1))  # the plain kernel, whose products are counted
+    shapes = FakeTensorMode(allow_non_fake_inputs=True)  # nothing is computed, nothing held
+    rows = {name: shapes.from_tensor(tensor) for name, tensor in native_rows(part, 1).items()}
+    counter, plain = FlopCounterMode(display=False), sdpa_kernel(SDPBackend.MATH)
+    with torch.no_grad(), shapes, counter, plain:
+        part.module(**rows)  # by the plain kernel, whose products are counted
     return counter.get_total_flops() // 2
 
 
