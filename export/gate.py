@@ -123,7 +123,7 @@ class Gate:
         """
         files = {name: stage / name / "1" / "model.onnx" for name in MODELS}
         staged = {name: file for name, file in files.items() if file.exists()}
-        with tempfile.TemporaryDirectory(dir=stage) as scratch:
+        with tempfile.TemporaryDirectory(dir=stage.parent) as scratch:
             plain = staged | self._export_plain(Path(scratch))
             measure = self._measure(stage, plain)
             after = measure.score(self._paint(stage, staged, measure.prompts))

@@ -31,7 +31,7 @@ def huge(tiny, tmp_path):
         ([], "not enough disk at {repository}: the export needs about 40000."),
         (["--precision", "fp16"], "not enough disk at {repository}: the export needs about 20000."),
         (["--only", "clip_text"], "not enough memory: the export needs about 4000"),
-        (["--prune", "clip_text=0.25"], "not enough disk at {beside}: the export needs"),
+        (["--prune", "clip_text=0.25"], "not enough disk at {repository}: the export needs"),
     ],
 )
 def test_a_machine_that_is_too_small_is_told_so_at_once(huge, repository, flags, message):
