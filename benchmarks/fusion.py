@@ -86,8 +86,8 @@ def main(
     except data.BadInput as error:
         sys.exit(f"error: {error}")
     results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
+    batches = Batches(checkpoint, runs, batch, run.device)
     for seed in range(seeds):
-        batches = Batches(checkpoint, runs, batch, run.device, seed)
         for arm in ARMS:
             encoders = Arm(checkpoint, arm, run.device)
             torch.manual_seed(seed)

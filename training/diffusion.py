@@ -32,7 +32,7 @@ from export.fusion_head import FusionHead
 from export.preview import fit_preview
 from training import data
 from training.cli import stage_cli
-from training.run import Run
+from training.run import Run, digest
 from training.sampling import ReadsText, Sampler
 from training.scenes import Scene, describe
 
@@ -44,7 +44,7 @@ BERT_LAYERS = (2, 4)
 CAPTION_DROP = 0.1
 LEARNING_RATE, EMA_DECAY = 8e-4, 0.999
 TIMESTEP_MEAN = 1.0  # logit: half lie above 731, where captions matter and layout is decided
-SEED_STRIDE = 100_000_000  # between the draws of runs with different seeds
+SEED_STRIDE = 100_000_000  # steps between what runs with different seeds draw
 DEFAULTS = {"steps": 12, "guidance_scale": 3.0}  # of requests that name none
 
 
@@ -101,9 +101,8 @@ class Encoders:
 def latents(checkpoint: Path, runs: Path, truth: list[Scene], device: torch.device) -> Tensor:
     """Scaled latents of scenes (N, C, h, w), encoded once for each VQGAN and kept in `runs`."""
     vae = VQModel.from_pretrained(checkpoint / "vae").eval().to(device)
-    weights = (checkpoint / "vae" / SAFETENSORS_WEIGHTS_NAME).read_bytes()
-    digest = hashlib.sha256(weights + repr(truth).encode()).hexdigest()[:12]
-    path = runs / f"latents-{digest}.npy"
+    made_from = digest([checkpoint / "vae"]) + repr(truth)
+    path = runs / f"latents-{hashlib.sha256(made_from.encode()).hexdigest()[:12]}.npy"
     if path.exists():
         return torch.from_numpy(np.load(path)).to(device)
     parts = []
@@ -111,10 +110,10 @@ def latents(checkpoint: Path, runs: Path, truth: list[Scene], device: torch.devi
         pictures = data.pictures(truth[start : start + 100]).to(device)
         parts.append(vae.encode(pictures).latents * vae.config.scaling_factor)
     runs.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part.npy")
-    np.save(part, torch.cat(parts).cpu().numpy())
+    encoded, part = torch.cat(parts), path.with_suffix(".part.npy")
+    np.save(part, encoded.cpu().numpy())
     os.replace(part, path)
-    return torch.cat(parts)
+    return encoded
 
 
 class Batches:
@@ -122,15 +121,8 @@ class Batches:
 
     position = None
 
-    def __init__(
-        self,
-        checkpoint: Path,
-        runs: Path,
-        batch: int,
-        device: torch.device = data.CPU,
-        seed: int = 0,
-    ):
-        self.batch, self._seed = batch, 60_000_000 + SEED_STRIDE * seed
+    def __init__(self, checkpoint: Path, runs: Path, batch: int, device: torch.device = data.CPU):
+        self.batch = batch
         seeds = range(50_000_000, 50_000_000 + SCENES // 100)
         self._truth = [scene for seed in seeds for scene in data.scenes(seed, 100)[0]]
         self._latents = latents(checkpoint, runs, self._truth, device)
@@ -140,7 +132,7 @@ class Batches:
 
     def at(self, step: int) -> tuple[Tensor, list[str], np.random.Generator]:
         """Clean latents (B, C, h, w), their captions, and a generator for what else is drawn."""
-        rng = np.random.default_rng(self._seed + step)
+        rng = np.random.default_rng(60_000_000 + step)
         chosen = rng.integers(SCENES, size=self.batch)
         return self._latents[chosen], [describe(self._truth[i], rng) for i in chosen], rng
 
@@ -205,9 +197,10 @@ def velocity_loss(
     alphas_cumprod = scheduler().alphas_cumprod.to(device)
 
     def loss_at(step: int) -> dict[str, Tensor]:
-        x0, texts, rng = batches.at(step)
+        drawn = SEED_STRIDE * seed + step
+        x0, texts, rng = batches.at(drawn)
         texts = ["" if rng.random() < CAPTION_DROP else text for text in texts]
-        draw = torch.Generator().manual_seed(SEED_STRIDE * seed + step)
+        draw = torch.Generator().manual_seed(drawn)
         noise = torch.randn(x0.shape, generator=draw).to(device)
         logit = TIMESTEP_MEAN + torch.randn(len(x0), generator=draw)
         t = (1000 * logit.sigmoid()).long().to(device)

@@ -69,10 +69,11 @@ def train(run: Run) -> None:
     batches = latent_batches(run)
     device, encoders = run.device, Encoders(run.checkpoint, run.device)
     fusion = FusionHead.from_pretrained(run.checkpoint / "fusion").eval().to(device)
-    teacher = UNet2DConditionModel.from_pretrained(teacher_of(run.checkpoint) / "unet").eval()
+    taught_by = teacher_of(run.checkpoint)
+    teacher = UNet2DConditionModel.from_pretrained(taught_by / "unet").eval()
     teacher.float().to(device)
     student = new_student(teacher).to(device)
-    reads = [teacher_of(run.checkpoint) / part for part in (*FROZEN, "fusion", "unet")]
+    reads = [taught_by / part for part in (*FROZEN, "fusion", "unet")]
     trainer = run.trainer(student, "distill", 3e-4, 0.98, reads)
     alphas_cumprod = lcm_scheduler().alphas_cumprod.to(device)
     sampler = Sampler(run.checkpoint, encoders, run.source, device)

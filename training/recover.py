@@ -8,7 +8,6 @@ noisy latents at random timesteps, the decoder latents of pictures. `python -m e
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 import sys
@@ -32,7 +31,7 @@ from training import data
 from training.cli import pick_device
 from training.diffusion import CAPTION_DROP, Batches, noised
 from training.distill import GUIDANCE
-from training.run import Run
+from training.run import Run, digest
 from twinbrush.samplers import guidance_embedding
 
 LEARNING_RATE, EMA_DECAY = 3e-4, 0.99
@@ -140,20 +139,15 @@ def recover(
             return {"loss": taught.error(part, taught.inputs(part.name, step))}
 
         place = opened.folders[SOURCE[name]]
-        folder = f"recover-{name}-{_digest(place)}"
-        trainer = run.trainer(part.module, folder, LEARNING_RATE, EMA_DECAY)
+        # Named by the weights that it starts from: never goes on from another's save.
+        folder = f"recover-{name}-{digest([place])[:12]}"
+        reads = [original.folders[SOURCE[name]]]
+        trainer = run.trainer(part.module, folder, LEARNING_RATE, EMA_DECAY, reads)
         learnt = replace(part, module=trainer.run(loss_at))
         with torch.no_grad():
             errors[name] = (before, taught.error(learnt, held_out).item())
         save_part(opened, learnt, pruning_of(place), place)
     return errors
-
-
-def _digest(folder: Path) -> str:
-    """Names the weights that a run starts from, so that it never goes on from another's save."""
-    (file,) = folder.glob("*.safetensors")
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()[:12]
 
 
 def _pruned(opened: Checkpoint, original: Checkpoint, models: list[str] | None) -> list[str]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from training import data
 from training.loop import Trainer
+from twinbrush.manifest import sha256_of
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,5 @@ class Run:
 
 def digest(folders: Sequence[Path]) -> str:
     """Of the weights in folders; another where any is another."""
-    weights = hashlib.sha256()
-    for file in (file for folder in folders for file in sorted(folder.glob("*.safetensors"))):
-        weights.update(file.read_bytes())
-    return weights.hexdigest()
+    files = (file for folder in folders for file in sorted(folder.glob("*.safetensors")))
+    return hashlib.sha256("".join(map(sha256_of, files)).encode()).hexdigest()

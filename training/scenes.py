@@ -170,10 +170,8 @@ def _apart(items: Sequence[Item]) -> bool:
     )
 
 
-_GRID_Y, _GRID_X = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32) + 0.5
-
-
 WHOLE = np.s_[:, :]
+_GRID_Y, _GRID_X = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32) + 0.5
 
 
 def _signed_distance(item: Item, window: tuple[slice, slice]) -> np.ndarray:

@@ -160,7 +160,7 @@ def sharpen(vae: VQModel, weights: Weights, run: Run) -> VQModel:
     def samples(averaged: Sharpening) -> Image.Image:
         return compared(shown, averaged.decoder(codes_of(shown)))
 
-    reads = [run.checkpoint / "image_encoder"]
+    reads = [run.checkpoint / part for part in ("image_encoder", "vae")]
     trained = run.trainer(stage, "vqgan", 5e-4, 0.995, reads).run(loss_at, batches, samples)
     vae.post_quant_conv, vae.decoder = trained.decoder
     return vae
