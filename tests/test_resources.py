@@ -34,7 +34,10 @@ def huge(tiny, tmp_path):
         (["--prune", "clip_text=0.25"], "not enough disk at {repository}: the export needs"),
     ],
 )
-def test_a_machine_that_is_too_small_is_told_so_at_once(huge, repository, flags, message):
+def test_a_machine_that_is_too_small_is_told_so_at_once(
+    huge, repository, flags, message, monkeypatch
+):
+    monkeypatch.setattr("export.__main__.prune_checkpoint", lambda *_: pytest.fail("it pruned"))
     before = contents(repository)
     done = export_command(huge, "--repository", repository, *flags)
     assert done.exit_code == 1

@@ -132,6 +132,16 @@ def test_revival_takes_the_codes_that_nothing_used(live):
     assert not use.any()
 
 
+def test_codes_that_move_are_not_averaged_with_where_they_were(tmp_path):
+    vqgan.autoencoder(Run(tmp_path, tmp_path, steps=4, batch=4))  # its codes move at the third
+    saved = load_file(tmp_path / "autoencoder" / "state.safetensors")
+    codes, averaged = (
+        saved[f"{kind}model.quantize.embedding.weight"] for kind in ("module.", "ema.module.")
+    )
+    assert codes.std() > 0.01
+    torch.testing.assert_close(averaged, codes, rtol=0, atol=0.01)
+
+
 def test_all_stages_make_a_checkpoint_that_export_takes(tmp_path, monkeypatch):
     monkeypatch.setattr(diffusion, "SCENES", 100)
     checkpoint, runs = tmp_path / "checkpoint", tmp_path / "runs"
