@@ -69,8 +69,11 @@ def test_bytes_are_those_of_external_data_too(tmp_path):
 def test_the_plot_is_drawn_with_and_without_recovery(tmp_path):
     cell = {"percent": 90.0, "interval": [85.0, 93.0], "n": 100}
     points = [
-        {"macs_removed": removed, "speedup": {1: 1.0, 16: 1.1}, "pruned": cell, "recovered": after}
-        for removed, after in ((0, cell), (30, None))
-    ]
+        {
+            "ratio": removed / 100, "macs_removed": removed, "speedup": {1: 1.0, 16: 1.1},
+            "pruned": cell, "recovered": after,
+        }
+        for removed, after in ((30, None), (0, cell))
+    ]  # fmt: skip
     plot(points, "unet", tmp_path / "x.png")
     assert Image.open(tmp_path / "x.png").size == (1200, 480)
