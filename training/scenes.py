@@ -8,6 +8,7 @@ nothing of models.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -105,7 +106,7 @@ def sample_scene(
     """
     count = count or int(rng.choice((1, 2, 3), p=(0.4, 0.4, 0.2)))
     while True:
-        scene = Scene(tuple(_place(rng, count)), str(rng.choice(list(BACKGROUNDS))))
+        scene = Scene(tuple(_place(rng, count)), _pick(rng, *BACKGROUNDS))
         if _sound(scene) and scene.held_out == held_out:
             return scene
 
@@ -116,9 +117,9 @@ def near_misses(scene: Scene, rng: np.random.Generator) -> list[Scene]:
     An object of another shape, one of another colour, and, of several objects, two that traded
     colours or two that traded places. None is held out.
     """
-    changes = ["shape", "colour", str(rng.choice(("trade colours", "trade places")))]
+    changes = ["shape", "colour", _pick(rng, "trade colours", "trade places")]
     if len(scene.items) == 1:
-        changes[2] = str(rng.choice(("shape", "colour")))
+        changes[2] = _pick(rng, "shape", "colour")
     return [_changed(scene, change, rng) for change in changes]
 
 
@@ -131,9 +132,9 @@ def _changed(scene: Scene, change: str, rng: np.random.Generator) -> Scene:
         a, b = items[i], items[j]
         match change:
             case "shape":
-                items[i] = replace(a, shape=str(rng.choice(SHAPES)))
+                items[i] = replace(a, shape=_pick(rng, *SHAPES))
             case "colour":
-                items[i] = replace(a, colour=str(rng.choice(list(COLOURS))))
+                items[i] = replace(a, colour=_pick(rng, *COLOURS))
             case "trade colours":
                 items[i], items[j] = replace(a, colour=b.colour), replace(b, colour=a.colour)
             case "trade places":
@@ -155,17 +156,17 @@ def _place(rng: np.random.Generator, count: int) -> list[Item]:
     while True:
         items: list[Item] = []
         for _ in range(count):
-            size = str(rng.choice(list(SIZES)))
+            size = _pick(rng, *SIZES)
             reach = SIZES[size] + 2
-            x, y = rng.uniform(reach, SIDE - reach, 2)
-            items.append(Item(str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS))), size, x, y))
+            x, y = rng.uniform(reach, SIDE - reach, 2).tolist()
+            items.append(Item(_pick(rng, *SHAPES), _pick(rng, *COLOURS), size, x, y))
         if _apart(items):
             return items
 
 
 def _apart(items: Sequence[Item]) -> bool:
     return all(
-        np.hypot(a.x - b.x, a.y - b.y) > a.radius + b.radius + 3
+        math.hypot(a.x - b.x, a.y - b.y) > a.radius + b.radius + 3
         for a, b in itertools.combinations(items, 2)
     )
 
