@@ -1,9 +1,9 @@
 """`python -m benchmarks.quality`: paints held-out prompts, reads the pictures back, and counts.
 
-Every prompt asks for at least one combination of shape, colour and size that training never
-showed; with `--seen`, for none. Pictures come from the serving engine, in this process. First
-the reader reads true pictures of the same scenes: what it scores there is the most that any
-model can reach.
+Every prompt is of a scene with a combination of shape, colour and size that training never
+showed (one name in five leaves the size out); with `--seen`, without. Pictures come from the
+serving engine, in this process. First the reader reads true pictures of the same scenes: what
+it scores there is the most that any model can reach.
 """
 
 from __future__ import annotations
@@ -199,10 +199,8 @@ def table_of(all_tasks: list[Task], scores: list[Score]) -> dict[str, dict[str, 
     }
 
 
-def measure(
-    engine: Engine, all_tasks: list[Task], **fields: str | float
-) -> dict[str, dict[str, Any]]:
-    """Paints the prompts, reads the pictures, and counts: the table of `table_of`.
+def measure(engine: Engine, all_tasks: list[Task], **fields: str | float) -> list[Score]:
+    """Paints the prompts, reads the pictures, and scores them.
 
     `fields` are request fields that are not the checkpoint's defaults.
     """
@@ -211,8 +209,7 @@ def measure(
         for name, value in fields.items()
     }
     pictures = paint(engine, [task.prompt for task in all_tasks], **wire)
-    scores = [score(task, read(p)) for task, p in zip(all_tasks, pictures, strict=True)]
-    return table_of(all_tasks, scores)
+    return [score(task, read(p)) for task, p in zip(all_tasks, pictures, strict=True)]
 
 
 def reader_accuracy(all_tasks: list[Task]) -> float:
@@ -246,7 +243,7 @@ def main(
     if guidance >= 0:
         given["guidance_scale"] = guidance
     with local_engine(repository, LocalModels(repository)) as engine:
-        table = measure(engine, all_tasks, **given)
+        table = table_of(all_tasks, measure(engine, all_tasks, **given))
         request = asdict(engine.config.defaults) | given
         checkpoint = engine.config.checkpoint
     summary: dict[str, object] = {"reader_accuracy": ceiling}
