@@ -2,14 +2,14 @@
 
 Decoders of one encoder are trained anew, from the same weights, on the same pictures, for the
 same steps: with reconstruction alone, with each term, and with both. Held-out scenes are then
-decoded by all. Writes a sheet of them, side by side, beside the result file.
+decoded by all. Writes a plot and a sheet of pictures, side by side, beside the result file; each
+training goes on from its last save.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -46,13 +46,14 @@ def main(
     checkpoint: Annotated[Path, typer.Option(help="Whose encoder and vision tower are used.")] = (
         Path("checkpoints/scenes-64")
     ),
+    runs: Annotated[Path, typer.Option(help="Folder of saves.")] = Path("runs/losses"),
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each decoder.")] = 1500,
     batch: Annotated[int, typer.Option(min=1, help="Scenes a step.")] = 32,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     bf16: Annotated[bool, typer.Option(help="bfloat16 products in training.")] = False,
     n: Annotated[int, typer.Option(min=1, help="Held-out scenes.")] = 600,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 takes all.")] = 0,
-    out: Annotated[Path, typer.Option(help="Result file; the sheet goes beside it.")] = Path(
+    out: Annotated[Path, typer.Option(help="Result file; pictures go beside it.")] = Path(
         "benchmarks/results/losses.json"
     ),
 ) -> None:
@@ -60,25 +61,25 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     try:
-        run = Run(checkpoint, Path(), steps, batch, pick_device(device), bf16, save_every=steps)
+        run = Run(checkpoint, runs, steps, batch, pick_device(device), bf16)
     except data.BadInput as error:
         sys.exit(f"error: {error}")
     all_tasks = tasks(n)
     true = data.pictures([task.scene for task in all_tasks])
     painted: dict[str, Tensor] = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        for name, weights in VARIANTS.items():
-            console.print(f"training a decoder: {name}")
-            alone = replace(run, runs=Path(scratch, name))
-            trained = sharpen(_untrained(checkpoint), weights, alone).cpu()
-            painted[name] = _decoded(trained, true)
+    for name, weights in VARIANTS.items():
+        console.print(f"training a decoder: {name}")
+        alone = replace(run, runs=runs / name)
+        trained = sharpen(_untrained(checkpoint), weights, alone).cpu()
+        painted[name] = _decoded(trained, true)
     results = {name: _measures(y, true, all_tasks) for name, y in painted.items()}
     write_result(
         out, "python -m benchmarks.losses", checkpoint=checkpoint.name, steps=steps, batch=batch,
         n=n, weights={name: asdict(weights) for name, weights in VARIANTS.items()},
         results=results,
     )  # fmt: skip
-    sheet({"true": true, **painted}, out.with_suffix(".png"))
+    plot(results, out.with_suffix(".png"))
+    sheet({"true": true, **painted}, out.with_name(f"{out.stem}_pictures.png"))
     print(json.dumps(results))
 
 
@@ -127,6 +128,27 @@ def edge_sharpness(y: Tensor, x: Tensor) -> float:
         steep += float((shown * true.sign())[edge].sum())
         total += float(true.abs()[edge].sum())
     return steep / total
+
+
+def plot(results: dict[str, dict[str, Any]], file: Path) -> None:
+    """A panel for each measure, a bar in it for each variant."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    panels = {"psnr": "PSNR, dB", "ssim": "SSIM", "edge_sharpness": "edge sharpness, 1 is true"}
+    *axes, last = figure.subplots(1, 1 + len(panels))
+    for one, (measure, label) in zip(axes, panels.items(), strict=True):
+        bars = one.bar(list(results), [found[measure] for found in results.values()])
+        one.bar_label(bars, padding=2)
+        one.set_ylabel(label)
+    percent = np.array([found["read_right"]["percent"] for found in results.values()])
+    low, high = np.array([found["read_right"]["interval"] for found in results.values()]).T
+    last.bar(list(results), percent, yerr=(percent - low, high - percent), capsize=3)
+    last.set_ylabel("read right, %")
+    for one in figure.axes:
+        one.tick_params("x", rotation=30)
+        one.margins(y=0.15)
+    figure.savefig(file, dpi=120)
 
 
 def sheet(rows: dict[str, Tensor], file: Path) -> None:

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 from rich.console import Console
 
 from benchmarks.local_engine import local_engine
 from benchmarks.machine import write_result
-from benchmarks.quality import NAMES, measure, tasks
-from export.checkpoint import open_checkpoint
+from benchmarks.quality import NAMES, Score, Task, measure, table_of, tasks
+from export.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from export.repository import build
 from twinbrush.onnx_runtime import LocalModels
 
@@ -39,20 +41,30 @@ def main(
     repository: Annotated[Path, typer.Option(help="Whose configurations are used.")] = Path(
         "model_repository"
     ),
-    n: Annotated[int, typer.Option(min=3, help="Held-out prompts.")] = 600,
+    n: Annotated[int, typer.Option(min=3, help="Held-out prompts.")] = 1000,
     out: Annotated[Path, typer.Option(help="Result file; the plot goes beside it.")] = Path(
         "benchmarks/results/steps.json"
     ),
 ) -> None:
     """Measures quality at 1 to 25 steps."""
-    curves = _curves(student, ("lcm",), repository, n)
-    curves |= _curves(teacher, TEACHER_SAMPLERS, repository, n)
-    distilled = _percent(curves[f"{student.name} lcm"][4])
-    taught = {s: _percent(curves[f"{teacher.name} {s}"][25]) for s in TEACHER_SAMPLERS}
+    try:
+        distilled, plain = _opened("student", student, True), _opened("teacher", teacher, False)
+    except CheckpointError as error:
+        sys.exit(f"error: {error}")
+    all_tasks = tasks(n)
+    learnt = _scores(distilled, ("lcm",), repository, all_tasks)["lcm"]
+    taught = _scores(plain, TEACHER_SAMPLERS, repository, all_tasks)
+    labelled = {f"{distilled.name} lcm": learnt}
+    labelled |= {f"{plain.name} {sampler}": scores for sampler, scores in taught.items()}
+    curves = {
+        label: {steps: _right(all_tasks, scores) for steps, scores in by_steps.items()}
+        for label, by_steps in labelled.items()
+    }
     summary = {
-        "distilled_4": distilled,
-        "teacher_25": taught,
-        "points_lost": round(max(taught.values()) - distilled, 1),
+        "all_correct_4": curves[f"{distilled.name} lcm"][4]["all"]["percent"],
+        "points_lost": {
+            sampler: points_lost(scores[25], learnt[4]) for sampler, scores in taught.items()
+        },
         "n": n,
     }
     write_result(
@@ -62,27 +74,53 @@ def main(
     print(json.dumps(summary))
 
 
-def _curves(
-    checkpoint: Path, samplers: tuple[str, ...], repository: Path, n: int
-) -> dict[str, dict[int, dict[str, Any]]]:
-    """All-correct by number of objects, of each sampler at each step count."""
-    curves: dict[str, dict[int, dict[str, Any]]] = {}
+def _opened(option: str, folder: Path, distilled: bool) -> Checkpoint:
+    """The checkpoint of an option.
+
+    Raises:
+        CheckpointError: it cannot be exported, or is not of the kind that the option takes.
+    """
+    opened = open_checkpoint(folder)
+    if (opened.config("unet").get("time_cond_proj_dim") is not None) != distilled:
+        kind = "not distilled" if distilled else "distilled"
+        raise CheckpointError(f"--{option}: the UNet of {folder} is {kind}")
+    return opened
+
+
+def _scores(
+    checkpoint: Checkpoint, samplers: tuple[str, ...], repository: Path, all_tasks: list[Task]
+) -> dict[str, dict[int, list[Score]]]:
+    """Of every task, by sampler and step count."""
+    found: dict[str, dict[int, list[Score]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         served = Path(scratch) / "repository"
         shutil.copytree(repository, served, ignore=shutil.ignore_patterns("*.onnx", "*.data"))
-        build(open_checkpoint(checkpoint), served)
+        build(checkpoint, served)
         with local_engine(served, LocalModels(served)) as engine:
             for sampler in samplers:
                 console.print(f"{checkpoint.name}, {sampler}")
-                curve = curves[f"{checkpoint.name} {sampler}"] = {}
-                for steps in STEPS:
-                    table = measure(engine, tasks(n), steps=steps, sampler=sampler)
-                    curve[steps] = {name: row["all_correct"] for name, row in table.items()}
-    return curves
+                found[sampler] = {
+                    steps: measure(engine, all_tasks, steps=steps, sampler=sampler)
+                    for steps in STEPS
+                }
+    return found
 
 
-def _percent(row: dict[str, Any]) -> float:
-    return row["all"]["percent"]
+def _right(all_tasks: list[Task], scores: list[Score]) -> dict[str, Any]:
+    """All-correct by number of objects."""
+    return {name: row["all_correct"] for name, row in table_of(all_tasks, scores).items()}
+
+
+def points_lost(before: list[Score], after: list[Score]) -> dict[str, Any]:
+    """All-correct points lost on the same prompts and seeds, with a paired 95% interval."""
+    lost = 100.0 * np.array(
+        [a.all_correct - b.all_correct for a, b in zip(before, after, strict=True)]
+    )
+    mean, reach = lost.mean(), 1.96 * lost.std() / len(lost) ** 0.5
+    return {
+        "points": round(float(mean), 1),
+        "interval": [round(float(mean - reach), 1), round(float(mean + reach), 1)],
+    }
 
 
 def plot(curves: dict[str, dict[int, dict[str, Any]]], file: Path) -> None:

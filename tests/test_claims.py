@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
-from benchmarks import fusion, quality, steps
+from benchmarks import fusion, losses, quality, steps
 from benchmarks.reader import read
 from checkpoints import tiny_checkpoint
 from training import diffusion
@@ -33,6 +34,23 @@ def test_every_arm_of_fusion_is_trained_and_measured(tmp_path, monkeypatch, caps
     assert Image.open(out.with_suffix(".png")).size[0] > 500
 
 
+def test_every_decoder_of_losses_is_trained_and_measured(tmp_path, capsys):
+    out = tmp_path / "losses.json"
+    given = {"steps": 2, "batch": 4, "device": "cpu", "bf16": False, "n": 6, "threads": 1}
+    losses.main(CHECKPOINT, tmp_path / "runs", **given, out=out)
+    results = json.loads(out.read_text())["results"]
+    assert list(results) == list(losses.VARIANTS)
+    assert len({found["psnr"] for found in results.values()}) > 1
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == results
+    for name in ("losses.png", "losses_pictures.png"):
+        assert Image.open(tmp_path / name).size[0] > 1000
+    saved = tmp_path / "runs" / "both" / "vqgan" / "state.safetensors"
+    before = saved.stat().st_mtime_ns
+    losses.main(CHECKPOINT, tmp_path / "runs", **given, out=out)
+    assert saved.stat().st_mtime_ns == before  # it went on from its last save, the end
+    assert json.loads(out.read_text())["results"] == results
+
+
 def test_steps_are_measured_of_student_and_teacher(repository, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quality, "read", lambda picture: read(np.tile(picture, (2, 2, 1))))
     student = tiny_checkpoint(tmp_path / "tiny", timestep_cond=16)
@@ -47,3 +65,20 @@ def test_steps_are_measured_of_student_and_teacher(repository, tmp_path, monkeyp
         assert list(curve) == [str(count) for count in steps.STEPS]
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result["summary"]
     assert Image.open(out.with_suffix(".png")).size[0] > 1000
+
+
+def test_a_student_that_was_not_distilled_is_refused_before_anything_is_painted(tiny, tmp_path):
+    with pytest.raises(SystemExit, match=r"--student: the UNet of .*tiny is not distilled"):
+        steps.main(tiny, tiny, Path(), n=3, out=tmp_path / "steps.json")
+
+
+def test_points_lost_are_paired():
+    def score(right):
+        return quality.Score(right, True, True, True, None, None, None, None)
+
+    same = [score(i % 2 == 0) for i in range(100)]
+    assert steps.points_lost(same, same) == {"points": 0, "interval": [0, 0]}
+    worse = [score(False), *same[1:]]
+    found = steps.points_lost(same, worse)
+    assert found["points"] == 1
+    assert found["interval"][0] < 1 < found["interval"][1] < 4

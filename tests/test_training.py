@@ -59,6 +59,18 @@ def test_a_caption_names_every_object_and_a_true_relation(seed):
         assert middle_item(scene) is not None
 
 
+def test_the_random_start_leaves_the_average_soon(tmp_path):
+    module = torch.nn.Linear(1, 1, bias=False)
+    average = Trainer(module, tmp_path, 200, 0.1, ema_decay=0.9).ema
+    for weight in (100.0, *[0.0] * 100):
+        module.weight.data.fill_(weight)
+        average.update_parameters(module)
+    assert 0 < average.module.weight.item() < 1e-6
+    module.weight.data.fill_(1.0)
+    average.update_parameters(module)
+    assert average.module.weight.item() == pytest.approx(0.1, abs=1e-3)
+
+
 @given(seeds)
 @settings(max_examples=200, deadline=None)
 def test_near_misses_are_other_scenes_of_the_training_world(seed):

@@ -71,7 +71,7 @@ def test_a_command_with_a_bad_device_says_so_and_writes_nothing(tmp_path):
 def test_a_stage_that_starts_anew_refuses_init(tmp_path):
     ended = run_stage("bert", tmp_path, "--init", str(tmp_path))
     assert ended.returncode == 1
-    assert ended.stderr == "error: --init: only training.diffusion starts from a checkpoint\n"
+    assert ended.stderr == "error: --init: only training.vqgan and training.diffusion take one\n"
     assert not list(tmp_path.iterdir())
 
 

@@ -27,8 +27,9 @@ from twinbrush.samplers import guidance_embedding
 STEPS, BATCH = 2500, 64
 SOLVER_STEPS = 50  # of the DDIM solver whose steps the student joins up
 GUIDANCE = (1.0, 6.0)  # scales that the student learns
+EMA_DECAY = 0.95  # the paper's; truth travels from one solver step to the next through it
 EMBEDDING = 256  # width of the guidance embedding
-OWN_PARTS = ("unet", "scheduler")  # of the teacher and of the student
+OWN_PARTS = ("unet", "fusion", "scheduler")  # of the teacher and of the student
 DEFAULTS = {"steps": 4, "guidance_scale": 3.0}
 
 
@@ -74,7 +75,7 @@ def train(run: Run) -> None:
     teacher.float().to(device)
     student = new_student(teacher).to(device)
     reads = [taught_by / part for part in (*FROZEN, "fusion", "unet")]
-    trainer = run.trainer(student, "distill", 3e-4, 0.98, reads)
+    trainer = run.trainer(student, "distill", 3e-4, EMA_DECAY, reads)
     alphas_cumprod = lcm_scheduler().alphas_cumprod.to(device)
     sampler = Sampler(run.checkpoint, encoders, run.source, device)
     stride = len(alphas_cumprod) // SOLVER_STEPS

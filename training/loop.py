@@ -65,7 +65,7 @@ class Trainer:
         self.schedule = get_cosine_schedule_with_warmup(
             self.optimizer, min(100, steps // 10), steps
         )
-        self.ema = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
+        self.ema = AveragedModel(module, multi_avg_fn=_averaging(ema_decay))
         self.step = 0
         self._position: dict | None = None  # of the data, in the save that was loaded
         folder.mkdir(parents=True, exist_ok=True)
@@ -189,6 +189,16 @@ class Trainer:
             heading, *rows = path.read_text().splitlines(keepends=True)
             kept = (row for row in rows if int(row.split(",", 1)[0]) <= self.step)
             path.write_text(heading + "".join(kept))
+
+
+def _averaging(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
+    """An EMA that is shorter at first, so that the random start is not long in it."""
+
+    def update(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+        keep = min(decay, (1 + int(count)) / (10 + int(count)))
+        get_ema_multi_avg_fn(keep)(averaged, current, count)
+
+    return update
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -15,7 +15,10 @@ CAPTIONS_A_WORD = 4  # captions read for each word of the vocabulary
 def trained_tokenizer(
     kind: type[PreTrainedTokenizerBase], source: Source, seed: int, run: Path
 ) -> PreTrainedTokenizerBase:
-    """A tokenizer of a class for a source, kept in the run, which goes on with the same one."""
+    """A tokenizer of a class for a source, kept in the run, which goes on with the same one.
+
+    The library does not fix the order of its tokens: another run may number some differently.
+    """
     folder = run / "tokenizer"
     if not folder.exists():
         texts = source.corpus(seed, CAPTIONS_A_WORD * source.vocabulary)

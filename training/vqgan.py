@@ -5,12 +5,14 @@ latents; then the codebook starts from what the encoder says, and codes that not
 to where the error is largest. Pictures are learnt in opponent colours, where hue weighs more
 than in RGB; the change of colours is folded into the first and last convolution at the end.
 Then encoder and codebook stay as they are, so that latents keep their meaning, and the decoder
-learns from perceptual and adversarial losses too. Writes `vae/` after each part.
+learns from perceptual and adversarial losses too. Writes `vae/` after each part. With `--init`
+there is only that last part, from the VQGAN of a checkpoint.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -160,7 +162,7 @@ def sharpen(vae: VQModel, weights: Weights, run: Run) -> VQModel:
     def samples(averaged: Sharpening) -> Image.Image:
         return compared(shown, averaged.decoder(codes_of(shown)))
 
-    reads = [run.checkpoint / part for part in ("image_encoder", "vae")]
+    reads = [run.checkpoint / "image_encoder", (run.init or run.checkpoint) / "vae"]
     trained = run.trainer(stage, "vqgan", 5e-4, 0.995, reads).run(loss_at, batches, samples)
     vae.post_quant_conv, vae.decoder = trained.decoder
     return vae
@@ -215,12 +217,28 @@ def train(run: Run) -> None:
         raise data.BadInput(
             f"--checkpoint: {run.checkpoint} has no image_encoder/: train clip first"
         )
-    alone = int(DECODER * run.steps)
-    vae = autoencoder(replace(run, steps=run.steps - alone))
-    vae.save_pretrained(run.checkpoint / "vae")
+    if run.init:
+        vae, alone = _trained(run.init), run.steps
+    else:
+        alone = int(DECODER * run.steps)
+        vae = autoencoder(replace(run, steps=run.steps - alone))
+        vae.save_pretrained(run.checkpoint / "vae")
     sharpen(vae, Weights(), replace(run, steps=alone))
     vae.save_pretrained(run.checkpoint / "vae")
 
 
+def _trained(checkpoint: Path) -> VQModel:
+    """The VQGAN of a checkpoint.
+
+    Raises:
+        BadInput: it has none.
+    """
+    try:
+        return VQModel.from_pretrained(checkpoint / "vae", use_safetensors=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise data.BadInput(f"--init: {checkpoint / 'vae'} is no VQGAN to start from: {reason}")
+
+
 if __name__ == "__main__":
-    stage_cli(train, STEPS, BATCH)
+    stage_cli(train, STEPS, BATCH, warm_start=True)
