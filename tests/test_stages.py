@@ -8,7 +8,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, LCMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 from export.checkpoint import open_checkpoint
 from training import bert, clip, data, diffusion, distill, vqgan, vqgan_losses
@@ -140,6 +143,24 @@ def test_codes_that_move_are_not_averaged_with_where_they_were(tmp_path):
     )
     assert codes.std() > 0.01
     torch.testing.assert_close(averaged, codes, rtol=0, atol=0.01)
+
+
+def test_a_decoder_learns_further_behind_an_encoder_that_stays(tmp_path):
+    run = Run(tmp_path / "new", tmp_path / "runs", steps=2, batch=4, init=tmp_path / "old")
+    tower = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                             num_attention_heads=2, image_size=64, patch_size=8)  # fmt: skip
+    CLIPVisionModelWithProjection(tower).save_pretrained(tmp_path / "new" / "image_encoder")
+    with pytest.raises(data.BadInput, match=r"--init: .*old/vae is no VQGAN to start from"):
+        vqgan.train(run)
+    before = vqgan.build()
+    before.save_pretrained(tmp_path / "old" / "vae")
+    vqgan.train(run)
+    assert not (tmp_path / "runs" / "autoencoder").exists()
+    after = vqgan.VQModel.from_pretrained(tmp_path / "new" / "vae").state_dict()
+    changed = {
+        k.split(".")[0] for k, v in before.state_dict().items() if not torch.equal(v, after[k])
+    }
+    assert changed == {"decoder", "post_quant_conv"}
 
 
 def test_all_stages_make_a_checkpoint_that_export_takes(tmp_path, monkeypatch):
