@@ -17,7 +17,7 @@ from export.checkpoint import UNUSED_FILES
 from export.precision import Precision
 
 BASE_BYTES = 1.5e9  # the interpreter with torch, transformers and ONNX Runtime
-CONVERSION_BYTES = 6  # of each weight of the model in conversion: its graph, and its session
+CONVERSION_BYTES = 4.5  # of each weight of the model in conversion, most of it in FP16
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
