@@ -84,11 +84,14 @@ def _fit(share: np.ndarray, item: Item) -> tuple[float, Item]:
 def _window(share: np.ndarray, item: Item) -> tuple[slice, slice]:
     """Outside of it there is neither share nor, wherever `_fit` looks, the item."""
     reach = item.radius + sum(STEPS) + 1
-    found = ndimage.find_objects((share > 0).astype(int))[0]
-    return tuple(
-        slice(max(0, min(int(middle - reach), side.start)), max(int(middle + reach) + 1, side.stop))
-        for middle, side in zip((item.y, item.x), found, strict=True)
-    )
+    rows, columns = ndimage.find_objects((share > 0).astype(int))[0]
+
+    def around(middle: float, side: slice) -> slice:
+        return slice(
+            max(0, min(int(middle - reach), side.start)), max(int(middle + reach) + 1, side.stop)
+        )
+
+    return around(item.y, rows), around(item.x, columns)
 
 
 def _nearest(colour: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str:
