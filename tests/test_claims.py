@@ -53,6 +53,8 @@ def test_every_decoder_of_losses_is_trained_and_measured(tmp_path, capsys):
 
 def test_steps_are_measured_of_student_and_teacher(repository, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quality, "read", lambda picture: read(np.tile(picture, (2, 2, 1))))
+    monkeypatch.setattr(steps, "STEPS", (1, 4, 25))
+    monkeypatch.setattr(steps, "TEACHER_SAMPLERS", ("dpmpp_2m", "euler"))
     student = tiny_checkpoint(tmp_path / "tiny", timestep_cond=16)
     teacher = tiny_checkpoint(tmp_path / "tiny-teacher")
     out = tmp_path / "steps.json"

@@ -111,11 +111,18 @@ def test_the_command_without_a_server_says_so(tmp_path):
     assert "127.0.0.1:1" in done.stdout
 
 
+def _hears_ctrl_c() -> None:
+    """Also where the tests run in the background, whose processes ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_stops_the_work_on_the_server(server, tmp_path):
     command = [COMMAND, "generate", "a red circle", "-n", "16", "--steps", "50", "--width", "128",
                "--height", "128", "--out", str(tmp_path), "--server", server.address]  # fmt: skip
     with work_stops(server) as before:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, preexec_fn=_hears_ctrl_c
+        )
         wait_for_a_call(server, before)
         os.kill(process.pid, signal.SIGINT)
         output, _ = process.communicate(timeout=20)
