@@ -61,7 +61,9 @@ def _item(pixels: np.ndarray, ground: np.ndarray, area: np.ndarray, near: np.nda
     colour = _nearest(np.median(seen, axis=0), COLOURS)
     contrast = np.median(seen, axis=0) - ground
     # Each pixel's share of the object's colour, as anti-aliasing would mix it.
-    share = np.clip((pixels - ground) @ contrast / (contrast @ contrast), 0, 1) * near
+    share = np.clip((pixels - ground) @ contrast / max(contrast @ contrast, 1e-6), 0, 1) * near
+    if not share.any():  # in the middle its colours are the background's
+        share = area.astype(np.float32)
     y, x = (float(np.average(index, weights=share)) for index in np.indices(share.shape))
     fits = [_fit(share, Item(*kind, x, y)) for kind in itertools.product(SHAPES, [colour], SIZES)]
     error, item = min(fits, key=lambda fit: fit[0])
