@@ -6,7 +6,7 @@ Captioned pictures from disk and the web, the other thing to train on, are in `c
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,10 +31,12 @@ class Batch:
     Attributes:
         pictures: (B, 3, S, S) in [-1, 1]; (0, 3, S, S) where only captions were asked for.
         captions: one a picture.
+        scenes: what each caption is true of; empty where only its words are known.
     """
 
     pictures: Tensor
     captions: list[str]
+    scenes: list[Scene] = field(default_factory=list)
 
 
 class Batches(Protocol):
@@ -155,7 +157,7 @@ class _Drawn(Dataset):
         if self.near:
             truth = [scene for base in truth for scene in (base, *near_misses(base, rng))]
         texts = captions(truth, rng)
-        return Batch(pictures(truth) if not self.captions_only else no_pictures(), texts)
+        return Batch(no_pictures() if self.captions_only else pictures(truth), texts, truth)
 
 
 def no_pictures(side: int = SIDE) -> Tensor:
@@ -199,7 +201,7 @@ def check_no_position(position: dict[str, Any] | None) -> None:
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
-    return Batch(batch.pictures.to(device), batch.captions)
+    return replace(batch, pictures=batch.pictures.to(device))
 
 
 def token_ids(

@@ -105,7 +105,7 @@ def sample_scene(
 
     With `held_out` the scene holds at least one held-out combination, otherwise none.
     """
-    count = count or int(rng.choice((1, 2, 3), p=(0.4, 0.4, 0.2)))
+    count = count or int(rng.choice((1, 2, 3), p=(0.3, 0.35, 0.35)))
     while True:
         scene = Scene(tuple(_place(rng, count)), _pick(rng, *BACKGROUNDS))
         if _sound(scene) and scene.held_out == held_out:
