@@ -15,8 +15,9 @@ demo: $(EXPORTED)
 	@python -m twinbrush.server --http-port 0 --grpc-port 0 --metrics-port 0 \
 		--then 'twinbrush generate "$$PROMPT"'
 
+# Two processes of one thread: what takes long, torch.export, uses one.
 test: $(EXPORTED)
-	python -m pytest
+	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile
 
 serve: $(EXPORTED)
 	@python -m twinbrush.server
