@@ -38,8 +38,10 @@ from training.diffusion import (
     scheduler,
     velocity_loss,
 )
+from training.grounding import word_answers
 from training.run import Run
 from training.sampling import sample
+from training.scenes import Scene
 
 ARMS = ("clip", "bert", "fusion")
 AT_ONCE = 100  # pictures
@@ -63,6 +65,10 @@ class Arm(Encoders):
         ids, _ = data.token_ids(self.tokenizer, texts, self.device)
         states = self.clip(ids, output_hidden_states=True).hidden_states
         return clip, torch.stack([states[i] for i in BERT_LAYERS], dim=1), torch.ones_like(ids)
+
+    def answers(self, texts: list[str], scenes: list[Scene]) -> Tensor:
+        tokenizer = self.tokenizer_2 if self.arm == "bert" else self.tokenizer
+        return word_answers(tokenizer, texts, scenes).to(self.device)
 
 
 def main(

@@ -7,11 +7,14 @@ import itertools
 from dataclasses import replace
 
 import numpy as np
+import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import BertTokenizer, CLIPTokenizer
 
 from training import bert, data
-from training.grounding import QUESTIONS, UNASKED, names, place, word_answers
+from training.grounding import QUESTIONS, UNASKED, Questions, names, place, word_answers
 from training.run import Run
 from training.scenes import Item, Scene, describe, sample_scene
 
@@ -62,13 +65,31 @@ def test_every_object_is_named_and_names_do_not_overlap(seed):
     assert all(a[1] < b[0] for a, b in itertools.pairwise(found))
 
 
-def test_only_words_of_names_are_asked():
-    starts = [0, *(i + 1 for i, letter in enumerate(WORDS) if letter == " ")]
-    offsets = np.array([(0, 0)] + [(s, s + len(WORDS[s:].split()[0])) for s in starts] + [(0, 0)])
-    answers = word_answers([PAIR], [WORDS], offsets[None])[0]
-    asked = [WORDS[s:e] for (s, e), row in zip(offsets, answers, strict=True) if row[0] != UNASKED]
-    assert asked == ["red", "circle", "large", "blue", "square"]
-    assert (answers[offsets[:, 0] == offsets[:, 1]] == UNASKED).all()
+@pytest.mark.parametrize(
+    ("part", "kind"), [("tokenizer", CLIPTokenizer), ("tokenizer_2", BertTokenizer)]
+)
+def test_only_words_of_names_are_asked(part, kind):
+    tokenizer = kind.from_pretrained(f"checkpoints/scenes-64/{part}")
+    (answers,) = word_answers(tokenizer, [WORDS], [PAIR])
+    ids, _ = data.token_ids(tokenizer, [WORDS])
+    asked = ids[0][answers[:, 0] != UNASKED]
+    assert tokenizer.decode(asked).split() == ["red", "circle", "large", "blue", "square"]
+    left, right = (QUESTIONS["place"].index(side) for side in ("left of", "right of"))
+    assert answers[answers[:, 3] != UNASKED][:, 3].tolist() == [left] * 2 + [right] * 3
+
+
+def test_questions_are_answered_at_the_words_of_names_alone():
+    questions = Questions(4)
+    hidden = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    answers = torch.full((2, 5, len(QUESTIONS)), UNASKED)
+    loss, _ = questions.losses(hidden, answers)
+    assert loss == 0
+    answers[1, 2] = torch.tensor([0, 1, 1, 3])
+    loss, accuracies = questions.losses(hidden, answers)
+    loss.backward()
+    assert list(accuracies) == list(QUESTIONS)
+    heard = hidden.grad.abs().sum(-1) > 0
+    assert heard.nonzero().tolist() == [[1, 2]]
 
 
 class MirroredPair(data.SceneWorld):

@@ -229,6 +229,7 @@ def test_captions_of_a_step_never_change(tmp_path, monkeypatch):
     monkeypatch.setattr(diffusion, "SCENES", 100)
     monkeypatch.setattr(diffusion, "latents", lambda *_: draw(100, 8, 8, 8))
     first, second = (diffusion.Batches(tmp_path, tmp_path, 6).at(3) for _ in range(2))
-    assert first[1] == second[1]
-    assert torch.equal(first[0], second[0])
-    assert sample_scene(first[2]) == sample_scene(second[2])
+    assert first.captions == second.captions
+    assert first.scenes == second.scenes
+    assert torch.equal(first.latents, second.latents)
+    assert sample_scene(first.rng) == sample_scene(second.rng)

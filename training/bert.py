@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -19,13 +18,12 @@ from transformers import (
 
 from training import data
 from training.cli import stage_cli
-from training.grounding import QUESTIONS, UNASKED, word_answers
+from training.grounding import UNASKED, Questions, cross_entropy, word_answers
 from training.run import Run
 from training.tokenizers import trained_tokenizer
 
 STEPS, BATCH = 1200, 96
 WIDTH = 128
-CHOICES = [len(choices) for choices in QUESTIONS.values()]
 
 
 class Grounded(nn.Module):
@@ -41,7 +39,7 @@ class Grounded(nn.Module):
             hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
         )  # fmt: skip
         self.words = BertForMaskedLM(config)
-        self.answers = nn.Linear(WIDTH, sum(CHOICES))
+        self.questions = Questions(WIDTH)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Last hidden states: (B, L, width)."""
@@ -57,41 +55,25 @@ def train(run: Run) -> None:
 
     def loss_at(step: int) -> dict[str, Tensor]:
         drawn = batches.at(step)
-        encoded = tokenizer(
-            drawn.captions, padding="max_length", truncation=True, max_length=data.MAX_TOKENS,
-            return_tensors="pt", return_offsets_mapping=True,
-        )  # fmt: skip
-        ids, words = encoded["input_ids"], torch.full_like(encoded["input_ids"], UNASKED)
+        ids, mask = data.token_ids(tokenizer, drawn.captions)
+        words = torch.full_like(ids, UNASKED)
         holed = (len(ids) + 1) // 2 if drawn.scenes else len(ids)  # captions with masked words
         collate = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.25, seed=step)
         masked = collate([{"input_ids": one} for one in ids[:holed]])
         ids[:holed], words[:holed] = masked["input_ids"], masked["labels"]
-        hidden = model(ids.to(run.device), encoded["attention_mask"].to(run.device))
+        hidden = model(ids.to(run.device), mask.to(run.device))
         words = words.to(run.device)
         asked = words != UNASKED
-        loss, accuracy = _answered(model.words.cls(hidden[asked]), words[asked])
+        loss, accuracy = cross_entropy(model.words.cls(hidden[asked]), words[asked])
         measured = {"words": loss, "accuracy": accuracy}
         if drawn.scenes:
-            offsets = encoded["offset_mapping"].numpy()
-            right = torch.from_numpy(word_answers(drawn.scenes, drawn.captions, offsets))
-            right[:holed] = UNASKED
-            right = right.to(run.device)
-            asked = right[..., 0] != UNASKED
-            scores = model.answers(hidden[asked]).split(CHOICES, dim=-1)
-            for name, given, wanted in zip(QUESTIONS, scores, right[asked].T, strict=True):
-                one, measured[name] = _answered(given, wanted)
-                loss = loss + one
+            answers = word_answers(tokenizer, drawn.captions, drawn.scenes)[holed:]
+            grounding, accuracies = model.questions.losses(hidden[holed:], answers.to(run.device))
+            loss, measured = loss + grounding, measured | accuracies
         return {"loss": loss, **measured}
 
     trained = run.trainer(model, "bert", 1e-3, 0.99).run(loss_at, batches)
     trained.words.bert.save_pretrained(run.checkpoint / "text_encoder_2")
-
-
-def _answered(scores: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross entropy and accuracy of scores (N, choices); 0 where nothing was asked."""
-    n = max(1, len(right))
-    hits = scores.argmax(-1) == right
-    return F.cross_entropy(scores.float(), right, reduction="sum") / n, hits.sum() / n
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 Latent diffusion (arXiv:2112.10752) with v-prediction (arXiv:2202.00512, appendix D) and a
 schedule that ends in pure noise (arXiv:2305.08891). A tenth of the captions is dropped for
-classifier-free guidance. Writes `fusion/`, `unet/` (in FP16, half the size), `scheduler/` and
+classifier-free guidance. Where the truth of captions is known, the head's tokens are asked for
+it: see `grounding`. Writes `fusion/`, `unet/` (in FP16, half the size), `scheduler/` and
 `model_index.json`.
 """
 
@@ -13,6 +14,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,8 +34,9 @@ from export.fusion_head import FusionHead
 from export.preview import fit_preview
 from training import data
 from training.cli import stage_cli
+from training.grounding import Questions, word_answers
 from training.run import Run, digest
-from training.sampling import ReadsText, Sampler
+from training.sampling import Sampler
 from training.scenes import Scene, describe
 
 STEPS, BATCH = 7000, 64
@@ -42,6 +45,7 @@ SCENES = 40_000  # distinct pictures; each gets a new caption every time it is d
 FROZEN = ("text_encoder", "text_encoder_2", "vae")
 BERT_LAYERS = (2, 4)
 CAPTION_DROP = 0.1
+GROUNDING = 0.1  # weight of the questions beside the error of v
 LEARNING_RATE, EMA_DECAY = 8e-4, 0.999
 TIMESTEP_POWER = 0.4  # of a uniform draw: half lie above 758, where layout is decided
 SEED_STRIDE = 100_000_000  # steps between what runs with different seeds draw
@@ -57,7 +61,7 @@ def scheduler() -> DPMSolverMultistepScheduler:
 
 
 class Painter(nn.Module):
-    """What is trained: the fusion head and the UNet."""
+    """What is trained: the fusion head and the UNet, and questions to the head."""
 
     def __init__(self, side: int = 64) -> None:
         super().__init__()
@@ -69,6 +73,7 @@ class Painter(nn.Module):
             up_block_types=("CrossAttnUpBlock2D",) * 2,
             layers_per_block=1, cross_attention_dim=128, attention_head_dim=4,
         )  # fmt: skip
+        self.questions = Questions(128)
 
 
 class Encoders:
@@ -96,6 +101,10 @@ class Encoders:
             mask,
         )
 
+    def answers(self, texts: list[str], scenes: list[Scene]) -> Tensor:
+        """What the head's tokens are to answer: see `grounding.word_answers`."""
+        return word_answers(self.tokenizer, texts, scenes).to(self.device)
+
 
 @torch.no_grad()
 def latents(checkpoint: Path, runs: Path, truth: list[Scene], device: torch.device) -> Tensor:
@@ -116,6 +125,22 @@ def latents(checkpoint: Path, runs: Path, truth: list[Scene], device: torch.devi
     return encoded
 
 
+class LatentBatch(NamedTuple):
+    """What the UNet sees at a step.
+
+    Attributes:
+        latents: clean and scaled, (B, C, h, w).
+        captions: one a picture.
+        rng: a generator for what else is drawn.
+        scenes: what each caption is true of; empty where only its words are known.
+    """
+
+    latents: Tensor
+    captions: list[str]
+    rng: np.random.Generator
+    scenes: list[Scene]
+
+
 class Batches:
     """Latents of the training scenes, each time with a new caption: a pure function of a step."""
 
@@ -130,11 +155,13 @@ class Batches:
     def resume(self, position: dict | None) -> None:
         data.check_no_position(position)
 
-    def at(self, step: int) -> tuple[Tensor, list[str], np.random.Generator]:
-        """Clean latents (B, C, h, w), their captions, and a generator for what else is drawn."""
+    def at(self, step: int) -> LatentBatch:
         rng = np.random.default_rng(60_000_000 + step)
         chosen = rng.integers(SCENES, size=self.batch)
-        return self._latents[chosen], [describe(self._truth[i], rng) for i in chosen], rng
+        scenes = [self._truth[i] for i in chosen]
+        return LatentBatch(
+            self._latents[chosen], [describe(scene, rng) for scene in scenes], rng, scenes
+        )
 
     def report(self) -> str:
         return ""
@@ -158,12 +185,12 @@ class EncodedBatches:
         self._batches.resume(position)
 
     @torch.no_grad()
-    def at(self, step: int) -> tuple[Tensor, list[str], np.random.Generator]:
-        """As `Batches.at`."""
+    def at(self, step: int) -> LatentBatch:
         drawn = self._batches.at(step)
         with torch.autocast(drawn.pictures.device.type, enabled=False):
             clean = self._vae.encode(drawn.pictures).latents * self._vae.config.scaling_factor
-        return clean, drawn.captions, np.random.default_rng(60_000_000 + step)
+        rng = np.random.default_rng(60_000_000 + step)
+        return LatentBatch(clean, drawn.captions, rng, drawn.scenes)
 
     def report(self) -> str:
         return self._batches.report()
@@ -187,9 +214,9 @@ def noised(x0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
 
 
 def velocity_loss(
-    painter: Painter, encoders: ReadsText, batches: Batches | EncodedBatches, seed: int = 0
+    painter: Painter, encoders: Encoders, batches: Batches | EncodedBatches, seed: int = 0
 ) -> Callable[[int], dict[str, Tensor]]:
-    """The loss of a step: squared error of v, some captions dropped.
+    """The loss of a step: squared error of v, some captions dropped, and of what tokens tell.
 
     Most timesteps lie where captions matter, at the noisy end, which sampling starts from.
     """
@@ -198,7 +225,7 @@ def velocity_loss(
 
     def loss_at(step: int) -> dict[str, Tensor]:
         drawn = SEED_STRIDE * seed + step
-        x0, texts, rng = batches.at(drawn)
+        x0, texts, rng, scenes = batches.at(drawn)
         texts = ["" if rng.random() < CAPTION_DROP else text for text in texts]
         draw = torch.Generator().manual_seed(drawn)
         noise = torch.randn(x0.shape, generator=draw).to(device)
@@ -207,7 +234,11 @@ def velocity_loss(
         v = noised(noise, -x0, alphas_cumprod[t])
         hidden = painter.fusion(*encoders(texts))
         v_pred = painter.unet(x_t, t, encoder_hidden_states=hidden).sample
-        return {"loss": F.mse_loss(v_pred.float(), v)}
+        error = F.mse_loss(v_pred.float(), v)
+        if not scenes:
+            return {"loss": error}
+        asked, accuracies = painter.questions.losses(hidden, encoders.answers(texts, scenes))
+        return {"loss": error + GROUNDING * asked, "error": error, **accuracies}
 
     return loss_at
 

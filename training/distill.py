@@ -83,7 +83,7 @@ def train(run: Run) -> None:
         empty = fusion(*encoders([""]))
 
     def loss_at(step: int) -> dict[str, Tensor]:
-        x0, texts, rng = batches.at(step)
+        x0, texts, rng, _ = batches.at(step)
         draw = torch.Generator().manual_seed(step)
         noise = torch.randn(x0.shape, generator=draw).to(device)
         t = torch.randint(1, SOLVER_STEPS + 1, (run.batch,), generator=draw).to(device) * stride - 1

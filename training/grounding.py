@@ -1,8 +1,9 @@
-"""What the words of a scene's caption name, and where it stands: the truth that BERT learns from.
+"""What the words of a scene's caption name, and where it stands: questions to text encoders.
 
 Masked words teach which words go together; they hardly teach whether it is the circle or the
-square that is on the left. As MDETR (arXiv:2104.12763) has it, every word of an object's name is
-tied to the object. This module knows nothing of models.
+square that is on the left, and a UNet's loss does not either. As MDETR (arXiv:2104.12763) has
+it, every word of an object's name is tied to the object: BERT's hidden states, and the fusion
+head's tokens, learn to tell what the object is and where it stands.
 """
 
 from __future__ import annotations
@@ -10,8 +11,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
 
+from training.data import MAX_TOKENS
 from training.scenes import COLOURS, OPPOSITE, SHAPES, SIZES, Scene, middle_item, relation
 
 # What is asked of each word of an object's name, and what can be answered.
@@ -21,6 +26,7 @@ QUESTIONS = {
     "size": tuple(SIZES),
     "place": (*OPPOSITE, "between", "outside", "alone"),
 }
+CHOICES = [len(answers) for answers in QUESTIONS.values()]
 UNASKED = -100  # what torch's cross entropy leaves out
 
 
@@ -49,17 +55,44 @@ def names(scene: Scene, caption: str) -> Iterator[tuple[int, int, tuple[int, ...
             yield found.start(), found.end(), answers
 
 
-def word_answers(scenes: list[Scene], captions: list[str], offsets: np.ndarray) -> np.ndarray:
-    """Answers for every token: int64 (B, L, questions), `UNASKED` for words that name no object.
-
-    Args:
-        offsets: (B, L, 2), each token's first character and the one after its last; equal for
-            tokens that stand for no text.
-    """
-    answers = np.full((*offsets.shape[:2], len(QUESTIONS)), UNASKED, np.int64)
-    starts, ends = offsets[..., 0], offsets[..., 1]
-    for row, (scene, caption) in enumerate(zip(scenes, captions, strict=True)):
+def word_answers(
+    tokenizer: PreTrainedTokenizerBase, captions: list[str], scenes: list[Scene]
+) -> Tensor:
+    """The answers of every token: int64 (B, L, questions), `UNASKED` where it is of no name."""
+    answers = torch.full((len(captions), MAX_TOKENS, len(QUESTIONS)), UNASKED)
+    encoded = tokenizer(
+        captions, padding="max_length", truncation=True, max_length=MAX_TOKENS,
+        return_offsets_mapping=True, return_tensors="pt",
+    )  # fmt: skip
+    for row, (caption, scene) in enumerate(zip(captions, scenes, strict=True)):
+        first, past = encoded["offset_mapping"][row].T
         for start, end, said in names(scene, caption):
-            inside = (starts[row] >= start) & (ends[row] <= end) & (starts[row] < ends[row])
-            answers[row, inside] = said
+            inside = (first >= start) & (past <= end) & (first < past)
+            answers[row, inside] = torch.tensor(said)
     return answers
+
+
+class Questions(nn.Linear):
+    """Scores every answer to every question, from hidden states of `width`."""
+
+    def __init__(self, width: int):
+        super().__init__(width, sum(CHOICES))
+
+    def losses(self, hidden: Tensor, answers: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum of the questions' losses, and the accuracy of each.
+
+        Args:
+            hidden: (B, L, width).
+            answers: as `word_answers` has them.
+        """
+        asked = answers[..., 0] != UNASKED
+        scores = self(hidden[asked]).split(CHOICES, dim=-1)
+        losses, accuracies = zip(*map(cross_entropy, scores, answers[asked].T), strict=True)
+        return torch.stack(losses).sum(), dict(zip(QUESTIONS, accuracies, strict=True))
+
+
+def cross_entropy(scores: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean loss and accuracy of scores (N, choices); 0 where nothing was asked."""
+    n = max(1, len(right))
+    hits = scores.argmax(-1) == right
+    return F.cross_entropy(scores.float(), right, reduction="sum") / n, hits.sum() / n

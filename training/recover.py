@@ -58,7 +58,7 @@ class Teacher:
     @torch.no_grad()
     def inputs(self, model: str, step: int) -> dict[str, Tensor]:
         """A batch of a model's inputs: a pure function of the step."""
-        x0, texts, rng = self._batches.at(step)
+        x0, texts, rng, _ = self._batches.at(step)
         texts = ["" if rng.random() < CAPTION_DROP else text for text in texts]
         match model:
             case "clip_text":
