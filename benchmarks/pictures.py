@@ -34,7 +34,7 @@ PROMPTS = (
     "a large green triangle to the right of a large orange cross on white",
     "on a gray background, a small pink circle below a small cyan square",
 )
-COLUMNS, TILE, CAPTION, MARGIN = 4, 192, 46, 12
+COLUMNS, TILE, CAPTION, MARGIN = 4, 192, 58, 12
 
 
 def main(
