@@ -5,16 +5,27 @@ from __future__ import annotations
 import csv
 import itertools
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from transformers import BertTokenizer, CLIPTokenizer
 
 from training import bert, data
-from training.grounding import QUESTIONS, UNASKED, Questions, names, place, word_answers
+from training.grounding import (
+    NOBODY,
+    QUESTIONS,
+    UNASKED,
+    Questions,
+    names,
+    partner,
+    place,
+    word_answers,
+)
 from training.run import Run
 from training.scenes import Item, Scene, describe, sample_scene
 
@@ -34,8 +45,15 @@ def answered(scene: Scene, caption: str) -> dict[str, tuple[str, ...]]:
 
 def test_every_name_says_what_it_names_and_where_that_stands():
     assert answered(PAIR, "on white, a large blue square with a red circle on its left") == {
-        "red circle": ("circle", "red", "small", "left of"),
-        "large blue square": ("square", "blue", "large", "right of"),
+        "red circle": ("circle", "red", "small", "left of", "square", "blue"),
+        "large blue square": ("square", "blue", "large", "right of", "circle", "red"),
+    }
+
+
+def test_an_object_alone_has_no_partner():
+    alone = replace(PAIR, items=PAIR.items[:1])
+    assert answered(alone, "a red circle") == {
+        "red circle": ("circle", "red", "small", "alone", NOBODY, NOBODY)
     }
 
 
@@ -46,6 +64,8 @@ def test_a_row_has_a_middle_and_two_outer_ones():
     assert [place(row, k, caption) for k in range(3)] == ["outside", "outside", "between"]
     chained = "a red circle left of a blue square, and a pink star left of the blue square"
     assert [place(row, k, chained) for k in range(3)] == ["left of", "right of", "left of"]
+    assert [partner(row, k, caption) for k in range(3)] == [third, third, None]
+    assert [partner(row, k, chained) for k in range(3)] == [PAIR.items[1], *PAIR.items]
 
 
 @given(st.integers(0, 10**9))
@@ -84,7 +104,7 @@ def test_questions_are_answered_at_the_words_of_names_alone():
     answers = torch.full((2, 5, len(QUESTIONS)), UNASKED)
     loss, _ = questions.losses(hidden, answers)
     assert loss == 0
-    answers[1, 2] = torch.tensor([0, 1, 1, 3])
+    answers[1, 2] = torch.tensor([0, 1, 1, 3, 2, 0])
     loss, accuracies = questions.losses(hidden, answers)
     loss.backward()
     assert list(accuracies) == list(QUESTIONS)
@@ -110,6 +130,25 @@ class MirroredPair(data.SceneWorld):
 
     def close(self):
         """Nothing was started."""
+
+
+def test_bert_learns_further_from_the_weights_that_init_names(tmp_path):
+    started = Run(tmp_path / "new", tmp_path / "runs", 1, 4, init=Path("checkpoints/scenes-64"))
+    bert.train(started)  # one step of warming up moves nothing far
+    before, after = (
+        load_file(folder / "text_encoder_2" / "model.safetensors")
+        for folder in (started.init, started.checkpoint)
+    )
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=0, atol=0.01)
+    vocabularies = [
+        BertTokenizer.from_pretrained(folder / "tokenizer_2").get_vocab()
+        for folder in (started.init, started.checkpoint)
+    ]
+    assert vocabularies[0] == vocabularies[1]
+    with pytest.raises(data.BadInput, match=f"--init: {tmp_path} has no BERT to start from"):
+        bert.train(replace(started, init=tmp_path))
 
 
 def test_bert_learns_what_no_word_says_alone(tmp_path):

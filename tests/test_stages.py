@@ -15,6 +15,7 @@ from transformers import (
 
 from export.checkpoint import open_checkpoint
 from training import bert, clip, data, diffusion, distill, vqgan, vqgan_losses
+from training.grounding import QUESTIONS
 from training.run import Run
 from training.scenes import sample_scene
 from training.vqgan_losses import opponent, rgb
@@ -168,6 +169,9 @@ def test_all_stages_make_a_checkpoint_that_export_takes(tmp_path, monkeypatch):
     checkpoint, runs = tmp_path / "checkpoint", tmp_path / "runs"
     for stage in (clip, bert, vqgan, diffusion):
         stage.train(Run(checkpoint, runs, steps=4, batch=4))
+    for asked in ("bert", "diffusion"):  # both answer the questions of `grounding`
+        heading = (runs / asked / "losses.csv").read_text().partition("\n")[0].split(",")
+        assert heading[-len(QUESTIONS) :] == list(QUESTIONS)
     assert open_checkpoint(checkpoint).index["defaults"] == diffusion.DEFAULTS
     weights = Path("unet", "diffusion_pytorch_model.safetensors")
     teacher = load_file(checkpoint / weights)

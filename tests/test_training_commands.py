@@ -85,8 +85,8 @@ def test_a_command_with_a_bad_device_says_so_and_writes_nothing(tmp_path):
 
 
 def test_a_stage_that_starts_anew_refuses_init(refused, tmp_path):
-    said = refused("bert", "--init", str(tmp_path))
-    assert said == "error: --init: only training.vqgan and training.diffusion take one"
+    said = refused("clip", "--init", str(tmp_path))
+    assert said == "error: --init: only training.bert, .vqgan and .diffusion take one"
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,20 @@
 
 Where the truth of the captions is known, half of them stay whole, and every word of an object's
 name is asked what the object is and where it stands: see `grounding`. The WordPiece tokenizer
-is trained here too. Writes `tokenizer_2/` and `text_encoder_2/` of the checkpoint.
+is trained here too. Writes `tokenizer_2/` and `text_encoder_2/` of the checkpoint. With
+`--init` both are those of a checkpoint, and BERT learns further.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    BertModel,
     BertTokenizer,
     DataCollatorForLanguageModeling,
 )
@@ -47,10 +51,15 @@ class Grounded(nn.Module):
 
 
 def train(run: Run) -> None:
-    tokenizer = trained_tokenizer(BertTokenizer, run.source, 2, run.runs / "bert")
+    if run.init:
+        tokenizer, started = _trained(run.init)
+    else:
+        tokenizer = trained_tokenizer(BertTokenizer, run.source, 2, run.runs / "bert")
     tokenizer.save_pretrained(run.checkpoint / "tokenizer_2")
     torch.manual_seed(0)
     model = Grounded(len(tokenizer), tokenizer.pad_token_id).to(run.device)
+    if run.init:
+        model.words.bert.load_state_dict(started.state_dict())
     batches = run.source.batches(20_000_000, run.batch, run.device, captions_only=True)
 
     def loss_at(step: int) -> dict[str, Tensor]:
@@ -72,9 +81,28 @@ def train(run: Run) -> None:
             loss, measured = loss + grounding, measured | accuracies
         return {"loss": loss, **measured}
 
-    trained = run.trainer(model, "bert", 1e-3, 0.99).run(loss_at, batches)
+    reads = [run.init / "text_encoder_2"] if run.init else []
+    trained = run.trainer(model, "bert", 1e-3, 0.99, reads).run(loss_at, batches)
     trained.words.bert.save_pretrained(run.checkpoint / "text_encoder_2")
 
 
+def _trained(checkpoint: Path) -> tuple[BertTokenizer, BertModel]:
+    """The tokenizer and the BERT of a checkpoint.
+
+    Raises:
+        BadInput: it has none.
+    """
+    try:
+        return (
+            BertTokenizer.from_pretrained(checkpoint / "tokenizer_2"),
+            BertModel.from_pretrained(
+                checkpoint / "text_encoder_2", add_pooling_layer=False, use_safetensors=True
+            ),
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise data.BadInput(f"--init: {checkpoint} has no BERT to start from: {reason}")
+
+
 if __name__ == "__main__":
-    stage_cli(train, STEPS, BATCH)
+    stage_cli(train, STEPS, BATCH, warm_start=True)

@@ -51,8 +51,9 @@ def stage_cli(
         init: Annotated[
             Path | None,
             typer.Option(
-                help="Checkpoint to start from: its fusion head and UNet in training.diffusion,"
-                " its VQGAN, whose decoder learns further, in training.vqgan."
+                help="Checkpoint to start from: its BERT in training.bert, its fusion head and UNet"
+                " in training.diffusion, its VQGAN, whose decoder learns further, in"
+                " training.vqgan."
             ),
         ] = None,
         path: Annotated[
@@ -96,7 +97,7 @@ def stage_cli(
             wanted_bf16 = on_cuda if bf16 is None else bf16
             saving = save_every or (500 if on_cuda else 100)
             if init is not None and not warm_start:
-                raise BadInput("--init: only training.vqgan and training.diffusion take one")
+                raise BadInput("--init: only training.bert, .vqgan and .diffusion take one")
             train(
                 Run(
                     checkpoint, runs, steps or 0, batch or 0, chosen, wanted_bf16, source, saving,

@@ -17,26 +17,42 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from training.data import MAX_TOKENS
-from training.scenes import COLOURS, OPPOSITE, SHAPES, SIZES, Scene, middle_item, relation
+from training.scenes import COLOURS, OPPOSITE, SHAPES, SIZES, Item, Scene, middle_item, relation
 
+NOBODY = "nobody"  # is the partner of an object alone, and of one between two others
 # What is asked of each word of an object's name, and what can be answered.
 QUESTIONS = {
     "shape": SHAPES,
     "colour": tuple(COLOURS),
     "size": tuple(SIZES),
     "place": (*OPPOSITE, "between", "outside", "alone"),
+    "partner_shape": (*SHAPES, NOBODY),
+    "partner_colour": (*COLOURS, NOBODY),
 }
 CHOICES = [len(answers) for answers in QUESTIONS.values()]
 UNASKED = -100  # what torch's cross entropy leaves out
 
 
+def partner(scene: Scene, index: int, caption: str) -> Item | None:
+    """The object that the caption names this one with; None for one alone or between two."""
+    if len(scene.items) == 1:
+        return None
+    if "between" in caption:
+        middle = middle_item(scene)
+        assert middle is not None, "describe says between only where it is so"
+        return None if index == middle else scene.items[middle]
+    return scene.items[0 if index == 1 else 1]
+
+
 def place(scene: Scene, index: int, caption: str) -> str:
-    """Where an object stands to the one that the caption names it with."""
+    """Where an object stands to its partner."""
     if len(scene.items) == 1:
         return "alone"
+    other = partner(scene, index, caption)
     if "between" in caption:
-        return "between" if index == middle_item(scene) else "outside"
-    link = relation(scene.items[index], scene.items[0 if index == 1 else 1])
+        return "outside" if other else "between"
+    assert other is not None
+    link = relation(scene.items[index], other)
     assert link is not None, "sample_scene chains its objects by clear relations"
     return link
 
@@ -47,7 +63,9 @@ def names(scene: Scene, caption: str) -> Iterator[tuple[int, int, tuple[int, ...
     Answers are indices, one a question.
     """
     for index, item in enumerate(scene.items):
-        said = (item.shape, item.colour, item.size, place(scene, index, caption))
+        other = partner(scene, index, caption)
+        beside = (other.shape, other.colour) if other else (NOBODY, NOBODY)
+        said = (item.shape, item.colour, item.size, place(scene, index, caption), *beside)
         answers = tuple(
             choices.index(one) for choices, one in zip(QUESTIONS.values(), said, strict=True)
         )
