@@ -79,14 +79,23 @@ def main(
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each UNet.")] = 6000,
     batch: Annotated[int, typer.Option(min=1, help="Scenes a step.")] = 64,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of each arm.")] = 2,
+    channels: Annotated[
+        int,
+        typer.Option(help="Of each UNet's first level, a multiple of 32; the second has twice."),
+    ] = 96,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     bf16: Annotated[bool, typer.Option(help="bfloat16 products in training.")] = False,
     n: Annotated[int, typer.Option(min=3, help="Held-out prompts.")] = 1000,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 takes all.")] = 0,
     out: Annotated[Path, typer.Option(help="Result file; the plot goes beside it.")] = Path(
         "benchmarks/results/fusion.json"
     ),
 ) -> None:
     """Trains and measures CLIP alone, BERT alone, and both fused."""
+    if threads:
+        torch.set_num_threads(threads)
+    if channels < 1 or channels % 32:
+        sys.exit(f"error: --channels: {channels} is not a multiple of 32")
     try:
         run = Run(checkpoint, runs, steps, batch, pick_device(device), bf16, save_every=500)
     except data.BadInput as error:
@@ -97,7 +106,7 @@ def main(
         for arm in ARMS:
             encoders = Arm(checkpoint, arm, run.device)
             torch.manual_seed(seed)
-            painter = Painter().to(run.device)
+            painter = Painter(channels=channels).to(run.device)
             reads = [checkpoint / part for part in FROZEN]
             trainer = run.trainer(painter, f"{arm}-{seed}", LEARNING_RATE, EMA_DECAY, reads)
             trained = trainer.run(velocity_loss(painter, encoders, batches, seed), batches)
@@ -107,7 +116,8 @@ def main(
     summary = {arm: summary_of(tables) for arm, tables in results.items()}
     write_result(
         out, "python -m benchmarks.fusion", checkpoint=open_checkpoint(checkpoint).name,
-        steps=steps, batch=batch, seeds=seeds, n=n, summary=summary, results=results,
+        steps=steps, batch=batch, seeds=seeds, channels=channels, n=n, summary=summary,
+        results=results,
     )  # fmt: skip
     plot(results, out.with_suffix(".png"))
     print(json.dumps(summary))

@@ -65,7 +65,8 @@ def main(
     def save() -> None:
         write_result(
             out, "python -m benchmarks.pruning", checkpoint=checkpoint.name, model=model,
-            goals=GOALS, n=n, recovery={"steps": recovery, "batch": batch}, points=points,
+            goals=GOALS if model == "unet" else None, n=n,
+            recovery={"steps": recovery, "batch": batch}, points=points,
             unreachable=unreachable,
         )  # fmt: skip
 

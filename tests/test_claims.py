@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from benchmarks import fusion, losses, quality, steps
@@ -21,12 +20,12 @@ CHECKPOINT = Path("checkpoints/scenes-64")
 def test_every_arm_of_fusion_is_trained_and_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(diffusion, "SCENES", 100)
     out = tmp_path / "fusion.json"
-    torch.set_num_threads(1)
-    fusion.main(
-        CHECKPOINT, tmp_path / "runs", steps=2, batch=4, seeds=2, device="cpu", bf16=False, n=3,
-        out=out,
-    )  # fmt: skip
+    given = {"steps": 2, "batch": 4, "seeds": 2, "device": "cpu", "bf16": False, "n": 3}
+    with pytest.raises(SystemExit, match="--channels: 40 is not a multiple of 32"):
+        fusion.main(CHECKPOINT, tmp_path / "runs", **given, channels=40, threads=1, out=out)
+    fusion.main(CHECKPOINT, tmp_path / "runs", **given, channels=32, threads=1, out=out)
     result = json.loads(out.read_text())
+    assert result["channels"] == 32
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result["summary"]
     assert list(result["results"]) == list(fusion.ARMS)
     for tables in result["results"].values():

@@ -61,14 +61,19 @@ def scheduler() -> DPMSolverMultistepScheduler:
 
 
 class Painter(nn.Module):
-    """What is trained: the fusion head and the UNet, and questions to the head."""
+    """What is trained: the fusion head and the UNet, and questions to the head.
 
-    def __init__(self, side: int = 64) -> None:
+    Args:
+        side: of the pictures in pixels.
+        channels: of the UNet's first level, a multiple of 32; the second has twice as many.
+    """
+
+    def __init__(self, side: int = 64, channels: int = 96) -> None:
         super().__init__()
         self.fusion = FusionHead(width=128, bert_width=128, bert_layers=BERT_LAYERS, heads=4)
         self.unet = UNet2DConditionModel(
             sample_size=side // LATENT_CELL, in_channels=8, out_channels=8,
-            block_out_channels=(96, 192),
+            block_out_channels=(channels, 2 * channels),
             down_block_types=("CrossAttnDownBlock2D",) * 2,
             up_block_types=("CrossAttnUpBlock2D",) * 2,
             layers_per_block=1, cross_attention_dim=128, attention_head_dim=4,
