@@ -29,7 +29,7 @@ def main(
     checkpoint: Annotated[Path, typer.Option(help="Checkpoint folder.")] = Path(
         "checkpoints/scenes-64"
     ),
-    n: Annotated[int, typer.Option(help="Held-out scenes.")] = 1000,
+    n: Annotated[int, typer.Option(min=3, help="Held-out scenes.")] = 1000,
     out: Annotated[Path, typer.Option(help="Result file.")] = Path(
         "benchmarks/results/autoencoder.json"
     ),

@@ -2,13 +2,16 @@
 
 Three UNets with the same head are trained to the same budget on the same batches, anew for
 each seed; only what the head merges differs: CLIP tokens that attend to CLIP's own inner
-layers, BERT tokens that attend to BERT's, and CLIP tokens that attend to BERT's. So every arm
-has as many parameters and looks at as many layers. Held-out prompts are then painted and read
-back. Each training goes on from its last save.
+layers, BERT tokens that attend to BERT's, and CLIP tokens that attend to BERT's. So every
+arm has as many parameters and looks at as many layers. Held-out prompts are then painted from
+the same noise and read back. The encoders are the checkpoint's: where BERT was asked what the
+words of a scene's caption name and CLIP was not, as in `scenes-64`, that is part of what is
+compared. Each training goes on from its last save.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -22,8 +25,9 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks.machine import write_result
-from benchmarks.quality import NAMES, read, score, table_of, tasks
-from export.checkpoint import open_checkpoint
+from benchmarks.quality import NAMES, Score, Task, read, score, table_of, tasks
+from benchmarks.steps import points_lost
+from export.checkpoint import CheckpointError, open_checkpoint
 from training import data
 from training.cli import pick_device
 from training.diffusion import (
@@ -96,26 +100,33 @@ def main(
         torch.set_num_threads(threads)
     if channels < 1 or channels % 32:
         sys.exit(f"error: --channels: {channels} is not a multiple of 32")
-    try:
-        run = Run(checkpoint, runs, steps, batch, pick_device(device), bf16, save_every=500)
-    except data.BadInput as error:
-        sys.exit(f"error: {error}")
+    all_tasks = tasks(n)
     results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
-    batches = Batches(checkpoint, runs, batch, run.device)
-    for seed in range(seeds):
-        for arm in ARMS:
-            encoders = Arm(checkpoint, arm, run.device)
+    scores: dict[str, list[Score]] = {arm: [] for arm in ARMS}
+    try:
+        opened, on = open_checkpoint(checkpoint), pick_device(device)
+        run = Run(checkpoint, runs / f"{steps}x{batch}", steps, batch, on, bf16, save_every=500)
+        batches = Batches(checkpoint, runs, batch, on)
+        for seed, arm in itertools.product(range(seeds), ARMS):
+            encoders = Arm(checkpoint, arm, on)
             torch.manual_seed(seed)
-            painter = Painter(channels=channels).to(run.device)
+            painter = Painter(channels=channels).to(on)
             reads = [checkpoint / part for part in FROZEN]
             trainer = run.trainer(painter, f"{arm}-{seed}", LEARNING_RATE, EMA_DECAY, reads)
             trained = trainer.run(velocity_loss(painter, encoders, batches, seed), batches)
             learnt = cast(Painter, trained.eval())
-            results[arm].append(measured(learnt, encoders, checkpoint, n, seed))
+            found = painted(learnt, encoders, opened.load("vae", VQModel).to(on), all_tasks, seed)
+            scores[arm] += found
+            results[arm].append(table_of(all_tasks, found))
             console.print(f"{arm}, seed {seed}: {json.dumps(summary_of(results[arm][-1:]))}")
-    summary = {arm: summary_of(tables) for arm, tables in results.items()}
+    except (CheckpointError, data.BadInput) as error:
+        sys.exit(f"error: {error}")
+    summary: dict[str, Any] = {arm: summary_of(tables) for arm, tables in results.items()}
+    summary["behind_fusion"] = {
+        arm: points_lost(scores["fusion"], scores[arm]) for arm in ARMS if arm != "fusion"
+    }
     write_result(
-        out, "python -m benchmarks.fusion", checkpoint=open_checkpoint(checkpoint).name,
+        out, "python -m benchmarks.fusion", checkpoint=opened.name,
         steps=steps, batch=batch, seeds=seeds, channels=channels, n=n, summary=summary,
         results=results,
     )  # fmt: skip
@@ -124,23 +135,21 @@ def main(
 
 
 @torch.no_grad()
-def measured(
-    painter: Painter, encoders: Arm, checkpoint: Path, n: int, seed: int
-) -> dict[str, Any]:
-    """The table of `benchmarks.quality`, of pictures that diffusers' sampler paints."""
-    all_tasks = tasks(n)
-    vae = open_checkpoint(checkpoint).load("vae", VQModel).to(encoders.device)
+def painted(
+    painter: Painter, encoders: Arm, vae: VQModel, all_tasks: list[Task], seed: int
+) -> list[Score]:
+    """Scores of pictures that diffusers' sampler paints, of every arm from the same noise."""
     draw = torch.Generator().manual_seed(seed)
     empty = painter.fusion(*encoders([""]))
     scores = []
-    for start in range(0, n, AT_ONCE):
+    for start in range(0, len(all_tasks), AT_ONCE):
         some = all_tasks[start : start + AT_ONCE]
         hidden = painter.fusion(*encoders([task.prompt for task in some]))
         latents = sample(painter.unet, hidden, empty, scheduler(), DEFAULTS, draw)
         pictures = vae.decode(latents / vae.config["scaling_factor"]).sample.clamp(-1, 1)
         pixels = ((pictures + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         scores += [score(task, read(p)) for task, p in zip(some, pixels, strict=True)]
-    return table_of(all_tasks, scores)
+    return scores
 
 
 def summary_of(tables: list[dict[str, Any]]) -> dict[str, float | None]:

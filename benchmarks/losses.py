@@ -25,7 +25,7 @@ from torch import Tensor
 
 from benchmarks.machine import write_result
 from benchmarks.quality import read, score, share, tasks
-from export.checkpoint import open_checkpoint
+from export.checkpoint import CheckpointError, open_checkpoint
 from training import data
 from training.cli import pick_device
 from training.run import Run
@@ -60,18 +60,18 @@ def main(
     """Measures PSNR, SSIM, edge sharpness, and what the reader reads right."""
     if threads:
         torch.set_num_threads(threads)
-    try:
-        run = Run(checkpoint, runs, steps, batch, pick_device(device), bf16)
-    except data.BadInput as error:
-        sys.exit(f"error: {error}")
     all_tasks = tasks(n)
     true = data.pictures([task.scene for task in all_tasks])
     painted: dict[str, Tensor] = {}
-    for name, weights in VARIANTS.items():
-        console.print(f"training a decoder: {name}")
-        alone = replace(run, runs=runs / name)
-        trained = sharpen(_untrained(checkpoint), weights, alone).cpu()
-        painted[name] = _decoded(trained, true)
+    try:
+        run = Run(checkpoint, runs / f"{steps}x{batch}", steps, batch, pick_device(device), bf16)
+        for name, weights in VARIANTS.items():
+            console.print(f"training a decoder: {name}")
+            alone = replace(run, runs=run.runs / name)
+            trained = sharpen(_untrained(checkpoint), weights, alone).cpu()
+            painted[name] = _decoded(trained, true)
+    except (CheckpointError, data.BadInput) as error:
+        sys.exit(f"error: {error}")
     results = {name: _measures(y, true, all_tasks) for name, y in painted.items()}
     write_result(
         out, "python -m benchmarks.losses", checkpoint=checkpoint.name, steps=steps, batch=batch,

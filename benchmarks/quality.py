@@ -9,6 +9,7 @@ it scores there is the most that any model can reach.
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -28,7 +29,7 @@ from training.scenes import Item, Scene, describe, middle_item, relation, render
 from twinbrush.engine import Engine
 from twinbrush.generation import End, Event, Finished
 from twinbrush.onnx_runtime import LocalModels
-from twinbrush.request import GenerationRequest
+from twinbrush.request import GenerationRequest, InvalidArgument
 
 SEED = 90_000_000  # of the held-out scenes; picture k is painted from seed k
 NAMES = {1: "one_object", 2: "two_objects", 3: "three_objects"}
@@ -50,7 +51,8 @@ class Score:
     Attributes:
         painted: there is any object; in a black picture, which NaN would be too, is none.
         count: as many objects as named.
-        shape, colour, size: the multiset of each is right.
+        shape, colour: the multiset of each is right.
+        size: every object whose size is named is there, in it.
         colour_binding: every named shape is there in its colour; of several objects only.
         relation: every named relation holds.
         background: it has the named colour.
@@ -222,7 +224,7 @@ def main(
     repository: Annotated[Path, typer.Option(help="Exported model repository.")] = Path(
         "model_repository"
     ),
-    n: Annotated[int, typer.Option(help="Prompts.")] = 1000,
+    n: Annotated[int, typer.Option(min=3, help="Prompts.")] = 1000,
     seen: Annotated[
         bool, typer.Option("--seen", help="Only combinations that training shows.")
     ] = False,
@@ -243,7 +245,10 @@ def main(
     if guidance >= 0:
         given["guidance_scale"] = guidance
     with local_engine(repository, LocalModels(repository)) as engine:
-        table = table_of(all_tasks, measure(engine, all_tasks, **given))
+        try:
+            table = table_of(all_tasks, measure(engine, all_tasks, **given))
+        except InvalidArgument as error:
+            sys.exit(f"error: {error}")
         request = asdict(engine.config.defaults) | given
         checkpoint = engine.config.checkpoint
     summary: dict[str, object] = {"reader_accuracy": ceiling}

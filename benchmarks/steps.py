@@ -8,13 +8,13 @@ serving engine in this process. Writes a plot beside the result file.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 from rich.console import Console
 
@@ -112,14 +112,18 @@ def _right(all_tasks: list[Task], scores: list[Score]) -> dict[str, Any]:
 
 
 def points_lost(before: list[Score], after: list[Score]) -> dict[str, Any]:
-    """All-correct points lost on the same prompts and seeds, with a paired 95% interval."""
-    lost = 100.0 * np.array(
-        [a.all_correct - b.all_correct for a, b in zip(before, after, strict=True)]
-    )
-    mean, reach = lost.mean(), 1.96 * lost.std() / len(lost) ** 0.5
+    """All-correct points lost on the same prompts and seeds, with a paired 95% interval.
+
+    The interval is Agresti and Min's (doi:10.1002/sim.1781), which adds half a pair of each kind.
+    """
+    pairs = [(a.all_correct, b.all_correct) for a, b in zip(before, after, strict=True)]
+    dropped, gained = pairs.count((True, False)), pairs.count((False, True))
+    n = len(pairs) + 2
+    middle = (dropped - gained) / n
+    reach = 1.96 * math.sqrt(((dropped + gained + 1) / n - middle**2) / n)
     return {
-        "points": round(float(mean), 1),
-        "interval": [round(float(mean - reach), 1), round(float(mean + reach), 1)],
+        "points": round(100 * (dropped - gained) / len(pairs), 1),
+        "interval": [round(100 * (middle - reach), 1), round(100 * (middle + reach), 1)],
     }
 
 

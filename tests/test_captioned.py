@@ -387,7 +387,31 @@ BAD = {
     "is not parquet": lambda folder: (folder / "x.parquet").write_bytes(b"x" * 100),
     "is not a whole tar": broken_tar,
     "metadata.jsonl cannot be read": lambda f: (f / "metadata.jsonl").write_text("{'a': 1}"),
+    "metadata.csv cannot be read: .*quote commas": lambda f: (f / "metadata.csv").write_text(
+        "file_name,text\na.jpg,a red circle, on white\n"
+    ),
 }
+
+
+def test_a_size_that_is_no_number_is_left_out_and_counted(tmp_path):
+    said = ['"n/a"', "NaN", "Infinity", "[1]", "80"]
+    row = '{"file_name": "a.jpg", "text": "a red circle", "height": 72, "width": '
+    rows = (row + width + "}" for width in said)
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+    (tmp_path / "a.jpg").write_bytes(encoded())
+    _, batches = one_epoch(Captioned(tmp_path))
+    assert batches.counts == {"used": 1, "size": 4}
+
+
+def test_a_column_named_file_is_not_taken_for_the_picture(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        described = json.dumps({"caption": "a red circle", "file": "/etc/hostname"}).encode()
+        for name, content in (("a.json", described), ("a.jpg", encoded())):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    _, batches = one_epoch(Captioned(tmp_path))
+    assert batches.counts == {"used": 1}
 
 
 @pytest.mark.parametrize("message", BAD)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from benchmarks import fusion, losses, quality, steps
+from benchmarks import fusion, losses, pictures, quality, steps
 from benchmarks.reader import read
 from checkpoints import tiny_checkpoint
 from training import diffusion
@@ -28,9 +29,47 @@ def test_every_arm_of_fusion_is_trained_and_measured(tmp_path, monkeypatch, caps
     assert result["channels"] == 32
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result["summary"]
     assert list(result["results"]) == list(fusion.ARMS)
+    assert list(result["summary"]["behind_fusion"]) == ["clip", "bert"]
     for tables in result["results"].values():
         assert [table["all"]["all_correct"]["n"] for table in tables] == [3, 3]
     assert Image.open(out.with_suffix(".png")).size[0] > 500
+
+
+def test_every_arm_of_fusion_sees_what_it_says():
+    arms = {name: fusion.Arm(CHECKPOINT, name, torch.device("cpu")) for name in fusion.ARMS}
+    caption = ["a red circle is left of the blue square"]
+    seen = {name: arm(caption) for name, arm in arms.items()}
+    tokens, layers = ({name: s[i] for name, s in seen.items()} for i in (0, 1))
+    assert torch.equal(tokens["fusion"], tokens["clip"])
+    assert torch.equal(layers["fusion"], layers["bert"])
+    assert torch.equal(tokens["bert"], layers["bert"][:, -1])
+    assert not torch.equal(tokens["bert"], tokens["clip"])
+    assert not torch.equal(layers["clip"], layers["bert"])
+    for parameter in arms["clip"].bert.parameters():
+        parameter.data.zero_()
+    for now, before in zip(arms["clip"](caption), seen["clip"], strict=True):
+        assert torch.equal(now, before)
+
+
+def test_every_seed_draws_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(diffusion, "SCENES", 100)
+    batches = diffusion.Batches(CHECKPOINT, tmp_path, 4)
+    encoders, painter = diffusion.Encoders(CHECKPOINT), diffusion.Painter(channels=32)
+    first, again, other = (
+        diffusion.velocity_loss(painter, encoders, batches, seed)(0)["error"] for seed in (0, 0, 1)
+    )
+    assert first == again != other
+
+
+def test_a_sheet_of_pictures_has_a_row_for_each_number_of_objects(repository, tmp_path):
+    pictures.main(repository, tmp_path / "sheet.png")
+    sheet = Image.open(tmp_path / "sheet.png")
+    tile = pictures.TILE + pictures.MARGIN
+    assert sheet.width == pictures.MARGIN + pictures.COLUMNS * tile
+    for row in range(3):
+        y = pictures.MARGIN + row * (pictures.TILE + pictures.CAPTION) + pictures.TILE // 2
+        shown = {sheet.getpixel((tile * column + 30, y)) for column in range(pictures.COLUMNS)}
+        assert len(shown) > 1
 
 
 def test_every_decoder_of_losses_is_trained_and_measured(tmp_path, capsys):
@@ -43,7 +82,7 @@ def test_every_decoder_of_losses_is_trained_and_measured(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == results
     for name in ("losses.png", "losses_pictures.png"):
         assert Image.open(tmp_path / name).size[0] > 1000
-    saved = tmp_path / "runs" / "both" / "vqgan" / "state.safetensors"
+    saved = tmp_path / "runs" / "2x4" / "both" / "vqgan" / "state.safetensors"
     before = saved.stat().st_mtime_ns
     losses.main(CHECKPOINT, tmp_path / "runs", **given, out=out)
     assert saved.stat().st_mtime_ns == before  # it went on from its last save, the end
@@ -78,8 +117,10 @@ def test_points_lost_are_paired():
         return quality.Score(right, True, True, True, None, None, None, None)
 
     same = [score(i % 2 == 0) for i in range(100)]
-    assert steps.points_lost(same, same) == {"points": 0, "interval": [0, 0]}
+    unchanged = steps.points_lost(same, same)
+    assert unchanged["points"] == 0
+    assert unchanged["interval"] == [-1.9, 1.9]
     worse = [score(False), *same[1:]]
     found = steps.points_lost(same, worse)
     assert found["points"] == 1
-    assert found["interval"][0] < 1 < found["interval"][1] < 4
+    assert found["interval"] == [-1.7, 3.7]  # by hand: 1/102 ± 1.96 √((2/102 - (1/102)²)/102)

@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 from benchmarks import autoencoder, quality
 from benchmarks.quality import Task, interval, score
 from benchmarks.reader import NO_SHAPE, Reading, read
-from training.scenes import BACKGROUNDS, HELD_OUT, Item, Scene, render, sample_scene
+from training.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    HELD_OUT,
+    SHAPES,
+    Item,
+    Scene,
+    render,
+    sample_scene,
+)
 
 RED = Item("circle", "red", "large", 18, 32)
 BLUE = Item("square", "blue", "small", 46, 32)
@@ -59,7 +68,9 @@ def test_an_empty_picture_has_no_objects_and_a_blot_no_shape():
 def test_any_picture_can_be_read(seed, blot):
     noise = np.random.default_rng(seed).integers(0, 256, (64 // blot, 64 // blot, 3), np.uint8)
     reading = read(noise.repeat(blot, 0).repeat(blot, 1))
-    assert all(item.shape == NO_SHAPE or item.size for item in reading.items)
+    for item in reading.items:
+        assert item.shape in (*SHAPES, NO_SHAPE)
+        assert item.colour in COLOURS
 
 
 def wrong(reading: Reading) -> set[str]:
@@ -118,6 +129,8 @@ def test_the_command_ends_with_its_summary(repository, tmp_path, monkeypatch, ca
     out = tmp_path / "quality.json"
     monkeypatch.setattr(quality, "read", lambda picture: read(np.tile(picture, (2, 2, 1))))
     monkeypatch.setattr(quality, "reader_accuracy", lambda tasks: 100.0)
+    with pytest.raises(SystemExit, match="error: sampler='heun' is not allowed"):
+        quality.main(repository, n=3, steps=2, sampler="heun", guidance=-1, out=out)
     quality.main(repository, n=6, steps=2, sampler="", guidance=-1, out=out)
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert summary == json.loads(out.read_text())["summary"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from transformers import (
 from export.checkpoint import open_checkpoint
 from training import bert, clip, data, diffusion, distill, vqgan, vqgan_losses
 from training.grounding import QUESTIONS
+from training.loop import Trainer
 from training.run import Run
 from training.scenes import sample_scene
 from training.vqgan_losses import opponent, rgb
@@ -184,6 +187,50 @@ def test_all_stages_make_a_checkpoint_that_export_takes(tmp_path, monkeypatch):
     assert opened.index["defaults"] == distill.DEFAULTS
     unet = UNet2DConditionModel.from_pretrained(checkpoint / "unet")
     assert unet.config.time_cond_proj_dim == distill.EMBEDDING
+
+
+def test_painters_that_were_stopped_end_as_undisturbed_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(diffusion, "SCENES", 100)
+    update = Trainer._update
+
+    def stopped(trainer, loss_at):
+        if trainer.step == 3:
+            raise KeyboardInterrupt
+        return update(trainer, loss_at)
+
+    for name in ("whole", "stopped"):
+        for part in ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2", "vae"):
+            shutil.copytree(f"checkpoints/scenes-64/{part}", tmp_path / name / part)
+        run = Run(tmp_path / name, tmp_path / f"{name}-runs", 4, 4, save_every=2)
+        for stage in (diffusion, distill):
+            if name == "stopped":
+                with monkeypatch.context() as patched:
+                    patched.setattr(Trainer, "_update", stopped)
+                    with pytest.raises(KeyboardInterrupt):
+                        stage.train(run)
+            stage.train(run)
+    for part in ("", "-teacher"):
+        ours, theirs = (
+            load_file(tmp_path / f"{name}{part}" / "unet" / "diffusion_pytorch_model.safetensors")
+            for name in ("stopped", "whole")
+        )
+        assert ours.keys() == theirs.keys()
+        for name, tensor in theirs.items():
+            assert torch.equal(ours[name], tensor), name
+    with pytest.raises(data.BadInput, match=r"--steps: 2 is less than the 4 that .*distill"):
+        distill.train(replace(run, steps=2))
+    shutil.rmtree(tmp_path / "stopped-teacher")
+    with pytest.raises(data.BadInput, match=r"--checkpoint: .* its teacher .*-teacher is gone"):
+        distill.train(run)
+
+
+def test_stages_that_need_others_say_which(tmp_path):
+    run = Run(tmp_path, tmp_path / "runs", 1, 4)
+    for stage, missing in ((diffusion, "text_encoder, text_encoder_2, vae"), (distill, ".*unet")):
+        with pytest.raises(data.BadInput, match=f"--checkpoint: {tmp_path} has no {missing}"):
+            stage.train(run)
+    with pytest.raises(data.BadInput, match="--batch: 6 is no multiple of 4"):
+        clip.train(replace(run, batch=6))
 
 
 def test_training_starts_from_the_weights_that_init_names(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from training.scenes import (
     HELD_OUT,
     OPPOSITE,
     SHAPES,
+    Item,
+    Scene,
     describe,
     middle_item,
     near_misses,
@@ -26,6 +29,34 @@ from training.scenes import (
 )
 
 seeds = st.integers(0, 10**9)
+NAME = re.compile(f"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})")
+MEANING = {
+    "left": "left of", "right": "right of", "above": "above", "over": "above",
+    "below": "below", "under": "below",
+}  # fmt: skip
+
+
+def holds(caption: str, scene: Scene) -> bool:
+    """Whether what a caption says of objects and where they stand is so; sizes aside."""
+    shown = {f"{item.colour} {item.shape}": item for item in scene.items}
+    if any(match.group() not in shown for match in NAME.finditer(caption)):
+        return False
+    at = caption.find("between")
+    if at >= 0:
+        named = [match.group() for match in NAME.finditer(caption)]
+        before = [match.group() for match in NAME.finditer(caption[:at])]
+        middle = shown[(before or named)[-1]]
+        return middle_item(scene) == scene.items.index(middle)
+    for clause in re.split(", and |; ", caption):
+        word = re.search("|".join(MEANING), clause)
+        if word:
+            first, second = NAME.finditer(clause)
+            if not first.start() < word.start() < second.start():
+                first, second = second, first  # "a square with a circle on its left"
+            link = relation(shown[first.group()], shown[second.group()])
+            if link != MEANING[word.group()]:
+                return False
+    return True
 
 
 @given(seeds, st.sampled_from([1, 2, 3]), st.booleans())
@@ -55,8 +86,27 @@ def test_a_caption_names_every_object_and_a_true_relation(seed):
         assert f"{item.colour} {item.shape}" in text
     if len(scene.items) == 1:
         assert not any(word in text for word in ("left", "right", "above", "below", "between"))
-    if "between" in text:
-        assert middle_item(scene) is not None
+    assert holds(text, scene)
+
+
+@pytest.mark.parametrize(
+    ("caption", "true"),
+    [
+        ("a red circle left of a blue square", True),
+        ("a red circle to the right of a blue square", False),
+        ("above a red circle there is a blue square", False),
+        ("a blue square with a red circle on its left", True),
+        ("a red circle left of a pink square", False),
+        ("a red circle left of a blue square, and a pink star left of the blue square", True),
+        ("a red circle left of a blue square; a pink star is right of the blue square", False),
+        ("a red circle and a blue square with a pink star between them", True),
+        ("between a pink star and a blue square there is a red circle", False),
+    ],
+)
+def test_captions_that_are_true_and_false(caption, true):
+    circle, square = Item("circle", "red", "small", 8, 30), Item("square", "blue", "small", 56, 30)
+    row = Scene((circle, square, Item("star", "pink", "small", 30, 31)), "black")
+    assert holds(caption, row) == true
 
 
 def test_the_random_start_leaves_the_average_soon(tmp_path):
@@ -85,6 +135,7 @@ def test_near_misses_are_other_scenes_of_the_training_world(seed):
             assert (a.shape, a.colour) != (b.shape, b.colour)
             assert np.hypot(a.x - b.x, a.y - b.y) > a.radius + b.radius
         assert not (render(other) == render(scene)).all()
+        assert not holds(describe(scene, rng), other)
 
 
 def test_relations_are_opposite_both_ways():

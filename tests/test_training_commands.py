@@ -89,6 +89,12 @@ def test_a_stage_that_starts_anew_refuses_init(refused, tmp_path):
     assert said == "error: --init: only training.bert, .vqgan and .diffusion take one"
 
 
+def test_a_stage_does_not_overwrite_what_it_starts_from(refused, tmp_path):
+    same = tmp_path / "checkpoint"
+    said = refused("diffusion", "--init", str(same))
+    assert said == f"error: --init: {same} is what --checkpoint writes; write another"
+
+
 @pytest.mark.parametrize(
     ("stage", "steps", "kind"),
     [("bert", 12, None), ("vqgan", 16, None), ("clip", 12, "tar")],  # four are the decoder's

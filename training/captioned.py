@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from training.data import BadInput, Batch, no_pictures
-from training.formats import Format, find_format
+from training.formats import PATH, Format, find_format
 from training.preparation import Fetcher, LeftOut, Preparation, Row
 
 VOCABULARY = 16_384  # of tokenizers trained on captions of the world
@@ -122,7 +122,7 @@ class Captioned:
 
     def _check_bounds(self) -> None:
         rows = list(islice(self.format.open(list(self.format.files)), PEEKED))
-        columns = sorted({name for row in rows for name in row} - {"picture", "file"})
+        columns = sorted({name for row in rows for name in row} - {"picture", PATH})
         defaults = {bound.column for bound in Preparation().bounds}
         for bound in self.preparation.bounds:
             if bound.column not in columns and bound.column not in defaults:
@@ -229,7 +229,7 @@ class CaptionedBatches:
         return caption, self._pool.submit(self._load, row, rng), place
 
     def _load(self, row: Row, rng: np.random.Generator) -> np.ndarray:
-        encoded = self._fetcher.read(Path(row["file"]) if "file" in row else row["picture"])
+        encoded = self._fetcher.read(Path(row[PATH]) if PATH in row else row["picture"])
         return self._source.preparation.picture(encoded, rng)
 
     def report(self) -> str:

@@ -98,6 +98,8 @@ def stage_cli(
             saving = save_every or (500 if on_cuda else 100)
             if init is not None and not warm_start:
                 raise BadInput("--init: only training.bert, .vqgan and .diffusion take one")
+            if init is not None and init.resolve() == checkpoint.resolve():
+                raise BadInput(f"--init: {init} is what --checkpoint writes; write another")
             train(
                 Run(
                     checkpoint, runs, steps or 0, batch or 0, chosen, wanted_bf16, source, saving,

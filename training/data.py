@@ -109,12 +109,6 @@ def captions(batch: list[Scene], rng: np.random.Generator) -> list[str]:
     return [describe(scene, rng) for scene in batch]
 
 
-def corpus(seed: int, count: int) -> list[str]:
-    """Captions to train tokenizers on."""
-    batch, rng = scenes(seed, count)
-    return captions(batch, rng)
-
-
 @dataclass(frozen=True)
 class SceneWorld:
     """The scenes of `scenes-64`; `workers` processes draw them ahead, none draws on demand."""
@@ -124,7 +118,7 @@ class SceneWorld:
     vocabulary: int = 1000
 
     def corpus(self, seed: int, count: int) -> list[str]:
-        return corpus(seed, count)
+        return captions(*scenes(seed, count))
 
     def sample(self, seed: int, count: int) -> Batch:
         return _Drawn(seed, count)[0]
@@ -137,6 +131,8 @@ class SceneWorld:
         captions_only: bool = False,
         near: bool = False,
     ) -> SceneBatches:
+        if near and size % 4:
+            raise BadInput(f"--batch: {size} is no multiple of 4, a scene and three near misses")
         return SceneBatches(_Drawn(seed, size, captions_only, near), device, self.workers)
 
 

@@ -248,7 +248,16 @@ def velocity_loss(
     return loss_at
 
 
+def check_trained(checkpoint: Path, parts: tuple[str, ...]) -> None:
+    """Raises BadInput where a checkpoint lacks parts that earlier stages make."""
+    if missing := [part for part in parts if not (checkpoint / part).is_dir()]:
+        raise data.BadInput(
+            f"--checkpoint: {checkpoint} has no {', '.join(missing)}: train the stages before first"
+        )
+
+
 def train(run: Run) -> None:
+    check_trained(run.checkpoint, FROZEN)
     batches = latent_batches(run)
     encoders = Encoders(run.checkpoint, run.device)
     torch.manual_seed(0)

@@ -19,7 +19,16 @@ from torch.nn import functional as F
 
 from export.fusion_head import FusionHead
 from training.cli import stage_cli
-from training.diffusion import FROZEN, Encoders, latent_batches, noised, scheduler, write_index
+from training.data import BadInput
+from training.diffusion import (
+    FROZEN,
+    Encoders,
+    check_trained,
+    latent_batches,
+    noised,
+    scheduler,
+    write_index,
+)
 from training.run import Run
 from training.sampling import Sampler
 from twinbrush.samplers import guidance_embedding
@@ -43,8 +52,12 @@ def teacher_of(checkpoint: Path) -> Path:
     """The checkpoint that is distilled, moved out of `checkpoint` while it is still there.
 
     What both share is linked, not copied.
+
+    Raises:
+        BadInput: there is no UNet, or it is distilled and what it was distilled from is not there.
     """
     folder = checkpoint.with_name(f"{checkpoint.name}-teacher")
+    check_trained(checkpoint, (*FROZEN, "fusion", "unet"))
     config = UNet2DConditionModel.load_config(checkpoint / "unet")
     if config.get("time_cond_proj_dim") is None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -55,6 +68,8 @@ def teacher_of(checkpoint: Path) -> Path:
                 shutil.copytree(part, folder / part.name)
             else:
                 (folder / part.name).symlink_to(Path("..", checkpoint.name, part.name))
+    elif not folder.is_dir():
+        raise BadInput(f"--checkpoint: {checkpoint} is distilled, and its teacher {folder} is gone")
     return folder
 
 
@@ -67,10 +82,10 @@ def new_student(teacher: UNet2DConditionModel) -> UNet2DConditionModel:
 
 
 def train(run: Run) -> None:
+    taught_by = teacher_of(run.checkpoint)
     batches = latent_batches(run)
     device, encoders = run.device, Encoders(run.checkpoint, run.device)
     fusion = FusionHead.from_pretrained(run.checkpoint / "fusion").eval().to(device)
-    taught_by = teacher_of(run.checkpoint)
     teacher = UNet2DConditionModel.from_pretrained(taught_by / "unet").eval()
     teacher.float().to(device)
     student = new_student(teacher).to(device)

@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 TEXT_COLUMNS = ("text", "caption")
 IMAGE_COLUMNS = ("image", "jpg", "png")
+PATH = "/path"  # key of a picture's file in a row; no column of data bears a slash
 
 
 @dataclass(frozen=True)
 class Format:
     """Files of one kind, and how some of them are opened as a stream of rows."""
 
-    name: str
     files: tuple[Path, ...]
     open: Callable[[list[Path]], IterableDataset]
 
@@ -50,18 +50,18 @@ def find_format(path: Path) -> Format:
     if not found:
         raise BadInput(f"--data: {path} is empty")
     if tars := [p for p in found if p.suffix == ".tar"]:
-        return Format("webdataset", tuple(tars), partial(_generated, _tar_rows))
+        return Format(tuple(tars), partial(_generated, _tar_rows))
     if tables := [p for p in found if p.suffix == ".parquet"]:
         for table in tables:
             _parquet_columns(table)
-        return Format("parquet", tuple(tables), _parquet)
+        return Format(tuple(tables), _parquet)
     if lists := [p for p in found if p.name in ("metadata.jsonl", "metadata.csv")]:
-        return Format("imagefolder", tuple(lists), partial(_generated, _metadata_rows))
+        return Format(tuple(lists), partial(_generated, _metadata_rows))
     if texts := [p for p in found if p.suffix == ".txt"]:
         pictures = [p for p in found if p.suffix.lower() in PICTURES]
         if pictures:
             stems = {p.with_suffix("") for p in texts + pictures}
-            return Format("texts", tuple(sorted(stems)), partial(_generated, _pair_rows))
+            return Format(tuple(sorted(stems)), partial(_generated, _pair_rows))
     raise BadInput(
         f"--data: {path} holds no .tar, no .parquet, no metadata.jsonl or metadata.csv, and no"
         " pictures with .txt files of the same names"
@@ -118,10 +118,12 @@ def _metadata_rows(files: list[str]) -> Iterator[Row]:
                 rows = (json.loads(line) for line in file if line.strip())
             try:
                 for row in rows:
+                    if None in row:  # where csv puts fields that no column is for
+                        raise ValueError(f"{row[None]} is one field too many: quote commas")
                     named = row.get("file_name")
-                    picture = {"file": str(path.parent / named)} if named else {"picture": None}
+                    picture = {PATH: str(path.parent / named)} if named else {"picture": None}
                     yield row | {"text": _first(row, TEXT_COLUMNS)} | picture
-            except (ValueError, AttributeError, csv.Error) as error:
+            except (ValueError, TypeError, AttributeError, csv.Error) as error:
                 raise BadInput(f"--data: {path} cannot be read: {error}")
 
 
@@ -132,7 +134,7 @@ def _pair_rows(files: list[str]) -> Iterator[Row]:
         picture = next((s for s in suffixes if Path(stem + s).exists()), PICTURES[0])
         yield {
             "text": text.read_text(errors="replace") if text.exists() else None,
-            "file": stem + picture,
+            PATH: stem + picture,
         }
 
 

@@ -42,8 +42,8 @@ class Trainer:
     has something to show, `samples.png`; `losses.csv` grows between them.
 
     Raises:
-        BadInput: the folder holds a save of a module with other tensors, or of a run that did
-            not read what `reads` names.
+        BadInput: the folder holds a save of a module with other tensors, of more steps, or of
+            a run that did not read what `reads` names.
     """
 
     def __init__(
@@ -176,6 +176,10 @@ class Trainer:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.step = int(self.ema.n_averaged)
+        if self.step > self.steps:
+            raise BadInput(
+                f"--steps: {self.steps} is less than the {self.step} that {self._state} has taken"
+            )
         self.schedule.last_epoch = self.step
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self.schedule.lr_lambdas[0](self.step)
@@ -188,7 +192,9 @@ class Trainer:
         elif path.exists():
             heading, *rows = path.read_text().splitlines(keepends=True)
             kept = (row for row in rows if int(row.split(",", 1)[0]) <= self.step)
-            path.write_text(heading + "".join(kept))
+            part = path.with_suffix(".part")
+            part.write_text(heading + "".join(kept))
+            os.replace(part, path)
 
 
 def _averaging(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:

@@ -139,7 +139,11 @@ class Preparation:
             if not bound.holds(row):
                 raise LeftOut(str(bound))
         if row.get("width") and row.get("height"):
-            self.check_size(int(float(row["width"])), int(float(row["height"])))
+            try:
+                size = int(float(row["width"])), int(float(row["height"]))
+            except (TypeError, ValueError, OverflowError):
+                raise LeftOut("size")
+            self.check_size(*size)
         caption = clean_caption(str(row["text"] or ""), self.max_caption)
         if len(caption) < self.min_caption:
             raise LeftOut("caption")

@@ -113,7 +113,7 @@ def sample_scene(
 
 
 def near_misses(scene: Scene, rng: np.random.Generator) -> list[Scene]:
-    """Three scenes that differ from this one in one thing that every caption names.
+    """Three scenes that differ from this one so that no caption of it is true of them.
 
     An object of another shape, one of another colour, and, of several objects, two that traded
     colours or two that traded places. None is held out.
@@ -141,9 +141,25 @@ def _changed(scene: Scene, change: str, rng: np.random.Generator) -> Scene:
             case "trade places":
                 items[i], items[j] = replace(a, x=b.x, y=b.y), replace(b, x=a.x, y=a.y)
         changed = Scene(tuple(items), scene.background)
-        if changed != scene and _sound(changed) and not changed.held_out:
+        if _sound(changed) and not changed.held_out and not _may_pass_for(scene, changed):
             return changed
     return _changed(scene, "shape", rng)
+
+
+def _may_pass_for(scene: Scene, other: Scene) -> bool:
+    """Whether a caption of a scene, which may leave sizes out, can be true of another."""
+    named = {(item.shape, item.colour): item for item in other.items}
+    found = [named.get((item.shape, item.colour)) for item in scene.items]
+    items = tuple(item for item in found if item)
+    if len(items) < len(scene.items):
+        return False
+    chained, theirs = (
+        [relation(a, b) for a, b in itertools.pairwise(some)] for some in (scene.items, items)
+    )
+    middle = middle_item(scene)
+    return chained == theirs or (
+        middle is not None and middle == middle_item(replace(other, items=items))
+    )
 
 
 def _sound(scene: Scene) -> bool:
