@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import fusion, losses, pictures, quality, steps
+from benchmarks import fusion, losses, pictures, quality, steps, training_time
 from benchmarks.reader import read
 from checkpoints import tiny_checkpoint
-from training import diffusion
+from training import bert, diffusion
 
 CHECKPOINT = Path("checkpoints/scenes-64")
 
@@ -70,6 +70,20 @@ def test_a_sheet_of_pictures_has_a_row_for_each_number_of_objects(repository, tm
         y = pictures.MARGIN + row * (pictures.TILE + pictures.CAPTION) + pictures.TILE // 2
         shown = {sheet.getpixel((tile * column + 30, y)) for column in range(pictures.COLUMNS)}
         assert len(shown) > 1
+
+
+def test_training_time_is_that_of_a_stages_own_steps(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training_time, "STAGES", (bert,))
+    out = tmp_path / "time.json"
+    training_time.main(few=2, more=6, batch=4, device="cpu", bf16=False, out=out)
+    found = json.loads(out.read_text())["stages"]["bert"]
+    assert found["steps"] == bert.STEPS
+    seconds = found["seconds_beside"] + found["seconds_a_step"] * bert.STEPS
+    assert found["minutes"] == pytest.approx(seconds / 60, abs=0.1)
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert summary == {"minutes": found["minutes"], "goal": 150.0}
+    with pytest.raises(SystemExit, match="--more: 4 is not more than --few, 4"):
+        training_time.main(few=4, more=4)
 
 
 def test_every_decoder_of_losses_is_trained_and_measured(tmp_path, capsys):
