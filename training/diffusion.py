@@ -47,7 +47,7 @@ BERT_LAYERS = (2, 4)
 CAPTION_DROP = 0.1
 GROUNDING = 0.1  # weight of the questions beside the error of v
 LEARNING_RATE, EMA_DECAY = 8e-4, 0.999
-TIMESTEP_POWER = 1.0
+TIMESTEP_POWER = 0.6  # of an even draw: 38% lie above 750, for layout, 7% below 200, for outlines
 SEED_STRIDE = 100_000_000  # steps between what runs with different seeds draw
 DEFAULTS = {"steps": 12, "guidance_scale": 2.0}  # of requests that name none
 
@@ -223,7 +223,7 @@ def velocity_loss(
 ) -> Callable[[int], dict[str, Tensor]]:
     """The loss of a step: squared error of v, some captions dropped, and of what tokens tell.
 
-    Most timesteps lie where captions matter, at the noisy end, which sampling starts from.
+    More timesteps lie at the noisy end, where captions matter and sampling starts.
     """
     device = next(painter.parameters()).device
     alphas_cumprod = scheduler().alphas_cumprod.to(device)
