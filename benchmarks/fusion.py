@@ -105,6 +105,7 @@ def main(
     scores: dict[str, list[Score]] = {arm: [] for arm in ARMS}
     try:
         opened, on = open_checkpoint(checkpoint), pick_device(device)
+        vae = opened.load("vae", VQModel).to(on)
         run = Run(checkpoint, runs / f"{steps}x{batch}", steps, batch, on, bf16, save_every=500)
         batches = Batches(checkpoint, runs, batch, on)
         for seed, arm in itertools.product(range(seeds), ARMS):
@@ -115,7 +116,7 @@ def main(
             trainer = run.trainer(painter, f"{arm}-{seed}", LEARNING_RATE, EMA_DECAY, reads)
             trained = trainer.run(velocity_loss(painter, encoders, batches, seed), batches)
             learnt = cast(Painter, trained.eval())
-            found = painted(learnt, encoders, opened.load("vae", VQModel).to(on), all_tasks, seed)
+            found = painted(learnt, encoders, vae, all_tasks, seed)
             scores[arm] += found
             results[arm].append(table_of(all_tasks, found))
             console.print(f"{arm}, seed {seed}: {json.dumps(summary_of(results[arm][-1:]))}")

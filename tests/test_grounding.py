@@ -147,7 +147,8 @@ def test_bert_learns_further_from_the_weights_that_init_names(tmp_path):
         for folder in (started.init, started.checkpoint)
     ]
     assert vocabularies[0] == vocabularies[1]
-    with pytest.raises(data.BadInput, match=f"--init: {tmp_path} has no BERT to start from"):
+    missing = f"--init: {tmp_path}/tokenizer_2 is no tokenizer to start from"
+    with pytest.raises(data.BadInput, match=missing):
         bert.train(replace(started, init=tmp_path))
 
 

@@ -187,6 +187,7 @@ def test_all_stages_make_a_checkpoint_that_export_takes(tmp_path, monkeypatch):
     assert opened.index["defaults"] == distill.DEFAULTS
     unet = UNet2DConditionModel.from_pretrained(checkpoint / "unet")
     assert unet.config.time_cond_proj_dim == distill.EMBEDDING
+    assert str(tmp_path) not in (checkpoint / "unet" / "config.json").read_text()
 
 
 def test_painters_that_were_stopped_end_as_undisturbed_ones(tmp_path, monkeypatch):

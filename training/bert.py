@@ -23,7 +23,7 @@ from transformers import (
 from training import data
 from training.cli import stage_cli
 from training.grounding import UNASKED, Questions, cross_entropy, word_answers
-from training.run import Run
+from training.run import Run, starting_from
 from training.tokenizers import trained_tokenizer
 
 STEPS, BATCH = 1200, 96
@@ -92,16 +92,13 @@ def _trained(checkpoint: Path) -> tuple[BertTokenizer, BertModel]:
     Raises:
         BadInput: it has none.
     """
-    try:
-        return (
-            BertTokenizer.from_pretrained(checkpoint / "tokenizer_2"),
-            BertModel.from_pretrained(
-                checkpoint / "text_encoder_2", add_pooling_layer=False, use_safetensors=True
-            ),
+    tokenizer, model = checkpoint / "tokenizer_2", checkpoint / "text_encoder_2"
+    with starting_from(tokenizer, "tokenizer"):
+        loaded = BertTokenizer.from_pretrained(tokenizer)
+    with starting_from(model, "BERT"):
+        return loaded, BertModel.from_pretrained(
+            model, add_pooling_layer=False, use_safetensors=True
         )
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise data.BadInput(f"--init: {checkpoint} has no BERT to start from: {reason}")
 
 
 if __name__ == "__main__":

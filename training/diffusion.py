@@ -35,7 +35,7 @@ from export.preview import fit_preview
 from training import data
 from training.cli import stage_cli
 from training.grounding import Questions, word_answers
-from training.run import Run, digest
+from training.run import Run, check_trained, digest, starting_from
 from training.sampling import Sampler
 from training.scenes import Scene, describe
 
@@ -248,16 +248,8 @@ def velocity_loss(
     return loss_at
 
 
-def check_trained(checkpoint: Path, parts: tuple[str, ...]) -> None:
-    """Raises BadInput where a checkpoint lacks parts that earlier stages make."""
-    if missing := [part for part in parts if not (checkpoint / part).is_dir()]:
-        raise data.BadInput(
-            f"--checkpoint: {checkpoint} has no {', '.join(missing)}: train the stages before first"
-        )
-
-
 def train(run: Run) -> None:
-    check_trained(run.checkpoint, FROZEN)
+    check_trained(run.checkpoint, *FROZEN)
     batches = latent_batches(run)
     encoders = Encoders(run.checkpoint, run.device)
     torch.manual_seed(0)
@@ -286,11 +278,8 @@ def new_painter(run: Run) -> Painter:
     if run.init is not None:
         for name in ("fusion", "unet"):
             file = run.init / name / SAFETENSORS_WEIGHTS_NAME
-            try:
+            with starting_from(file, name):
                 getattr(painter, name).load_state_dict(load_file(file))
-            except (OSError, RuntimeError) as error:
-                reason = str(error).splitlines()[-1].strip()
-                raise data.BadInput(f"--init: {file} is no {name} to start from: {reason}")
     return painter
 
 

@@ -20,16 +20,8 @@ from torch.nn import functional as F
 from export.fusion_head import FusionHead
 from training.cli import stage_cli
 from training.data import BadInput
-from training.diffusion import (
-    FROZEN,
-    Encoders,
-    check_trained,
-    latent_batches,
-    noised,
-    scheduler,
-    write_index,
-)
-from training.run import Run
+from training.diffusion import FROZEN, Encoders, latent_batches, noised, scheduler, write_index
+from training.run import Run, check_trained
 from training.sampling import Sampler
 from twinbrush.samplers import guidance_embedding
 
@@ -57,7 +49,7 @@ def teacher_of(checkpoint: Path) -> Path:
         BadInput: there is no UNet, or it is distilled and what it was distilled from is not there.
     """
     folder = checkpoint.with_name(f"{checkpoint.name}-teacher")
-    check_trained(checkpoint, (*FROZEN, "fusion", "unet"))
+    check_trained(checkpoint, *FROZEN, "fusion", "unet")
     config = UNet2DConditionModel.load_config(checkpoint / "unet")
     if config.get("time_cond_proj_dim") is None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -75,7 +67,8 @@ def teacher_of(checkpoint: Path) -> Path:
 
 def new_student(teacher: UNet2DConditionModel) -> UNet2DConditionModel:
     """The teacher with an input for the guidance scale, which says nothing yet."""
-    student = UNet2DConditionModel.from_config(teacher.config, time_cond_proj_dim=EMBEDDING)
+    config = {k: v for k, v in teacher.config.items() if k != "_name_or_path"}  # a local path
+    student = UNet2DConditionModel.from_config(config, time_cond_proj_dim=EMBEDDING)
     student.load_state_dict(teacher.state_dict(), strict=False)
     torch.nn.init.zeros_(student.time_embedding.cond_proj.weight)
     return student

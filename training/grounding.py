@@ -46,12 +46,11 @@ def partner(scene: Scene, index: int, caption: str) -> Item | None:
 
 def place(scene: Scene, index: int, caption: str) -> str:
     """Where an object stands to its partner."""
-    if len(scene.items) == 1:
-        return "alone"
     other = partner(scene, index, caption)
+    if other is None:
+        return "alone" if len(scene.items) == 1 else "between"
     if "between" in caption:
-        return "outside" if other else "between"
-    assert other is not None
+        return "outside"
     link = relation(scene.items[index], other)
     assert link is not None, "sample_scene chains its objects by clear relations"
     return link

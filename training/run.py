@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +57,25 @@ class Run:
             module, self.runs / name, self.steps, learning_rate, ema_decay, self.save_every,
             self.bf16, digest(reads),
         )  # fmt: skip
+
+
+def check_trained(checkpoint: Path, *parts: str) -> None:
+    """Raises BadInput where a checkpoint lacks parts that earlier stages make."""
+    if missing := [part for part in parts if not (checkpoint / part).is_dir()]:
+        raise data.BadInput(
+            f"--checkpoint: {checkpoint} has no {', '.join(missing)}: train the stages before first"
+        )
+
+
+@contextmanager
+def starting_from(path: Path, kind: str) -> Iterator[None]:
+    """Raises BadInput that names `path` where what is read inside is no model of a kind."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        lines = str(error).splitlines()
+        reason = lines[-1 if isinstance(error, RuntimeError) else 0].strip()  # torch's is its last
+        raise data.BadInput(f"--init: {path} is no {kind} to start from: {reason}")
 
 
 def digest(folders: Sequence[Path]) -> str:

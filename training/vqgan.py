@@ -12,7 +12,6 @@ there is only that last part, from the VQGAN of a checkpoint.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from transformers import CLIPVisionModelWithProjection
 
 from training import data
 from training.cli import stage_cli
-from training.run import Run
+from training.run import Run, check_trained, starting_from
 from training.sheets import grid
 from training.vqgan_losses import (
     OPPONENT,
@@ -213,31 +212,17 @@ def compared(originals: Tensor, painted: Tensor) -> Image.Image:
 
 
 def train(run: Run) -> None:
-    if not (run.checkpoint / "image_encoder").is_dir():
-        raise data.BadInput(
-            f"--checkpoint: {run.checkpoint} has no image_encoder/: train clip first"
-        )
+    check_trained(run.checkpoint, "image_encoder")
     if run.init:
-        vae, alone = _trained(run.init), run.steps
+        with starting_from(run.init / "vae", "VQGAN"):
+            vae = VQModel.from_pretrained(run.init / "vae", use_safetensors=True)
+        alone = run.steps
     else:
         alone = int(DECODER * run.steps)
         vae = autoencoder(replace(run, steps=run.steps - alone))
         vae.save_pretrained(run.checkpoint / "vae")
     sharpen(vae, Weights(), replace(run, steps=alone))
     vae.save_pretrained(run.checkpoint / "vae")
-
-
-def _trained(checkpoint: Path) -> VQModel:
-    """The VQGAN of a checkpoint.
-
-    Raises:
-        BadInput: it has none.
-    """
-    try:
-        return VQModel.from_pretrained(checkpoint / "vae", use_safetensors=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise data.BadInput(f"--init: {checkpoint / 'vae'} is no VQGAN to start from: {reason}")
 
 
 if __name__ == "__main__":
