@@ -147,7 +147,8 @@ def painted(
         some = all_tasks[start : start + AT_ONCE]
         hidden = painter.fusion(*encoders([task.prompt for task in some]))
         latents = sample(painter.unet, hidden, empty, scheduler(), DEFAULTS, draw)
-        decoded = vae.decode(latents / vae.config["scaling_factor"], return_dict=False)[0].clamp(-1, 1)
+        latents = latents / vae.config["scaling_factor"]
+        decoded = vae.decode(latents, return_dict=False)[0].clamp(-1, 1)
         pixels = ((decoded + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         scores += [score(task, read(p)) for task, p in zip(some, pixels, strict=True)]
     return scores
