@@ -59,16 +59,16 @@ class Arm(Encoders):
         super().__init__(checkpoint, device)
         self.arm = arm
 
-    @torch.no_grad()
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
-        clip, bert_layers, mask = super().__call__(texts)
         if self.arm == "fusion":
-            return clip, bert_layers, mask
+            return super().__call__(texts)
         if self.arm == "bert":  # its last hidden state is the last of these layers
-            return bert_layers[:, -1], bert_layers, mask
-        ids, _ = data.token_ids(self.tokenizer, texts, self.device)
-        states = self.clip(ids, output_hidden_states=True).hidden_states
-        return clip, torch.stack([states[i] for i in BERT_LAYERS], dim=1), torch.ones_like(ids)
+            layers, mask = self.bert_layers(texts)
+            return layers[:, -1], layers, mask
+        said = self.clip_output(texts)
+        layers = torch.stack([said.hidden_states[i] for i in BERT_LAYERS], dim=1)
+        mask = torch.ones(layers.shape[0], layers.shape[2], dtype=torch.int64, device=self.device)
+        return said.last_hidden_state, layers, mask
 
     def answers(self, texts: list[str], scenes: list[Scene]) -> Tensor:
         tokenizer = self.tokenizer_2 if self.arm == "bert" else self.tokenizer

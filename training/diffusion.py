@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertModel, BertTokenizer, CLIPTextModel, CLIPTokenizer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from export.fusion_head import FusionHead
 from export.preview import fit_preview
@@ -95,16 +96,22 @@ class Encoders:
         ).eval()
         self.bert.to(device)
 
-    @torch.no_grad()
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        layers, mask = self.bert_layers(texts)
+        return self.clip_output(texts).last_hidden_state, layers, mask
+
+    @torch.no_grad()
+    def clip_output(self, texts: list[str]) -> BaseModelOutputWithPooling:
+        """What CLIP says, with the hidden states of every layer."""
         ids, _ = data.token_ids(self.tokenizer, texts, self.device)
-        ids_2, mask = data.token_ids(self.tokenizer_2, texts, self.device)
-        states = self.bert(ids_2, attention_mask=mask, output_hidden_states=True).hidden_states
-        return (
-            self.clip(ids).last_hidden_state,
-            torch.stack([states[i] for i in BERT_LAYERS], dim=1),
-            mask,
-        )
+        return self.clip(ids, output_hidden_states=True)
+
+    @torch.no_grad()
+    def bert_layers(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """BERT's hidden states at `BERT_LAYERS` (B, layers, L, width), and the mask (B, L)."""
+        ids, mask = data.token_ids(self.tokenizer_2, texts, self.device)
+        states = self.bert(ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        return torch.stack([states[i] for i in BERT_LAYERS], dim=1), mask
 
     def answers(self, texts: list[str], scenes: list[Scene]) -> Tensor:
         """What the head's tokens are to answer: see `grounding.word_answers`."""
