@@ -79,6 +79,18 @@ def test_a_new_student_says_what_its_teacher_does_at_any_scale():
     torch.testing.assert_close(ours, theirs)
 
 
+def test_a_student_starts_from_what_another_has_learnt(tmp_path):
+    teacher = tiny_unet()
+    learnt = tiny_unet(time_cond_proj_dim=distill.EMBEDDING)
+    learnt.save_pretrained(tmp_path / "learnt" / "unet")
+    student = distill.new_student(teacher, tmp_path / "learnt").state_dict()
+    assert all(torch.equal(student[name], one) for name, one in learnt.state_dict().items())
+    assert student.keys() == learnt.state_dict().keys()
+    teacher.save_pretrained(tmp_path / "taught" / "unet")
+    with pytest.raises(data.BadInput, match=r"--init: .*unet.* is no unet to start .*cond_proj"):
+        distill.new_student(teacher, tmp_path / "taught")
+
+
 def test_folded_colours_change_nothing():
     model = vqgan.build().eval()
     x = draw(2, 3, 64, 64)
@@ -220,6 +232,8 @@ def test_painters_that_were_stopped_end_as_undisturbed_ones(tmp_path, monkeypatc
             assert (ours[name].float() - tensor.float()).abs().mean() < 1e-5, name
     with pytest.raises(data.BadInput, match=r"--steps: 2 is less than the 4 that .*distill"):
         distill.train(replace(run, steps=2))
+    with pytest.raises(data.BadInput, match=r"--runs: .*distill.* from a run on other weights"):
+        distill.train(replace(run, init=tmp_path / "whole"))
     shutil.rmtree(tmp_path / "stopped-teacher")
     with pytest.raises(data.BadInput, match=r"--checkpoint: .* its teacher .*-teacher is gone"):
         distill.train(run)

@@ -86,7 +86,7 @@ def test_a_command_with_a_bad_device_says_so_and_writes_nothing(tmp_path):
 
 def test_a_stage_that_starts_anew_refuses_init(refused, tmp_path):
     said = refused("clip", "--init", str(tmp_path))
-    assert said == "error: --init: only training.bert, .vqgan and .diffusion take one"
+    assert said == "error: --init: training.clip and training.all take none"
 
 
 def test_a_stage_does_not_overwrite_what_it_starts_from(refused, tmp_path):

@@ -43,7 +43,9 @@ def stage_cli(
         device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
         bf16: Annotated[
             bool | None,
-            typer.Option(help="bfloat16 products: on by default on cuda; pays on CPUs with AMX."),
+            typer.Option(
+                help="bfloat16 products: default on cuda; pays on CPUs with AMX or AVX512-BF16."
+            ),
         ] = None,
         save_every: Annotated[
             int | None, typer.Option(min=1, help="Steps between saves: 100, and 500 on cuda.")
@@ -53,7 +55,7 @@ def stage_cli(
             typer.Option(
                 help="Checkpoint to start from: its BERT in training.bert, its fusion head and UNet"
                 " in training.diffusion, its VQGAN, whose decoder learns further, in"
-                " training.vqgan."
+                " training.vqgan, its distilled UNet in training.distill."
             ),
         ] = None,
         path: Annotated[
@@ -97,7 +99,7 @@ def stage_cli(
             wanted_bf16 = on_cuda if bf16 is None else bf16
             saving = save_every or (500 if on_cuda else 100)
             if init is not None and not warm_start:
-                raise BadInput("--init: only training.bert, .vqgan and .diffusion take one")
+                raise BadInput("--init: training.clip and training.all take none")
             if init is not None and init.resolve() == checkpoint.resolve():
                 raise BadInput(f"--init: {init} is what --checkpoint writes; write another")
             train(

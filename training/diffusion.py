@@ -24,8 +24,6 @@ from diffusers import (
     UNet2DConditionModel,
     VQModel,
 )
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertModel, BertTokenizer, CLIPTextModel, CLIPTokenizer
@@ -36,7 +34,7 @@ from export.preview import fit_preview
 from training import data
 from training.cli import stage_cli
 from training.grounding import Questions, word_answers
-from training.run import Run, check_trained, digest, starting_from
+from training.run import Run, check_trained, digest, load_start
 from training.sampling import Sampler
 from training.scenes import Scene, describe
 
@@ -283,10 +281,8 @@ def new_painter(run: Run) -> Painter:
     """
     painter = Painter(run.source.side)
     if run.init is not None:
-        for name in ("fusion", "unet"):
-            file = run.init / name / SAFETENSORS_WEIGHTS_NAME
-            with starting_from(file, name):
-                getattr(painter, name).load_state_dict(load_file(file))
+        for part in ("fusion", "unet"):
+            load_start(getattr(painter, part), run.init, part)
     return painter
 
 

@@ -3,7 +3,8 @@
 Latent consistency distillation (arXiv:2310.04378): the student learns to say at every noise
 level what the teacher, led by its guidance, would arrive at; the guidance scale becomes an
 input (`timestep_cond`). The teacher moves into a checkpoint of its own, `CHECKPOINT-teacher`,
-which shares every other part; writes `unet/`, `scheduler/` and `model_index.json`.
+which shares every other part; writes `unet/`, `scheduler/` and `model_index.json`. With `--init`
+the student starts from what another distillation has learnt, not from the teacher.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from export.fusion_head import FusionHead
 from training.cli import stage_cli
 from training.data import BadInput
 from training.diffusion import FROZEN, Encoders, latent_batches, noised, scheduler, write_index
-from training.run import Run, check_trained
+from training.run import Run, check_trained, load_start
 from training.sampling import Sampler
 from twinbrush.samplers import guidance_embedding
 
@@ -65,12 +66,20 @@ def teacher_of(checkpoint: Path) -> Path:
     return folder
 
 
-def new_student(teacher: UNet2DConditionModel) -> UNet2DConditionModel:
-    """The teacher with an input for the guidance scale, which says nothing yet."""
+def new_student(teacher: UNet2DConditionModel, init: Path | None = None) -> UNet2DConditionModel:
+    """The teacher with an input for the guidance scale, which says nothing yet.
+
+    With `init` it has the weights of that checkpoint's UNet.
+
+    Raises:
+        BadInput: `init` has no UNet, or none that is distilled and of the teacher's shape.
+    """
     config = {k: v for k, v in teacher.config.items() if k != "_name_or_path"}  # a local path
     student = UNet2DConditionModel.from_config(config, time_cond_proj_dim=EMBEDDING)
     student.load_state_dict(teacher.state_dict(), strict=False)
     torch.nn.init.zeros_(student.time_embedding.cond_proj.weight)
+    if init:
+        load_start(student, init, "unet")
     return student
 
 
@@ -81,8 +90,10 @@ def train(run: Run) -> None:
     fusion = FusionHead.from_pretrained(run.checkpoint / "fusion").eval().to(device)
     teacher = UNet2DConditionModel.from_pretrained(taught_by / "unet").eval()
     teacher.float().to(device)
-    student = new_student(teacher).to(device)
+    student = new_student(teacher, run.init).to(device)
     reads = [taught_by / part for part in (*FROZEN, "fusion", "unet")]
+    if run.init:
+        reads.append(run.init / "unet")
     trainer = run.trainer(student, "distill", 3e-4, EMA_DECAY, reads)
     alphas_cumprod = lcm_scheduler().alphas_cumprod.to(device)
     sampler = Sampler(run.checkpoint, encoders, run.source, device)
@@ -155,4 +166,4 @@ def consistency(
 
 
 if __name__ == "__main__":
-    stage_cli(train, STEPS, BATCH)
+    stage_cli(train, STEPS, BATCH, warm_start=True)

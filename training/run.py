@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
 from torch import nn
 
 from training import data
@@ -76,6 +78,17 @@ def starting_from(path: Path, kind: str) -> Iterator[None]:
         lines = str(error).splitlines()
         reason = lines[-1 if isinstance(error, RuntimeError) else 0].strip()  # torch's is its last
         raise data.BadInput(f"--init: {path} is no {kind} to start from: {reason}")
+
+
+def load_start(module: nn.Module, init: Path, part: str) -> None:
+    """Gives `module` the weights of a part of the checkpoint `init`.
+
+    Raises:
+        BadInput: there is no such part, or it has other tensors.
+    """
+    file = init / part / SAFETENSORS_WEIGHTS_NAME
+    with starting_from(file, part):
+        module.load_state_dict(load_file(file))
 
 
 def digest(folders: Sequence[Path]) -> str:
