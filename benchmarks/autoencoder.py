@@ -7,6 +7,7 @@ that a UNet on these latents can reach.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +18,7 @@ from diffusers import VQModel
 
 from benchmarks.machine import write_result
 from benchmarks.quality import NAMES, read, score, share, tasks
-from export.checkpoint import open_checkpoint
+from export.checkpoint import CheckpointError, open_checkpoint
 from training import data
 
 GOALS = {"psnr": 28.0, "codes_used": 90.0}
@@ -35,8 +36,11 @@ def main(
     ),
 ) -> None:
     """Measures reconstruction: PSNR in dB, codes used, and what the reader reads."""
-    opened = open_checkpoint(checkpoint)
-    vae = opened.load("vae", VQModel)
+    try:
+        opened = open_checkpoint(checkpoint)
+        vae = opened.load("vae", VQModel)
+    except CheckpointError as error:
+        sys.exit(f"error: {error}")
     all_tasks = tasks(n)
     psnr: list[float] = []
     right: dict[str, list[bool]] = {name: [] for name in NAMES.values()}

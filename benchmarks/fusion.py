@@ -3,10 +3,12 @@
 Three UNets with the same head are trained to the same budget on the same batches, anew for
 each seed; only what the head merges differs: CLIP tokens that attend to CLIP's own inner
 layers, BERT tokens that attend to BERT's, and CLIP tokens that attend to BERT's. So every
-arm has as many parameters and looks at as many layers. Held-out prompts are then painted from
-the same noise and read back. The encoders are the checkpoint's: where BERT was asked what the
-words of a scene's caption name and CLIP was not, as in `scenes-64`, that is part of what is
-compared. Each training goes on from its last save.
+arm has as many parameters and looks at as many layers; CLIP's own are seen whole, with the
+padding that Stable Diffusion's UNet sees too, BERT's where there are words. Held-out prompts
+are then painted from the same noise and read back. The encoders are the checkpoint's: where
+BERT was asked what the words of a scene's caption name and CLIP was not, as in `scenes-64`,
+that is part of what is compared; learning rate, timesteps and guidance were chosen on the
+fusion. Each training goes on from its last save.
 """
 
 from __future__ import annotations
@@ -90,7 +92,7 @@ def main(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     bf16: Annotated[bool, typer.Option(help="bfloat16 products in training.")] = False,
     n: Annotated[int, typer.Option(min=3, help="Held-out prompts.")] = 1000,
-    threads: Annotated[int, typer.Option(help="CPU threads; 0 takes all.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 takes all.")] = 0,
     out: Annotated[Path, typer.Option(help="Result file; the plot goes beside it.")] = Path(
         "benchmarks/results/fusion.json"
     ),
@@ -102,7 +104,7 @@ def main(
         sys.exit(f"error: --channels: {channels} is not a multiple of 32")
     all_tasks = tasks(n)
     results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
-    scores: dict[str, list[Score]] = {arm: [] for arm in ARMS}
+    scores: dict[str, list[list[Score]]] = {arm: [] for arm in ARMS}
     try:
         opened, on = open_checkpoint(checkpoint), pick_device(device)
         vae = opened.load("vae", VQModel).to(on)
@@ -117,14 +119,16 @@ def main(
             trained = trainer.run(velocity_loss(painter, encoders, batches, seed), batches)
             learnt = cast(Painter, trained.eval())
             found = painted(learnt, encoders, vae, all_tasks, seed)
-            scores[arm] += found
+            scores[arm].append(found)
             results[arm].append(table_of(all_tasks, found))
             console.print(f"{arm}, seed {seed}: {json.dumps(summary_of(results[arm][-1:]))}")
     except (CheckpointError, data.BadInput) as error:
         sys.exit(f"error: {error}")
     summary: dict[str, Any] = {arm: summary_of(tables) for arm, tables in results.items()}
-    summary["behind_fusion"] = {
-        arm: points_lost(scores["fusion"], scores[arm]) for arm in ARMS if arm != "fusion"
+    summary["behind_fusion"] = {  # of each seed: the intervals are over prompts alone
+        arm: [points_lost(*pair) for pair in zip(scores["fusion"], scores[arm], strict=True)]
+        for arm in ARMS
+        if arm != "fusion"
     }
     write_result(
         out, "python -m benchmarks.fusion", checkpoint=opened.name,

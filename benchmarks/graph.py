@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ import typer
 from rich.progress import track
 
 from benchmarks.machine import write_result
-from export.checkpoint import open_checkpoint
+from export.checkpoint import CheckpointError, open_checkpoint
 from export.convert import OPSET, to_onnx
 from export.macs import native_rows
 from export.part import Part
@@ -41,8 +42,11 @@ def main(
     out: Annotated[Path, typer.Option(help="Result file.")] = Path("benchmarks/results/graph.json"),
 ) -> None:
     """Counts nodes and times calls of every model in every form."""
-    opened = open_checkpoint(checkpoint)
-    parts = load_parts(opened).values()
+    try:
+        opened = open_checkpoint(checkpoint)
+        parts = load_parts(opened).values()
+    except CheckpointError as error:
+        sys.exit(f"error: {error}")
     models = {part.name: compared(part, repository, turns) for part in track(parts)}
     write_result(
         out, "python -m benchmarks.graph", checkpoint=opened.name, turns=turns, models=models

@@ -28,7 +28,7 @@ from benchmarks.quality import read, score, share, tasks
 from export.checkpoint import CheckpointError, open_checkpoint
 from training import data
 from training.cli import pick_device
-from training.run import Run
+from training.run import Run, check_trained
 from training.vqgan import Weights, sharpen
 
 VARIANTS = {
@@ -52,7 +52,7 @@ def main(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     bf16: Annotated[bool, typer.Option(help="bfloat16 products in training.")] = False,
     n: Annotated[int, typer.Option(min=1, help="Held-out scenes.")] = 600,
-    threads: Annotated[int, typer.Option(help="CPU threads; 0 takes all.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 takes all.")] = 0,
     out: Annotated[Path, typer.Option(help="Result file; pictures go beside it.")] = Path(
         "benchmarks/results/losses.json"
     ),
@@ -64,6 +64,7 @@ def main(
     true = data.pictures([task.scene for task in all_tasks])
     painted: dict[str, Tensor] = {}
     try:
+        check_trained(checkpoint, "image_encoder", "vae")
         run = Run(checkpoint, runs / f"{steps}x{batch}", steps, batch, pick_device(device), bf16)
         for name, weights in VARIANTS.items():
             console.print(f"training a decoder: {name}")

@@ -46,8 +46,8 @@ def main(
     repository: Annotated[Path, typer.Option(help="Exported model repository.")] = Path(
         "model_repository"
     ),
-    turns: Annotated[int, typer.Option(help="How often both sides of each ratio run.")] = 5,
-    requests: Annotated[int, typer.Option(help="Images a turn, at concurrency 1.")] = 12,
+    turns: Annotated[int, typer.Option(min=1, help="How often both sides of each ratio run.")] = 5,
+    requests: Annotated[int, typer.Option(min=1, help="Images a turn, at concurrency 1.")] = 12,
     out: Annotated[Path, typer.Option(help="Result file.")] = Path(
         "benchmarks/results/overhead.json"
     ),

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +26,16 @@ from rich.table import Table
 from benchmarks.local_engine import local_engine
 from benchmarks.machine import write_result
 from benchmarks.reader import Reading, read
-from training.scenes import Item, Scene, describe, middle_item, relation, render, sample_scene
+from training.scenes import (
+    SIDE,
+    Item,
+    Scene,
+    describe,
+    middle_item,
+    relation,
+    render,
+    sample_scene,
+)
 from twinbrush.engine import Engine
 from twinbrush.generation import End, Event, Finished
 from twinbrush.onnx_runtime import LocalModels
@@ -113,19 +123,25 @@ def _has_size(item: Item, placed: dict[tuple[str, str], Item]) -> bool:
 
 
 def _related(task: Task, placed: dict[tuple[str, str], Item]) -> bool:
-    """Whether named relations hold: centres in the named order along the named axis."""
+    """Whether named relations hold: centres in the named order along the named axis.
+
+    "Between" names none: it is asked for on the axis on which the outer two stand further apart.
+    """
     wanted = task.scene.items
+    shown = [
+        placed[item.shape, item.colour] for item in wanted if (item.shape, item.colour) in placed
+    ]
+    if len(shown) < len(wanted):
+        return False
     if "between" in task.prompt:
         middle = middle_item(task.scene)
         assert middle is not None, "describe says between only where it is so"
-        a, b = (wanted[j] for j in range(3) if j != middle)
-        pairs = [(a, wanted[middle]), (wanted[middle], b)]
-    else:
-        pairs = [(wanted[k], wanted[k + 1]) for k in range(len(wanted) - 1)]
-    for a, b in pairs:
-        shown_a, shown_b = (placed.get((item.shape, item.colour)) for item in (a, b))
-        if shown_a is None or shown_b is None:
-            return False
+        inner = shown.pop(middle)
+        a, b = shown
+        axis = "x" if abs(a.x - b.x) > abs(a.y - b.y) else "y"
+        low, high = sorted(getattr(item, axis) for item in shown)
+        return low < getattr(inner, axis) < high
+    for (a, b), (shown_a, shown_b) in zip(pairwise(wanted), pairwise(shown), strict=True):
         axis = "x" if relation(a, b) in ("left of", "right of") else "y"
         true = getattr(a, axis) < getattr(b, axis)
         if (getattr(shown_a, axis) < getattr(shown_b, axis)) != true:
@@ -245,6 +261,8 @@ def main(
     if guidance >= 0:
         given["guidance_scale"] = guidance
     with local_engine(repository, LocalModels(repository)) as engine:
+        if (side := engine.config.native_side) != SIDE:
+            sys.exit(f"error: --repository: its pictures have {side} pixels a side, not {SIDE}")
         try:
             table = table_of(all_tasks, measure(engine, all_tasks, **given))
         except InvalidArgument as error:

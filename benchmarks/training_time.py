@@ -1,7 +1,8 @@
 """`python -m benchmarks.training_time`: how long `python -m training.all` takes on this machine.
 
-Every stage runs in its place twice, for few steps and for more. What the difference says of a
-step, times the stage's own steps, and what every run needs beside its steps, is its time.
+Every stage runs in its place twice: for few steps, and for as many more as lie between two
+saves. The difference is what so many steps and a save take; with it, the stage's own steps, and
+what every run needs beside them, its time is told.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from rich.console import Console
 from benchmarks.machine import write_result
 from training import data
 from training.all import STAGES
-from training.cli import pick_device
+from training.cli import SAVE_EVERY, pick_device, scenes_for
 from training.run import Run
 
 GOALS = {"cpu": 150.0, "cuda": 20.0}  # minutes
@@ -28,33 +29,40 @@ console = Console()
 
 def main(
     few: Annotated[int, typer.Option(min=4, help="Steps of the shorter runs.")] = 8,
-    more: Annotated[int, typer.Option(min=5, help="Steps of the longer runs.")] = 40,
+    save_every: Annotated[
+        int | None, typer.Option(min=4, help="Steps between saves, as in training.all.")
+    ] = None,
     batch: Annotated[int, typer.Option(min=0, help="Of every stage; 0 is each stage's own.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    bf16: Annotated[bool, typer.Option(help="bfloat16 products.")] = False,
+    bf16: Annotated[
+        bool | None, typer.Option(help="bfloat16 products, as in training.all.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Result file.")] = Path(
         "benchmarks/results/training_time.json"
     ),
 ) -> None:
     """Measures seconds a step of every stage, and tells the minutes of all."""
-    if more <= few:
-        sys.exit(f"error: --more: {more} is not more than --few, {few}")
     try:
         on = pick_device(device)
     except data.BadInput as error:
         sys.exit(f"error: {error}")
+    saving = save_every or SAVE_EVERY[on.type]
+    products = on.type == "cuda" if bf16 is None else bf16
+    source = scenes_for(on)
     stages = {}
     with tempfile.TemporaryDirectory() as scratch:
         for stage in STAGES:
             name = stage.__name__.rpartition(".")[-1]
             seconds = []
-            for steps in (few, more):
-                runs = Path(scratch, f"runs-{steps}")
-                run = Run(Path(scratch, "made"), runs, steps, batch or stage.BATCH, on, bf16)
+            for steps in (few, few + saving):
+                run = Run(
+                    Path(scratch, "made"), Path(scratch, f"runs-{steps}"), steps,
+                    batch or stage.BATCH, on, products, source, saving,
+                )  # fmt: skip
                 began = time.perf_counter()
                 stage.train(run)
                 seconds.append(time.perf_counter() - began)
-            step = (seconds[1] - seconds[0]) / (more - few)
+            step = (seconds[1] - seconds[0]) / saving
             rest = max(0.0, seconds[0] - few * step)
             stages[name] = {
                 "steps": stage.STEPS,
@@ -69,8 +77,8 @@ def main(
         "goal": GOALS[on.type],
     }
     write_result(
-        out, "python -m benchmarks.training_time", device=on.type, bf16=bf16, summary=summary,
-        stages=stages,
+        out, "python -m benchmarks.training_time", device=on.type, bf16=products,
+        save_every=saving, summary=summary, stages=stages,
     )  # fmt: skip
     print(json.dumps(summary))
 

@@ -8,6 +8,7 @@ how channels are chosen.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -51,7 +52,8 @@ def save_pruned(module: nn.Module, folder: Path, pruning: Pruning) -> None:
         name = "diffusion_pytorch_model.safetensors"
     else:
         module.config.save_pretrained(folder)
-    save_model(module, str(folder / name))
+    save_model(module, str(folder / f"{name}.part"))
+    os.replace(folder / f"{name}.part", folder / name)
     shapes = {key: list(tensor.shape) for key, tensor in module.state_dict().items()}
     record = {"pruning": asdict(pruning), "shapes": shapes}
     (folder / SHAPES).write_text(json.dumps(record, indent=1) + "\n")

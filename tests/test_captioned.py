@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from pathlib import Path
@@ -428,7 +429,7 @@ def test_bad_data_is_one_clear_sentence(message, tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Preparation(side=60), "--side: 60 is not a multiple of 8 from 32"),
+        (lambda: Preparation(side=60), "--side: 60 is not a multiple of 16 from 32"),
         (lambda: Preparation(crop="left"), "--crop: 'left' is not one of center, random"),
         (lambda: Preparation(min_caption=9, max_caption=8), "--min-caption: 9 is not from 1 to"),
         (lambda: Bound.parse("watermark<0.5"), "--keep: 'watermark<0.5' is not COLUMN>=NUMBER"),
@@ -451,9 +452,29 @@ def test_data_of_which_nothing_can_be_used_ends_instead_of_going_round(tmp_path)
         source.batches(0, 2, data.CPU).at(0)
 
 
+def test_data_of_which_nothing_more_can_be_used_ends_too(tmp_path, monkeypatch):
+    pictures = iter([np.zeros((64, 64, 3), np.uint8)])
+
+    def picture(preparation, encoded, rng):
+        if (one := next(pictures, None)) is None:
+            raise LeftOut("broken")
+        return one
+
+    monkeypatch.setattr(Preparation, "picture", picture)
+    source = Captioned(write("jsonl", tmp_path / "x"), Preparation(fetchers=1))
+    with pytest.raises(ValueError, match=r"nothing in .* can be used: 1 used"):
+        source.batches(0, 2, data.CPU).at(0)
+
+
 def test_scenes_and_data_never_go_on_from_each_others_saves(tmp_path):
     source = Captioned(write("jsonl", tmp_path / "x"))
     with pytest.raises(ValueError, match="--data: the run's save was trained on scenes"):
         source.batches(0, 2, data.CPU).resume(None)
+    position = source.batches(0, 2, data.CPU).position
+    for other in (replace(source, shuffle=3), replace(source, preparation=Preparation(side=32))):
+        with pytest.raises(ValueError, match="--data: the run's save was trained on other data"):
+            other.batches(0, 2, data.CPU).resume(position)
+    patient = replace(source, preparation=Preparation(timeout=99))
+    patient.batches(0, 2, data.CPU).resume(position)
     with pytest.raises(ValueError, match="--data: none is given"):
         data.SCENES.batches(0, 2, data.CPU).resume({"place": {}, "counts": {}})

@@ -107,8 +107,13 @@ def test_between_asks_for_the_middle():
     green = Item("star", "green", "small", 32, 32)
     scene = Scene((RED, green, BLUE), "gray")
     task = Task("a star between a circle and a square", scene)
-    assert score(task, Reading("gray", scene.items)).relation
-    assert not score(task, Reading("gray", (RED, BLUE, replace(green, x=60)))).relation
+    mirrored = (replace(RED, x=BLUE.x), green, replace(BLUE, x=RED.x))
+    column = tuple(replace(item, x=item.y, y=item.x) for item in scene.items)
+    for shown in (scene.items, mirrored, column):
+        assert score(task, Reading("gray", shown)).relation
+    for place in ({"x": 60}, {"x": 4}):
+        assert not score(task, Reading("gray", (RED, BLUE, replace(green, **place)))).relation
+    assert not score(task, Reading("gray", (RED, green))).relation
 
 
 def test_prompts_are_held_out_and_of_one_two_and_three_objects():
@@ -129,6 +134,11 @@ def test_the_command_ends_with_its_summary(repository, tmp_path, monkeypatch, ca
     out = tmp_path / "quality.json"
     monkeypatch.setattr(quality, "read", lambda picture: read(np.tile(picture, (2, 2, 1))))
     monkeypatch.setattr(quality, "reader_accuracy", lambda tasks: 100.0)
+    with pytest.raises(SystemExit, match="--repository: its pictures have 32 pixels a side"):
+        quality.main(repository, n=3, out=out)
+    monkeypatch.setattr(quality, "SIDE", 32)
+    with pytest.raises(SystemExit, match=r"error: --repository: .*nowhere"):
+        quality.main(tmp_path / "nowhere", n=3, out=out)
     with pytest.raises(SystemExit, match="error: sampler='heun' is not allowed"):
         quality.main(repository, n=3, steps=2, sampler="heun", guidance=-1, out=out)
     quality.main(repository, n=6, steps=2, sampler="", guidance=-1, out=out)

@@ -82,6 +82,23 @@ def test_a_recovery_that_was_killed_goes_on(teacher, copy, pruned, tmp_path, mon
     assert resumed["clip_text"][1] == whole["clip_text"][1]
 
 
+def test_several_models_go_on_from_where_they_were_killed(teacher, copy, tmp_path, monkeypatch):
+    run = Run(copy, tmp_path / "runs", 2, 4)
+    with monkeypatch.context() as patched:
+        train = Trainer.run
+
+        def killed(trainer, loss_at):
+            if "bert" in trainer.folder.name:
+                raise KeyboardInterrupt
+            return train(trainer, loss_at)
+
+        patched.setattr(Trainer, "run", killed)
+        with pytest.raises(KeyboardInterrupt):
+            recover(run, teacher, ["clip_text", "bert"])
+    recover(run, teacher, ["clip_text", "bert"])
+    assert len(list(run.runs.glob("recover-*"))) == 2
+
+
 def test_inputs_of_a_step_never_change(teacher, copy, tmp_path):
     taught = [Teacher(open_checkpoint(teacher), tmp_path / "runs", 4) for _ in range(2)]
     for model in RATIOS:

@@ -239,6 +239,17 @@ def test_painters_that_were_stopped_end_as_undisturbed_ones(tmp_path, monkeypatc
         distill.train(run)
 
 
+def test_a_folder_of_the_teachers_name_is_not_deleted(tmp_path):
+    for part in (*distill.FROZEN, *distill.OWN_PARTS):
+        (tmp_path / "made" / part).mkdir(parents=True)
+    tiny_unet().save_config(tmp_path / "made" / "unet")
+    mine = tmp_path / "made-teacher" / "mine"
+    mine.mkdir(parents=True)
+    with pytest.raises(data.BadInput, match=r"--checkpoint: .*made-teacher is not a teacher that"):
+        distill.teacher_of(tmp_path / "made")
+    assert mine.exists()
+
+
 def test_stages_that_need_others_say_which(tmp_path):
     run = Run(tmp_path, tmp_path / "runs", 1, 4)
     for stage, missing in ((diffusion, "text_encoder, text_encoder_2, vae"), (distill, ".*unet")):
@@ -246,6 +257,7 @@ def test_stages_that_need_others_say_which(tmp_path):
             stage.train(run)
     with pytest.raises(data.BadInput, match="--batch: 6 is no multiple of 4"):
         clip.train(replace(run, batch=6))
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]  # no tokenizer without its tower
 
 
 def test_training_starts_from_the_weights_that_init_names(tmp_path):
@@ -259,14 +271,18 @@ def test_training_starts_from_the_weights_that_init_names(tmp_path):
         assert torch.equal(started[name], tensor.float()), name
 
 
-@pytest.mark.parametrize("other", [None, {"time_cond_proj_dim": 16}])
+@pytest.mark.parametrize("other", [None, {}, {"time_cond_proj_dim": 16}])
 def test_a_checkpoint_that_training_cannot_start_from_is_named(tmp_path, other):
     painter = diffusion.Painter()
     painter.fusion.save_pretrained(tmp_path / "fusion")
-    if other:
+    if other is not None:
         unet = UNet2DConditionModel.from_config(painter.unet.config, **other)
         unet.save_pretrained(tmp_path / "unet")
     reason = "cond_proj" if other else "No such file"
+    if other == {}:
+        weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:1000])
+        reason = "Error while deserializing"
     with pytest.raises(ValueError, match=f"--init: .*unet.* is no unet to start from: .*{reason}"):
         diffusion.new_painter(Run(tmp_path, tmp_path, 1, 1, init=tmp_path))
 

@@ -84,6 +84,13 @@ def test_a_command_with_a_bad_device_says_so_and_writes_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_that_cannot_be_written_is_one_clear_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    ended = run_stage("clip", tmp_path, "--runs", str(tmp_path / "file" / "runs"), "--steps", "1")
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1].startswith("error: [Errno 20] Not a directory")
+
+
 def test_a_stage_that_starts_anew_refuses_init(refused, tmp_path):
     said = refused("clip", "--init", str(tmp_path))
     assert said == "error: --init: training.clip and training.all take none"

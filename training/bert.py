@@ -8,22 +8,20 @@ is trained here too. Writes `tokenizer_2/` and `text_encoder_2/` of the checkpoi
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForMaskedLM,
-    BertModel,
     BertTokenizer,
     DataCollatorForLanguageModeling,
 )
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from training import data
 from training.cli import stage_cli
 from training.grounding import UNASKED, Questions, cross_entropy, word_answers
-from training.run import Run, starting_from
+from training.run import Run, load_start, starting_from
 from training.tokenizers import trained_tokenizer
 
 STEPS, BATCH = 1200, 96
@@ -52,14 +50,15 @@ class Grounded(nn.Module):
 
 def train(run: Run) -> None:
     if run.init:
-        tokenizer, started = _trained(run.init)
+        with starting_from(run.init / "tokenizer_2", "tokenizer"):
+            tokenizer = BertTokenizer.from_pretrained(run.init / "tokenizer_2")
     else:
         tokenizer = trained_tokenizer(BertTokenizer, run.source, 2, run.runs / "bert")
-    tokenizer.save_pretrained(run.checkpoint / "tokenizer_2")
     torch.manual_seed(0)
-    model = Grounded(len(tokenizer), tokenizer.pad_token_id).to(run.device)
+    model = Grounded(len(tokenizer), tokenizer.pad_token_id)
     if run.init:
-        model.words.bert.load_state_dict(started.state_dict())
+        load_start(model.words.bert, run.init / "text_encoder_2" / SAFE_WEIGHTS_NAME, "BERT")
+    model.to(run.device)
     batches = run.source.batches(20_000_000, run.batch, run.device, captions_only=True)
 
     def loss_at(step: int) -> dict[str, Tensor]:
@@ -83,22 +82,8 @@ def train(run: Run) -> None:
 
     reads = [run.init / "text_encoder_2"] if run.init else []
     trained = run.trainer(model, "bert", 1e-3, 0.99, reads).run(loss_at, batches)
+    tokenizer.save_pretrained(run.checkpoint / "tokenizer_2")
     trained.words.bert.save_pretrained(run.checkpoint / "text_encoder_2")
-
-
-def _trained(checkpoint: Path) -> tuple[BertTokenizer, BertModel]:
-    """The tokenizer and the BERT of a checkpoint.
-
-    Raises:
-        BadInput: it has none.
-    """
-    tokenizer, model = checkpoint / "tokenizer_2", checkpoint / "text_encoder_2"
-    with starting_from(tokenizer, "tokenizer"):
-        loaded = BertTokenizer.from_pretrained(tokenizer)
-    with starting_from(model, "BERT"):
-        return loaded, BertModel.from_pretrained(
-            model, add_pooling_layer=False, use_safetensors=True
-        )
 
 
 if __name__ == "__main__":

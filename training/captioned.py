@@ -12,7 +12,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 
 from training.data import BadInput, Batch, no_pictures
 from training.formats import PATH, Format, find_format
-from training.preparation import Fetcher, LeftOut, Preparation, Row
+from training.preparation import OF_LOADING, Fetcher, LeftOut, Preparation, Row
 
 VOCABULARY = 16_384  # of tokenizers trained on captions of the world
 MOST_AHEAD = 10_000  # rows read ahead of the one in use, most of them left out
@@ -63,6 +63,13 @@ class Captioned:
     @property
     def side(self) -> int:
         return self.preparation.side
+
+    @property
+    def identity(self) -> str:
+        """Another wherever the rows, their order or what becomes of them may be another."""
+        chosen = asdict(self.preparation).items()
+        kept = {name: value for name, value in chosen if name not in OF_LOADING}
+        return f"{self.path.resolve()}, {self.shuffle} shuffled, {kept}"
 
     def corpus(self, seed: int, count: int) -> list[str]:
         """Clean captions of rows that pass, from one epoch."""
@@ -160,11 +167,20 @@ class CaptionedBatches:
 
     @property
     def position(self) -> dict[str, Any]:
-        return {"place": vars(self._place), "counts": dict(self.counts)}
+        return {
+            "data": self._source.identity,
+            "place": vars(self._place),
+            "counts": dict(self.counts),
+        }
 
     def resume(self, position: dict[str, Any] | None) -> None:
         if position is None:
             raise BadInput("--data: the run's save was trained on scenes; take another --runs")
+        if position.get("data") != self._source.identity:
+            raise BadInput(
+                "--data: the run's save was trained on other data, or with other options of it;"
+                " take another --runs"
+            )
         self._place, self.counts = Place(**position["place"]), Counter(position["counts"])
 
     def close(self) -> None:
@@ -180,10 +196,11 @@ class CaptionedBatches:
         """
         captions: list[str] = []
         pictures: list[np.ndarray] = []
-        began = self._place.epoch
+        used = self._place.epoch  # of the last row that could be
         while len(captions) < self._size and (upcoming := self._next()):
             caption, loading, place = upcoming
-            if place.epoch > began + 1 and not captions:
+            if place.epoch > used + 1:
+                captions.clear()
                 break
             self._place = place
             try:
@@ -192,6 +209,7 @@ class CaptionedBatches:
                 if loading is not None:
                     pictures.append(loading.result())
                 captions.append(caption)
+                used = place.epoch
                 self.counts["used"] += 1
             except LeftOut as reason:
                 self.counts[str(reason)] += 1

@@ -18,6 +18,7 @@ from training.run import Run
 
 DEVICES = ("auto", "cpu", "cuda")
 WORKERS = 8  # processes at most that draw scenes for a GPU
+SAVE_EVERY = {"cpu": 100, "cuda": 500}  # steps
 
 
 def stage_cli(
@@ -79,16 +80,17 @@ def stage_cli(
         min_caption: Annotated[int, typer.Option(help="Characters; shorter is left out.")] = 3,
         max_caption: Annotated[int, typer.Option(help="Characters; longer is cut.")] = 300,
         shuffle: Annotated[int, typer.Option(help="Rows of --data mixed at a time.")] = 2000,
-        fetchers: Annotated[int, typer.Option(help="Pictures loaded at a time.")] = 16,
-        timeout: Annotated[float, typer.Option(help="Seconds a web server may be silent.")] = 10.0,
-        threads: Annotated[int, typer.Option(help="CPU threads; 0 takes all.")] = 0,
+        fetchers: Annotated[int, typer.Option(min=1, help="Pictures loaded at a time.")] = 16,
+        timeout: Annotated[
+            float, typer.Option(min=0.1, help="Seconds a web server may be silent.")
+        ] = 10.0,
+        threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 takes all.")] = 0,
     ) -> None:
         if threads:
             torch.set_num_threads(threads)
         try:
             chosen = pick_device(device)
-            on_cuda = chosen.type == "cuda"
-            source: Source = SceneWorld(min(WORKERS, os.cpu_count() or 1) if on_cuda else 0)
+            source: Source = scenes_for(chosen)
             if path is not None:
                 bounds = {bound.column: bound for bound in (*BOUNDS, *map(Bound.parse, keep))}
                 preparation = Preparation(
@@ -96,23 +98,27 @@ def stage_cli(
                     timeout, fetchers=fetchers,
                 )  # fmt: skip
                 source = Captioned(path, preparation, shuffle)
-            wanted_bf16 = on_cuda if bf16 is None else bf16
-            saving = save_every or (500 if on_cuda else 100)
             if init is not None and not warm_start:
                 raise BadInput("--init: training.clip and training.all take none")
             if init is not None and init.resolve() == checkpoint.resolve():
                 raise BadInput(f"--init: {init} is what --checkpoint writes; write another")
             train(
                 Run(
-                    checkpoint, runs, steps or 0, batch or 0, chosen, wanted_bf16, source, saving,
-                    init,
+                    checkpoint, runs, steps or 0, batch or 0, chosen,
+                    chosen.type == "cuda" if bf16 is None else bf16, source,
+                    save_every or SAVE_EVERY[chosen.type], init,
                 )
             )  # fmt: skip
-        except BadInput as error:
+        except (BadInput, OSError) as error:
             raise SystemExit(f"error: {error}")
 
     main.__doc__ = inspect.getdoc(inspect.getmodule(train))
     typer.run(main)
+
+
+def scenes_for(device: torch.device) -> SceneWorld:
+    """Scenes that are drawn fast enough for a device."""
+    return SceneWorld(min(WORKERS, os.cpu_count() or 1) if device.type == "cuda" else 0)
 
 
 def pick_device(name: str) -> torch.device:

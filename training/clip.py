@@ -29,7 +29,6 @@ TOWER = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4}
 
 def train(run: Run) -> None:
     tokenizer = trained_tokenizer(CLIPTokenizer, run.source, 1, run.runs / "clip")
-    tokenizer.save_pretrained(run.checkpoint / "tokenizer")
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     text = TOWER | special | {
         "vocab_size": len(tokenizer), "max_position_embeddings": data.MAX_TOKENS,
@@ -57,6 +56,7 @@ def train(run: Run) -> None:
         return similarities(cosines, shown.pictures, shown.captions)
 
     trained = run.trainer(model, "clip", 1e-3, 0.99).run(loss_at, batches, samples)
+    tokenizer.save_pretrained(run.checkpoint / "tokenizer")
     trained.text_model.save_pretrained(run.checkpoint / "text_encoder")
     image_encoder = CLIPVisionModelWithProjection(trained.config.vision_config)
     image_encoder.vision_model.load_state_dict(trained.vision_model.state_dict())

@@ -24,6 +24,7 @@ from diffusers import (
     UNet2DConditionModel,
     VQModel,
 )
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertModel, BertTokenizer, CLIPTextModel, CLIPTokenizer
@@ -282,7 +283,7 @@ def new_painter(run: Run) -> Painter:
     painter = Painter(run.source.side)
     if run.init is not None:
         for part in ("fusion", "unet"):
-            load_start(getattr(painter, part), run.init, part)
+            load_start(getattr(painter, part), run.init / part / SAFETENSORS_WEIGHTS_NAME, part)
     return painter
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import LCMScheduler, UNet2DConditionModel
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -47,13 +48,17 @@ def teacher_of(checkpoint: Path) -> Path:
     What both share is linked, not copied.
 
     Raises:
-        BadInput: there is no UNet, or it is distilled and what it was distilled from is not there.
+        BadInput: there is no UNet, it is distilled and what it was distilled from is not there,
+            or a folder of the teacher's name is something else.
     """
     folder = checkpoint.with_name(f"{checkpoint.name}-teacher")
-    check_trained(checkpoint, *FROZEN, "fusion", "unet")
+    check_trained(checkpoint, *FROZEN, *OWN_PARTS)
     config = UNet2DConditionModel.load_config(checkpoint / "unet")
     if config.get("time_cond_proj_dim") is None:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            if not (folder / "vae").is_symlink():
+                raise BadInput(f"--checkpoint: {folder} is not a teacher that was made here")
+            shutil.rmtree(folder)
         folder.mkdir()
         shutil.copy(checkpoint / "model_index.json", folder)
         for part in filter(Path.is_dir, checkpoint.iterdir()):
@@ -79,7 +84,7 @@ def new_student(teacher: UNet2DConditionModel, init: Path | None = None) -> UNet
     student.load_state_dict(teacher.state_dict(), strict=False)
     torch.nn.init.zeros_(student.time_embedding.cond_proj.weight)
     if init:
-        load_start(student, init, "unet")
+        load_start(student, init / "unet" / SAFETENSORS_WEIGHTS_NAME, "unet")
     return student
 
 

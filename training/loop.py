@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -42,8 +42,8 @@ class Trainer:
     has something to show, `samples.png`; `losses.csv` grows between them.
 
     Raises:
-        BadInput: the folder holds a save of a module with other tensors, of more steps, or of
-            a run that did not read what `reads` names.
+        BadInput: the folder holds a save that is broken, of a module with other tensors, of
+            more steps, or of a run that did not read what `reads` names.
     """
 
     def __init__(
@@ -157,12 +157,15 @@ class Trainer:
         os.replace(part, self._state)
 
     def _load(self) -> None:
-        with safe_open(self._state, "pt") as file:
-            told = file.metadata()
+        try:
+            with safe_open(self._state, "pt") as file:
+                told = file.metadata()
+            tensors = load_file(self._state, device=str(self.device))
+        except SafetensorError as error:
+            raise BadInput(f"--runs: {self._state} is broken: {error}")
         if told.get("reads", "") != self._reads:
             raise BadInput(f"--runs: {self._state} was saved from a run on other weights")
         self._position = json.loads(told.get("position", "null"))
-        tensors = load_file(self._state, device=str(self.device))
         try:
             self.module.load_state_dict(_under("module.", tensors))
             self.ema.load_state_dict(_under("ema.", tensors))

@@ -88,6 +88,9 @@ BOUNDS = tuple(
 )
 
 
+OF_LOADING = ("timeout", "deadline", "fetchers")  # of what follows: change no picture that comes
+
+
 @dataclass(frozen=True)
 class Preparation:
     """How rows become training data.
@@ -104,7 +107,7 @@ class Preparation:
         fetchers: pictures read or downloaded at a time.
 
     Raises:
-        BadInput: a side that is no multiple of 8, an unknown crop, bad caption lengths.
+        BadInput: a side that is no multiple of 16, an unknown crop, bad caption lengths.
     """
 
     side: int = 64
@@ -119,8 +122,8 @@ class Preparation:
     fetchers: int = 16
 
     def __post_init__(self) -> None:
-        if self.side < 32 or self.side % 8:
-            raise BadInput(f"--side: {self.side} is not a multiple of 8 from 32")
+        if self.side < 32 or self.side % 16:
+            raise BadInput(f"--side: {self.side} is not a multiple of 16 from 32")
         if self.crop not in CROPS:
             raise BadInput(f"--crop: {self.crop!r} is not one of {', '.join(CROPS)}")
         if not 1 <= self.min_caption <= self.max_caption:

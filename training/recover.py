@@ -127,7 +127,7 @@ def recover(
     models = _pruned(opened, original, models)
     parts = load_parts(opened)
     taught = Teacher(original, run.runs, run.batch, run.device)
-    errors = {}
+    errors, recovered = {}, []
     for name in models:
         part = parts[name]
         part.module.to(run.device)
@@ -146,7 +146,9 @@ def recover(
         learnt = replace(part, module=trainer.run(loss_at))
         with torch.no_grad():
             errors[name] = (before, taught.error(learnt, held_out).item())
-        save_part(opened, learnt, pruning_of(place), place)
+        recovered.append((learnt, pruning_of(place), place))
+    for written in recovered:  # all at the end: what a model starts from names its save
+        save_part(opened, *written)
     return errors
 
 
@@ -181,7 +183,7 @@ def main(
     bf16: Annotated[
         bool, typer.Option(help="bfloat16 matrix products; pays on GPUs, and on CPUs with AMX.")
     ] = False,
-    threads: Annotated[int, typer.Option(help="CPU threads; 0 takes all.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 takes all.")] = 0,
 ) -> None:
     if threads:
         torch.set_num_threads(threads)
@@ -189,7 +191,7 @@ def main(
     try:
         run = Run(checkpoint, runs, steps, batch, pick_device(device), bf16)
         errors = recover(run, teacher, names, bert)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     for name, (before, after) in errors.items():
         print(f"{name}: distillation error {before:.5f} -> {after:.5f}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -74,20 +74,19 @@ def starting_from(path: Path, kind: str) -> Iterator[None]:
     """Raises BadInput that names `path` where what is read inside is no model of a kind."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         lines = str(error).splitlines()
         reason = lines[-1 if isinstance(error, RuntimeError) else 0].strip()  # torch's is its last
         raise data.BadInput(f"--init: {path} is no {kind} to start from: {reason}")
 
 
-def load_start(module: nn.Module, init: Path, part: str) -> None:
-    """Gives `module` the weights of a part of the checkpoint `init`.
+def load_start(module: nn.Module, file: Path, kind: str) -> None:
+    """Gives `module` the weights of a file in the checkpoint of `--init`.
 
     Raises:
-        BadInput: there is no such part, or it has other tensors.
+        BadInput: there is no such file, it is broken, or has other tensors.
     """
-    file = init / part / SAFETENSORS_WEIGHTS_NAME
-    with starting_from(file, part):
+    with starting_from(file, kind):
         module.load_state_dict(load_file(file))
 
 
