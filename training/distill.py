@@ -27,7 +27,7 @@ from training.run import Run, check_trained, load_start
 from training.sampling import Sampler
 from twinbrush.samplers import guidance_embedding
 
-STEPS, BATCH = 2500, 64
+STEPS, BATCH = 1600, 64
 SOLVER_STEPS = 25  # of the DDIM solver; truth travels one a time, so fewer are learnt sooner
 GUIDANCE = (1.0, 6.0)  # scales that the student learns
 EMA_DECAY = 0.95  # the paper's; truth travels from one solver step to the next through it
