@@ -452,17 +452,17 @@ def test_data_of_which_nothing_can_be_used_ends_instead_of_going_round(tmp_path)
         source.batches(0, 2, data.CPU).at(0)
 
 
-def test_data_of_which_nothing_more_can_be_used_ends_too(tmp_path, monkeypatch):
+def test_data_of_which_nothing_more_can_be_used_ends_too(tmp_path):
     pictures = iter([np.zeros((64, 64, 3), np.uint8)])
 
-    def picture(preparation, encoded, rng):
-        if (one := next(pictures, None)) is None:
-            raise LeftOut("broken")
-        return one
+    class Once(Preparation):
+        def picture(self, encoded, rng):
+            if (one := next(pictures, None)) is None:
+                raise LeftOut("broken")
+            return one
 
-    monkeypatch.setattr(Preparation, "picture", picture)
-    source = Captioned(write("jsonl", tmp_path / "x"), Preparation(fetchers=1))
-    with pytest.raises(ValueError, match=r"nothing in .* can be used: 1 used"):
+    source = Captioned(write("jsonl", tmp_path / "x"), Once())
+    with pytest.raises(ValueError, match=r"nothing in .* can be used: 20 rows, 1 used"):
         source.batches(0, 2, data.CPU).at(0)
 
 
