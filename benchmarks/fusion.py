@@ -67,10 +67,10 @@ class Arm(Encoders):
         if self.arm == "bert":  # its last hidden state is the last of these layers
             layers, mask = self.bert_layers(texts)
             return layers[:, -1], layers, mask
-        said = self.clip_output(texts)
-        layers = torch.stack([said.hidden_states[i] for i in BERT_LAYERS], dim=1)
+        tokens, states = self.clip_states(texts)
+        layers = torch.stack([states[i] for i in BERT_LAYERS], dim=1)
         mask = torch.ones(layers.shape[0], layers.shape[2], dtype=torch.int64, device=self.device)
-        return said.last_hidden_state, layers, mask
+        return tokens, layers, mask
 
     def answers(self, texts: list[str], scenes: list[Scene]) -> Tensor:
         tokenizer = self.tokenizer_2 if self.arm == "bert" else self.tokenizer

@@ -28,7 +28,6 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertModel, BertTokenizer, CLIPTextModel, CLIPTokenizer
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from export.fusion_head import FusionHead
 from export.preview import fit_preview
@@ -97,13 +96,14 @@ class Encoders:
 
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
         layers, mask = self.bert_layers(texts)
-        return self.clip_output(texts).last_hidden_state, layers, mask
+        return self.clip_states(texts)[0], layers, mask
 
     @torch.no_grad()
-    def clip_output(self, texts: list[str]) -> BaseModelOutputWithPooling:
-        """What CLIP says, with the hidden states of every layer."""
+    def clip_states(self, texts: list[str]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """CLIP's tokens (B, L, width), and the hidden states of every layer before them."""
         ids, _ = data.token_ids(self.tokenizer, texts, self.device)
-        return self.clip(ids, output_hidden_states=True)
+        said = self.clip(ids, output_hidden_states=True)
+        return said.last_hidden_state, said.hidden_states
 
     @torch.no_grad()
     def bert_layers(self, texts: list[str]) -> tuple[Tensor, Tensor]:
