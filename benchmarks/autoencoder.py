@@ -20,6 +20,7 @@ from benchmarks.machine import write_result
 from benchmarks.quality import NAMES, read, score, share, tasks
 from export.checkpoint import CheckpointError, open_checkpoint
 from training import data
+from training.sheets import pixels_of
 
 GOALS = {"psnr": 28.0, "codes_used": 90.0}
 BATCH = 100
@@ -52,8 +53,7 @@ def main(
         used.update(vae.quantize(latents)[2][2].flatten().tolist())
         painted = vae.decode(latents).sample.clamp(-1, 1)
         psnr += (10 * torch.log10(4 / (painted - pictures).square().mean((1, 2, 3)))).tolist()
-        pixels = ((painted + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-        for task, picture in zip(some, pixels, strict=True):
+        for task, picture in zip(some, pixels_of(painted), strict=True):
             right[NAMES[len(task.scene.items)]].append(score(task, read(picture)).all_correct)
     summary = {
         "psnr": round(float(np.mean(psnr)), 2),

@@ -48,6 +48,7 @@ from training.grounding import word_answers
 from training.run import Run
 from training.sampling import sample
 from training.scenes import Scene
+from training.sheets import pixels_of
 
 ARMS = ("clip", "bert", "fusion")
 AT_ONCE = 100  # pictures
@@ -152,8 +153,7 @@ def painted(
         hidden = painter.fusion(*encoders([task.prompt for task in some]))
         latents = sample(painter.unet, hidden, empty, scheduler(), DEFAULTS, draw)
         latents = latents / vae.config["scaling_factor"]
-        decoded = vae.decode(latents, return_dict=False)[0].clamp(-1, 1)
-        pixels = ((decoded + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        pixels = pixels_of(vae.decode(latents, return_dict=False)[0])
         scores += [score(task, read(p)) for task, p in zip(some, pixels, strict=True)]
     return scores
 

@@ -29,6 +29,7 @@ from export.checkpoint import CheckpointError, open_checkpoint
 from training import data
 from training.cli import pick_device
 from training.run import Run, check_trained
+from training.sheets import pixels_of
 from training.vqgan import Weights, sharpen
 
 VARIANTS = {
@@ -110,8 +111,7 @@ def _measures(y: Tensor, x: Tensor, all_tasks: list) -> dict[str, Any]:
         structural_similarity(a, b, channel_axis=0, data_range=2.0)
         for a, b in zip(y.numpy(), x.numpy(), strict=True)
     ]
-    pixels = ((y + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    right = [score(t, read(p)).all_correct for t, p in zip(all_tasks, pixels, strict=True)]
+    right = [score(t, read(p)).all_correct for t, p in zip(all_tasks, pixels_of(y), strict=True)]
     return {
         "psnr": round(float(psnr.mean()), 2),
         "ssim": round(float(np.mean(ssim)), 4),
@@ -158,8 +158,7 @@ def sheet(rows: dict[str, Tensor], file: Path) -> None:
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
     for i, (name, pictures) in enumerate(rows.items()):
         draw.text((6, i * TILE + TILE // 2 - 8), name, "#222222", font)
-        pixels = ((pictures[:SHOWN] + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-        for k, one in enumerate(pixels):
+        for k, one in enumerate(pixels_of(pictures[:SHOWN])):
             tile = Image.fromarray(one).resize((TILE, TILE), Image.Resampling.NEAREST)
             picture.paste(tile, (LABEL + k * TILE, i * TILE))
     picture.save(file)

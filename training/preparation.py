@@ -88,7 +88,7 @@ BOUNDS = tuple(
 )
 
 
-OF_LOADING = ("timeout", "deadline", "fetchers")  # of what follows: change no picture that comes
+OF_LOADING = ("timeout", "deadline", "fetchers")  # say how pictures are fetched, not which
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,7 @@ def main(
     batch: Annotated[int, typer.Option(min=1, help="Scenes a step.")] = 64,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     bf16: Annotated[
-        bool, typer.Option(help="bfloat16 matrix products; pays on GPUs, and on CPUs with AMX.")
+        bool, typer.Option(help="bfloat16 products; pays on GPUs, on CPUs with AMX or AVX512-BF16.")
     ] = False,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 takes all.")] = 0,
 ) -> None:

@@ -57,7 +57,7 @@ def grid(pictures: Tensor, columns: int, captions: list[str] | None = None) -> I
     rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (MARGIN + columns * (TILE + MARGIN), MARGIN + rows * pitch), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
-    for i, pixels in enumerate(_uint8(pictures)):
+    for i, pixels in enumerate(pixels_of(pictures)):
         x, y = MARGIN + i % columns * (TILE + MARGIN), MARGIN + i // columns * pitch
         sheet.paste(Image.fromarray(pixels).resize((TILE, TILE), Image.Resampling.BICUBIC), (x, y))
         if captions:
@@ -72,7 +72,7 @@ def similarities(matrix: Tensor, pictures: Tensor, captions: list[str]) -> Image
     figure = _figure(5 + 0.55 * count, 0.55 * (count + 1))
     axis = figure.subplots()
     shown = axis.imshow(matrix.float().cpu(), extent=(0, count, count, 0))
-    strip = np.concatenate(list(_uint8(pictures)), axis=1)
+    strip = np.concatenate(list(pixels_of(pictures)), axis=1)
     axis.imshow(strip, extent=(0, count, 0, -1))  # a row of its own above the first
     axis.set(xlim=(0, count), ylim=(count, -1), xticks=[])
     axis.set_yticks(np.arange(count) + 0.5, [textwrap.shorten(text, 50) for text in captions])
@@ -80,7 +80,7 @@ def similarities(matrix: Tensor, pictures: Tensor, captions: list[str]) -> Image
     return _rendered(figure)
 
 
-def _uint8(pictures: Tensor) -> np.ndarray:
+def pixels_of(pictures: Tensor) -> np.ndarray:
     """(N, S, S, 3) uint8 of pictures (N, 3, S, S) in [-1, 1]."""
     scaled = (pictures.detach().float().cpu().clamp(-1, 1) + 1) * 127.5
     return scaled.round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
