@@ -7,14 +7,15 @@ arm has as many parameters and looks at as many layers; CLIP's own are seen whol
 padding that Stable Diffusion's UNet sees too, BERT's where there are words. Held-out prompts
 are then painted from the same noise and read back. The encoders are the checkpoint's: where
 BERT was asked what the words of a scene's caption name and CLIP was not, as in `scenes-64`,
-that is part of what is compared; learning rate, timesteps and guidance were chosen on the
-fusion. Each training goes on from its last save.
+that is part of what is compared; `--masked-words` takes a BERT that was not asked. Learning rate,
+timesteps and guidance were chosen on the fusion. Each training goes on from its last save.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -30,7 +31,7 @@ from benchmarks.machine import write_result
 from benchmarks.quality import NAMES, Score, Task, read, score, table_of, tasks
 from benchmarks.steps import points_lost
 from export.checkpoint import CheckpointError, open_checkpoint
-from training import data
+from training import bert, data
 from training.cli import pick_device
 from training.diffusion import (
     BERT_LAYERS,
@@ -92,6 +93,13 @@ def main(
     ] = 96,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     bf16: Annotated[bool, typer.Option(help="bfloat16 products in training.")] = False,
+    masked_words: Annotated[
+        bool,
+        typer.Option(help="A BERT of masked words alone, trained first, for the checkpoint's."),
+    ] = False,
+    arm: Annotated[
+        list[str], typer.Option(help=f"What to train, of {', '.join(ARMS)}; repeatable.")
+    ] = list(ARMS),  # noqa: B006
     n: Annotated[int, typer.Option(min=3, help="Held-out prompts.")] = 1000,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 takes all.")] = 0,
     out: Annotated[Path, typer.Option(help="Result file; the plot goes beside it.")] = Path(
@@ -103,41 +111,55 @@ def main(
         torch.set_num_threads(threads)
     if channels < 1 or channels % 32:
         sys.exit(f"error: --channels: {channels} is not a multiple of 32")
+    if unknown := set(arm) - set(ARMS):
+        sys.exit(f"error: --arm: {', '.join(sorted(unknown))} is not one of {', '.join(ARMS)}")
+    arms = [name for name in ARMS if name in arm]
     all_tasks = tasks(n)
-    results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
-    scores: dict[str, list[list[Score]]] = {arm: [] for arm in ARMS}
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
+    scores: dict[str, list[list[Score]]] = {name: [] for name in arms}
     try:
         opened, on = open_checkpoint(checkpoint), pick_device(device)
         vae = opened.load("vae", VQModel).to(on)
+        if masked_words:
+            checkpoint = with_masked_words(checkpoint, runs / "masked-words", on, bf16)
         run = Run(checkpoint, runs / f"{steps}x{batch}", steps, batch, on, bf16, save_every=500)
         batches = Batches(checkpoint, runs, batch, on)
-        for seed, arm in itertools.product(range(seeds), ARMS):
-            encoders = Arm(checkpoint, arm, on)
+        for seed, name in itertools.product(range(seeds), arms):
+            encoders = Arm(checkpoint, name, on)
             torch.manual_seed(seed)
             painter = Painter(channels=channels).to(on)
             reads = [checkpoint / part for part in FROZEN]
-            trainer = run.trainer(painter, f"{arm}-{seed}", LEARNING_RATE, EMA_DECAY, reads)
+            trainer = run.trainer(painter, f"{name}-{seed}", LEARNING_RATE, EMA_DECAY, reads)
             trained = trainer.run(velocity_loss(painter, encoders, batches, seed), batches)
             learnt = cast(Painter, trained.eval())
             found = painted(learnt, encoders, vae, all_tasks, seed)
-            scores[arm].append(found)
-            results[arm].append(table_of(all_tasks, found))
-            console.print(f"{arm}, seed {seed}: {json.dumps(summary_of(results[arm][-1:]))}")
+            scores[name].append(found)
+            results[name].append(table_of(all_tasks, found))
+            console.print(f"{name}, seed {seed}: {json.dumps(summary_of(results[name][-1:]))}")
     except (CheckpointError, data.BadInput) as error:
         sys.exit(f"error: {error}")
-    summary: dict[str, Any] = {arm: summary_of(tables) for arm, tables in results.items()}
+    summary: dict[str, Any] = {name: summary_of(tables) for name, tables in results.items()}
+    fused = scores.pop("fusion", [])
     summary["behind_fusion"] = {  # of each seed: the intervals are over prompts alone
-        arm: [points_lost(*pair) for pair in zip(scores["fusion"], scores[arm], strict=True)]
-        for arm in ARMS
-        if arm != "fusion"
+        name: [points_lost(*pair) for pair in zip(fused, found, strict=True)]
+        for name, found in scores.items()
+        if fused
     }
     write_result(
         out, "python -m benchmarks.fusion", checkpoint=opened.name,
-        steps=steps, batch=batch, seeds=seeds, channels=channels, n=n, summary=summary,
-        results=results,
+        steps=steps, batch=batch, seeds=seeds, channels=channels, masked_words=masked_words, n=n,
+        summary=summary, results=results,
     )  # fmt: skip
     plot(results, out.with_suffix(".png"))
     print(json.dumps(summary))
+
+
+def with_masked_words(checkpoint: Path, folder: Path, device: torch.device, bf16: bool) -> Path:
+    """A copy of a checkpoint, whose BERT learnt from masked words and nothing else."""
+    copy, told_nothing = folder / checkpoint.name, data.SceneWorld(told=False)
+    shutil.copytree(checkpoint, copy, dirs_exist_ok=True)
+    bert.train(Run(copy, folder, bert.STEPS, bert.BATCH, device, bf16, told_nothing))
+    return copy
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from training.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, Item, coverage
 
 CONTRAST = 45  # RGB distance from the background at which an object begins
 SPECK = 25  # pixels; the smallest object has 60
+CORE = 5  # pixels inside of an object, off its edge, that say its colour
 MISFIT = 0.35  # share of an outline that may be wrong; what fits worse has no shape
 STEPS = (2, 1, 0.5)  # pixels, by which an outline is moved to where it fits
 NO_SHAPE = "none"
@@ -41,10 +42,10 @@ def read(picture: np.ndarray) -> Reading:
         area = labels == k
         if area.sum() < SPECK:
             continue
-        near = np.asarray(ndimage.binary_dilation(area, iterations=2), bool) & np.isin(
-            labels, (0, k)
-        )
-        items.append(_item(pixels, ground, area, near))
+        item = _item(pixels, ground, area, labels == 0)
+        parts = _parts(pixels, area) if item.shape == NO_SHAPE else []
+        split = [_item(pixels, ground, part, labels == 0) for part in parts]
+        items += split if split and NO_SHAPE not in {one.shape for one in split} else [item]
     return Reading(background, tuple(items))
 
 
@@ -55,9 +56,26 @@ def _objects(mask: np.ndarray) -> tuple[np.ndarray, int]:
     return labels, int(labels.max())
 
 
-def _item(pixels: np.ndarray, ground: np.ndarray, area: np.ndarray, near: np.ndarray) -> Item:
+def _parts(pixels: np.ndarray, area: np.ndarray) -> list[np.ndarray]:
+    """The objects in an area, if they only touch: each pixel goes with the nearest one's core."""
+    distances = [np.linalg.norm(pixels - colour, axis=-1) for colour in COLOURS.values()]
+    nearest = np.argmin(distances, axis=0)
+    cores = np.zeros(area.shape, np.int32)
+    for k in range(len(COLOURS)):
+        labels, count = _objects(np.asarray(ndimage.binary_erosion(area & (nearest == k)), bool))
+        for part in range(1, count + 1):
+            if (labels == part).sum() >= CORE:
+                cores[labels == part] = cores.max() + 1
+    if not cores.any():
+        return []
+    _, (rows, columns) = ndimage.distance_transform_edt(cores == 0, return_indices=True)
+    return [area & (cores[rows, columns] == k) for k in range(1, cores.max() + 1)]
+
+
+def _item(pixels: np.ndarray, ground: np.ndarray, area: np.ndarray, empty: np.ndarray) -> Item:
+    near = np.asarray(ndimage.binary_dilation(area, iterations=2), bool) & (area | empty)
     core = np.asarray(ndimage.binary_erosion(area), bool)
-    seen = pixels[core if core.sum() >= 5 else area]
+    seen = pixels[core if core.sum() >= CORE else area]
     colour = _nearest(np.median(seen, axis=0), COLOURS)
     contrast = np.median(seen, axis=0) - ground
     # Each pixel's share of the object's colour, as anti-aliasing would mix it.

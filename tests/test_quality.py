@@ -44,6 +44,14 @@ def test_true_pictures_are_read_right(seed, count):
         assert [i.kind for i in near] == [item.kind]
 
 
+@pytest.mark.parametrize("colour", ["cyan", "blue"])
+def test_objects_that_touch_are_told_apart(colour):
+    circle = Item("circle", colour, "large", 26.4, 25.9)
+    square = Item("square", "blue", "large", 41.9, 49.3)
+    scene = Scene((circle, square), "brown")
+    assert sorted(i.kind for i in read(render(scene)).items) == [circle.kind, square.kind]
+
+
 @pytest.mark.parametrize("background", BACKGROUNDS)
 def test_noise_and_blur_do_not_confuse_the_reader(background):
     scene = Scene((RED, BLUE), background)

@@ -111,9 +111,13 @@ def captions(batch: list[Scene], rng: np.random.Generator) -> list[str]:
 
 @dataclass(frozen=True)
 class SceneWorld:
-    """The scenes of `scenes-64`; `workers` processes draw them ahead, none draws on demand."""
+    """The scenes of `scenes-64`; `workers` processes draw them ahead, none draws on demand.
+
+    Without `told` batches have captions and no truth, as other data has.
+    """
 
     workers: int = 0
+    told: bool = True
     side: int = SIDE
     vocabulary: int = 1000
 
@@ -133,7 +137,9 @@ class SceneWorld:
     ) -> SceneBatches:
         if near and size % 4:
             raise BadInput(f"--batch: {size} is no multiple of 4, a scene and three near misses")
-        return SceneBatches(_Drawn(seed, size, captions_only, near), device, self.workers)
+        return SceneBatches(
+            _Drawn(seed, size, captions_only, near, self.told), device, self.workers
+        )
 
 
 SCENES = SceneWorld()
@@ -147,13 +153,15 @@ class _Drawn(Dataset):
     size: int
     captions_only: bool = False
     near: bool = False
+    told: bool = True
 
     def __getitem__(self, step: int) -> Batch:
         truth, rng = scenes(self.seed + step, self.size // 4 if self.near else self.size)
         if self.near:
             truth = [scene for base in truth for scene in (base, *near_misses(base, rng))]
         texts = captions(truth, rng)
-        return Batch(no_pictures() if self.captions_only else pictures(truth), texts, truth)
+        drawn = no_pictures() if self.captions_only else pictures(truth)
+        return Batch(drawn, texts, truth if self.told else [])
 
 
 def no_pictures(side: int = SIDE) -> Tensor:

@@ -29,7 +29,7 @@ from twinbrush.samplers import guidance_embedding
 
 STEPS, BATCH = 1600, 64
 SOLVER_STEPS = 25  # of the DDIM solver; truth travels one a time, so fewer are learnt sooner
-GUIDANCE = (1.0, 6.0)  # scales that the student learns
+GUIDANCE = (1.0, 6.0)  # scales that the student learns, half of them below 2.25
 EMA_DECAY = 0.95  # the paper's; truth travels from one solver step to the next through it
 EMBEDDING = 256  # width of the guidance embedding
 OWN_PARTS = ("unet", "fusion", "scheduler")  # of the teacher and of the student
@@ -111,7 +111,8 @@ def train(run: Run) -> None:
         draw = torch.Generator().manual_seed(step)
         noise = torch.randn(x0.shape, generator=draw).to(device)
         t = torch.randint(1, SOLVER_STEPS + 1, (run.batch,), generator=draw).to(device) * stride - 1
-        scales = rng.uniform(*GUIDANCE, size=run.batch)
+        low, high = GUIDANCE
+        scales = low + (high - low) * rng.random(run.batch) ** 2
         embedding = np.stack([guidance_embedding(w, EMBEDDING) for w in scales])
         embedding = torch.from_numpy(embedding).to(device)
         w = torch.from_numpy(scales).float().to(device)[:, None, None, None]
