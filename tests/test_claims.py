@@ -15,6 +15,7 @@ from benchmarks.reader import read
 from checkpoints import tiny_checkpoint
 from training import bert, data, diffusion
 from training.grounding import UNASKED
+from training.run import digest
 from training.scenes import Item, Scene
 
 CHECKPOINT = Path("checkpoints/scenes-64")
@@ -36,6 +37,29 @@ def test_every_arm_of_fusion_is_trained_and_measured(tmp_path, monkeypatch, caps
     for tables in result["results"].values():
         assert [table["all"]["all_correct"]["n"] for table in tables] == [3, 3]
     assert Image.open(out.with_suffix(".png")).size[0] > 500
+
+
+def test_fusion_can_be_measured_behind_a_bert_of_masked_words(tmp_path, monkeypatch):
+    monkeypatch.setattr(diffusion, "SCENES", 100)
+    monkeypatch.setattr(bert, "STEPS", 2)
+    out, runs = tmp_path / "fusion.json", tmp_path / "runs"
+    given = {"steps": 1, "batch": 4, "seeds": 1, "device": "cpu", "bf16": False, "n": 3}
+    with pytest.raises(SystemExit, match="--arm: vae is not one of clip, bert, fusion"):
+        fusion.main(CHECKPOINT, runs, **given, channels=32, threads=1, out=out, arm=["vae"])
+    before = digest([CHECKPOINT / "text_encoder_2"])
+    fusion.main(
+        CHECKPOINT, runs, **given, channels=32, threads=1, out=out, arm=["bert"], masked_words=True
+    )
+    result = json.loads(out.read_text())
+    assert result["checkpoint"] == "scenes-64"
+    assert result["masked_words"]
+    assert list(result["results"]) == ["bert"]
+    assert result["summary"]["behind_fusion"] == {}
+    learnt = runs / "masked-words"
+    heading = (learnt / "bert" / "losses.csv").read_text().splitlines()[0]
+    assert heading == "step,loss,words,accuracy"  # no question was asked
+    made = digest([learnt / "scenes-64" / "text_encoder_2"])
+    assert digest([CHECKPOINT / "text_encoder_2"]) == before != made
 
 
 def test_every_arm_of_fusion_sees_what_it_says():
