@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+from diffusers import ModelMixin
 
 from export.shapes import load_pruned, pruning_of
 
@@ -62,29 +63,35 @@ class Checkpoint:
         return _json_object(self.folders[part] / name)
 
     def load(self, part: str, model_class: Any, **options: Any) -> Any:
-        """The part's torch module, in evaluation mode and FP32, as narrow as pruning left it.
+        """The part's torch module: see `load_part`."""
+        return load_part(self.folders[part], model_class, **options)
 
-        `options` go to the class.
 
-        Raises:
-            CheckpointError: its weights do not fit the class, or some are missing.
-        """
-        folder = self.folders[part]
-        try:
-            if pruning_of(folder):
-                model, missing = load_pruned(folder, model_class, **options), []
-            else:
-                model, found = model_class.from_pretrained(
-                    folder, use_safetensors=True, output_loading_info=True, **options
-                )
-                # A pooler makes one vector of a text, which nothing here asks for.
-                missing = sorted(key for key in found["missing_keys"] if "pooler" not in key)
-        except Exception as error:
-            raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
-        if missing:
-            text = f"{folder} lacks {len(missing)} of its tensors, {missing[0]} first"
-            raise CheckpointError(text)
-        return model.float().eval()
+def load_part(folder: Path, model_class: Any, **options: Any) -> Any:
+    """The torch module of a folder, in evaluation mode and FP32, as narrow as pruning left it.
+
+    `options` go to the class.
+
+    Raises:
+        CheckpointError: its weights do not fit the class, or some are missing.
+    """
+    if issubclass(model_class, ModelMixin):
+        options["low_cpu_mem_usage"] = False  # needs accelerate, and warns where that is missing
+    try:
+        if pruning_of(folder):
+            model, missing = load_pruned(folder, model_class, **options), []
+        else:
+            model, found = model_class.from_pretrained(
+                folder, use_safetensors=True, output_loading_info=True, **options
+            )
+            # A pooler makes one vector of a text, which nothing here asks for.
+            missing = sorted(key for key in found["missing_keys"] if "pooler" not in key)
+    except Exception as error:
+        raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
+    if missing:
+        text = f"{folder} lacks {len(missing)} of its tensors, {missing[0]} first"
+        raise CheckpointError(text)
+    return model.float().eval()
 
 
 def open_checkpoint(

@@ -11,6 +11,7 @@ from typing import Annotated
 import torch
 import typer
 
+from export.checkpoint import CheckpointError
 from training.captioned import Captioned
 from training.data import BadInput, SceneWorld, Source
 from training.preparation import BOUNDS, Bound, Preparation
@@ -109,7 +110,7 @@ def stage_cli(
                     save_every or SAVE_EVERY[chosen.type], init,
                 )
             )  # fmt: skip
-        except (BadInput, OSError) as error:
+        except (BadInput, CheckpointError, OSError) as error:
             raise SystemExit(f"error: {error}")
 
     main.__doc__ = inspect.getdoc(inspect.getmodule(train))

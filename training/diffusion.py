@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertModel, BertTokenizer, CLIPTextModel, CLIPTokenizer
 
+from export.checkpoint import load_part
 from export.fusion_head import FusionHead
 from export.preview import fit_preview
 from training import data
@@ -86,13 +87,11 @@ class Encoders:
     def __init__(self, checkpoint: Path, device: torch.device = data.CPU):
         self.device = device
         self.tokenizer = CLIPTokenizer.from_pretrained(checkpoint / "tokenizer")
-        self.clip = CLIPTextModel.from_pretrained(checkpoint / "text_encoder").eval()
-        self.clip.to(device)
+        self.clip = load_part(checkpoint / "text_encoder", CLIPTextModel).to(device)
         self.tokenizer_2 = BertTokenizer.from_pretrained(checkpoint / "tokenizer_2")
-        self.bert = BertModel.from_pretrained(
-            checkpoint / "text_encoder_2", add_pooling_layer=False
-        ).eval()
-        self.bert.to(device)
+        self.bert = load_part(checkpoint / "text_encoder_2", BertModel, add_pooling_layer=False).to(
+            device
+        )
 
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
         layers, mask = self.bert_layers(texts)
@@ -120,7 +119,7 @@ class Encoders:
 @torch.no_grad()
 def latents(checkpoint: Path, runs: Path, truth: list[Scene], device: torch.device) -> Tensor:
     """Scaled latents of scenes (N, C, h, w), encoded once for each VQGAN and kept in `runs`."""
-    vae = VQModel.from_pretrained(checkpoint / "vae").eval().to(device)
+    vae = load_part(checkpoint / "vae", VQModel).to(device)
     made_from = digest([checkpoint / "vae"]) + repr(truth)
     path = runs / f"latents-{hashlib.sha256(made_from.encode()).hexdigest()[:12]}.npy"
     if path.exists():
@@ -186,7 +185,7 @@ class EncodedBatches:
 
     def __init__(self, checkpoint: Path, batches: data.Batches, device: torch.device):
         self._batches = batches
-        self._vae = VQModel.from_pretrained(checkpoint / "vae").eval().to(device)
+        self._vae = load_part(checkpoint / "vae", VQModel).to(device)
 
     @property
     def position(self) -> dict | None:
@@ -290,7 +289,7 @@ def new_painter(run: Run) -> Painter:
 @torch.no_grad()
 def latent_to_rgb(checkpoint: Path, source: data.Source = data.SCENES) -> list[list[float]]:
     """The map of previews, fitted on true pictures."""
-    vae = VQModel.from_pretrained(checkpoint / "vae").eval()
+    vae = load_part(checkpoint / "vae", VQModel)
     pictures = source.sample(59_999_999, 512).pictures
     return fit_preview(vae.encode(pictures).latents * vae.config.scaling_factor, pictures)
 

@@ -19,6 +19,7 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 from torch.nn import functional as F
 
+from export.checkpoint import load_part
 from export.fusion_head import FusionHead
 from training.cli import stage_cli
 from training.data import BadInput
@@ -92,9 +93,8 @@ def train(run: Run) -> None:
     taught_by = teacher_of(run.checkpoint)
     batches = latent_batches(run)
     device, encoders = run.device, Encoders(run.checkpoint, run.device)
-    fusion = FusionHead.from_pretrained(run.checkpoint / "fusion").eval().to(device)
-    teacher = UNet2DConditionModel.from_pretrained(taught_by / "unet").eval()
-    teacher.float().to(device)
+    fusion = load_part(run.checkpoint / "fusion", FusionHead).to(device)
+    teacher = load_part(taught_by / "unet", UNet2DConditionModel).to(device)
     student = new_student(teacher, run.init).to(device)
     reads = [taught_by / part for part in (*FROZEN, "fusion", "unet")]
     if run.init:

@@ -13,6 +13,7 @@ from diffusers import SchedulerMixin, UNet2DConditionModel, VQModel
 from PIL import Image
 from torch import Tensor
 
+from export.checkpoint import load_part
 from export.fusion_head import FusionHead
 from training.data import Source
 from training.sheets import grid
@@ -32,7 +33,7 @@ class Sampler:
     """Paints the same prompts of a source from the same noise with any UNet."""
 
     def __init__(self, checkpoint: Path, encoders: ReadsText, source: Source, device: torch.device):
-        self._vae = VQModel.from_pretrained(checkpoint / "vae").eval().to(device)
+        self._vae = load_part(checkpoint / "vae", VQModel).to(device)
         self._captions = source.sample(SEED, COUNT).captions
         self._conditions = encoders(self._captions)
         self._empty = encoders([""])

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection
 
+from export.checkpoint import load_part
 from training import data
 from training.cli import stage_cli
 from training.run import Run, check_trained, starting_from
@@ -132,7 +133,7 @@ def sharpen(vae: VQModel, weights: Weights, run: Run) -> VQModel:
     """
     vae.requires_grad_(False).eval().to(run.device)
     stage = Sharpening(vae).to(run.device)
-    tower = CLIPVisionModelWithProjection.from_pretrained(run.checkpoint / "image_encoder")
+    tower = load_part(run.checkpoint / "image_encoder", CLIPVisionModelWithProjection)
     perception = Perception(tower.to(run.device))
     last = vae.decoder.conv_out.weight
     batches = run.source.batches(40_000_000, run.batch, run.device)
@@ -215,7 +216,7 @@ def train(run: Run) -> None:
     check_trained(run.checkpoint, "image_encoder")
     if run.init:
         with starting_from(run.init / "vae", "VQGAN"):
-            vae = VQModel.from_pretrained(run.init / "vae", use_safetensors=True)
+            vae = load_part(run.init / "vae", VQModel)
         alone = run.steps
     else:
         alone = int(DECODER * run.steps)
