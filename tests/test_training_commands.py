@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_captioned import MIXED, many, write
 from transformers import CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -94,6 +94,19 @@ def test_a_folder_that_cannot_be_written_is_one_clear_sentence(tmp_path):
 def test_a_stage_that_starts_anew_refuses_init(refused, tmp_path):
     said = refused("clip", "--init", str(tmp_path))
     assert said == "error: --init: training.clip and training.all take none"
+
+
+def test_a_stage_refuses_a_checkpoint_that_lacks_a_tensor_before_it_computes(tmp_path):
+    shutil.copytree(ROOT / "checkpoints" / "scenes-64", tmp_path / "checkpoint")
+    (file,) = (tmp_path / "checkpoint" / "text_encoder_2").glob("*.safetensors")
+    tensors = load_file(file)
+    del tensors["embeddings.word_embeddings.weight"]
+    save_file(tensors, file, {"format": "pt"})
+    ended = run_stage("diffusion", tmp_path)
+    assert ended.stderr.splitlines()[-1] == (
+        f"error: {file.parent} lacks 1 of its tensors, embeddings.word_embeddings.weight first"
+    )
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_stage_does_not_overwrite_what_it_starts_from(refused, tmp_path):

@@ -255,10 +255,10 @@ def velocity_loss(
 
 def train(run: Run) -> None:
     check_trained(run.checkpoint, *FROZEN)
-    batches = latent_batches(run)
     encoders = Encoders(run.checkpoint, run.device)
     torch.manual_seed(0)
     painter = new_painter(run).to(run.device)
+    batches = latent_batches(run)
     sampler = Sampler(run.checkpoint, encoders, run.source, run.device)
     reads = [run.checkpoint / part for part in FROZEN]
     if run.init:

@@ -91,11 +91,11 @@ def new_student(teacher: UNet2DConditionModel, init: Path | None = None) -> UNet
 
 def train(run: Run) -> None:
     taught_by = teacher_of(run.checkpoint)
-    batches = latent_batches(run)
     device, encoders = run.device, Encoders(run.checkpoint, run.device)
     fusion = load_part(run.checkpoint / "fusion", FusionHead).to(device)
     teacher = load_part(taught_by / "unet", UNet2DConditionModel).to(device)
     student = new_student(teacher, run.init).to(device)
+    batches = latent_batches(run)
     reads = [taught_by / part for part in (*FROZEN, "fusion", "unet")]
     if run.init:
         reads.append(run.init / "unet")
