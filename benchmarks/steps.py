@@ -1,7 +1,7 @@
 """`python -m benchmarks.steps`: quality against denoising steps, distilled and not.
 
-The same held-out prompts and seeds are painted by the distilled checkpoint and, with two
-samplers, by its teacher (a third, `euler`, takes `ddim`'s path on this noise schedule). Both
+The same held-out prompts and seeds are painted by the distilled checkpoint with its own sampler
+and, with two, by its teacher (a third, `euler`, takes `ddim`'s path on this noise schedule). Both
 are exported beside each other and painted by the serving engine in this process. Writes a plot
 beside the result file.
 """
@@ -23,6 +23,7 @@ from benchmarks.local_engine import local_engine
 from benchmarks.machine import write_result
 from benchmarks.quality import NAMES, Score, Task, measure, table_of, tasks
 from export.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from export.pipeline import SAMPLER_OF
 from export.repository import build
 from twinbrush.onnx_runtime import LocalModels
 
@@ -53,16 +54,17 @@ def main(
     except CheckpointError as error:
         sys.exit(f"error: {error}")
     all_tasks = tasks(n)
-    learnt = _scores(distilled, ("lcm",), repository, all_tasks)["lcm"]
+    own = SAMPLER_OF[distilled.classes["scheduler"]]
+    learnt = _scores(distilled, (own,), repository, all_tasks)[own]
     taught = _scores(plain, TEACHER_SAMPLERS, repository, all_tasks)
-    labelled = {f"{distilled.name} lcm": learnt}
+    labelled = {f"{distilled.name} {own}": learnt}
     labelled |= {f"{plain.name} {sampler}": scores for sampler, scores in taught.items()}
     curves = {
         label: {steps: _right(all_tasks, scores) for steps, scores in by_steps.items()}
         for label, by_steps in labelled.items()
     }
     summary = {
-        "all_correct_4": curves[f"{distilled.name} lcm"][4]["all"]["percent"],
+        "all_correct_4": curves[f"{distilled.name} {own}"][4]["all"]["percent"],
         "points_lost": {
             sampler: points_lost(scores[25], learnt[4]) for sampler, scores in taught.items()
         },

@@ -150,7 +150,7 @@ def test_steps_are_measured_of_student_and_teacher(repository, tmp_path, monkeyp
     steps.main(student, teacher, repository, n=3, out=out)
     result = json.loads(out.read_text())
     assert list(result["curves"]) == [
-        "tiny lcm", *(f"tiny-teacher {name}" for name in steps.TEACHER_SAMPLERS),
+        "tiny ddim", *(f"tiny-teacher {name}" for name in steps.TEACHER_SAMPLERS),
     ]  # fmt: skip
     for curve in result["curves"].values():
         assert list(curve) == [str(count) for count in steps.STEPS]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, LCMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPVisionConfig,
@@ -22,9 +22,10 @@ from training.loop import Trainer
 from training.run import Run
 from training.scenes import sample_scene
 from training.vqgan_losses import opponent, rgb
+from twinbrush.samplers import NoiseSchedule, ddim
 
-ALPHAS_CUMPROD = distill.lcm_scheduler().alphas_cumprod
-T = torch.tensor([999, 519, 39])
+ALPHAS_CUMPROD = distill.ddim_scheduler().alphas_cumprod
+T = torch.tensor([999, 549, 49])
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -42,29 +43,42 @@ def tiny_unet(**changes) -> UNet2DConditionModel:
 
 
 def test_the_solver_of_distillation_is_ddim():
-    reference = DDIMScheduler.from_config(
-        diffusion.scheduler().config, clip_sample=False, set_alpha_to_one=True
-    )
+    reference = distill.ddim_scheduler()
     reference.set_timesteps(distill.SOLVER_STEPS)
     x, v = draw(3, 8, 4, 4), draw(3, 8, 4, 4, seed=1)
-    ours, before = distill.ddim_step(x, v, T, 1000 // distill.SOLVER_STEPS, ALPHAS_CUMPROD)
-    assert before.tolist() == [959, 479, -1]
+    before = T - 1000 // distill.SOLVER_STEPS
+    assert before[-1] == -1
+    ours = distill.ddim_step(x, v, T, before, ALPHAS_CUMPROD)
     for k, t in enumerate(T):
         theirs = reference.step(v[k], t, x[k]).prev_sample
         torch.testing.assert_close(ours[k], theirs, rtol=1e-4, atol=1e-4)
+    led = distill.velocity(x, ours, T, before, ALPHAS_CUMPROD)
+    torch.testing.assert_close(led, v, rtol=1e-3, atol=1e-3)
 
 
-def test_what_the_student_says_is_what_the_lcm_sampler_takes():
-    unet, x, hidden = tiny_unet(time_cond_proj_dim=16), draw(3, 8, 4, 4), draw(3, 5, 8)
-    embedding = draw(3, 16, seed=2)
-    reference: LCMScheduler = distill.lcm_scheduler()
-    reference.set_timesteps(distill.SOLVER_STEPS)
-    with torch.no_grad():
-        ours = distill.consistency(unet, x, T, hidden, embedding, ALPHAS_CUMPROD)
-        v = unet(x, T, encoder_hidden_states=hidden, timestep_cond=embedding).sample
-    for k, t in enumerate(T):
-        theirs = reference.step(v[k], t, x[k]).denoised
-        torch.testing.assert_close(ours[k], theirs, rtol=1e-4, atol=1e-4)
+def test_a_step_of_the_served_sampler_is_a_phase_of_distillation():
+    schedule = NoiseSchedule(
+        tuple(ALPHAS_CUMPROD.tolist()), "v_prediction", timestep_spacing="trailing"
+    )
+    served = torch.from_numpy(ddim(schedule, distill.PHASES).timesteps.copy())
+    assert distill.end_of_phase(served).tolist() == [*served[1:].tolist(), -1]
+    assert distill.end_of_phase(served - 1000 // distill.SOLVER_STEPS).tolist() == [
+        749,
+        499,
+        249,
+        -1,
+    ]
+    x, v = draw(4, 8, 4, 4), draw(4, 8, 4, 4, seed=1)
+    ours = distill.ddim_step(x, v, served, distill.end_of_phase(served), ALPHAS_CUMPROD)
+    for k, (a, b) in enumerate(ddim(schedule, distill.PHASES).table[:, :2]):
+        torch.testing.assert_close(ours[k], a * x[k] + b * v[k], rtol=1e-4, atol=1e-4)
+
+
+def test_at_the_end_of_a_phase_the_student_stays():
+    ends = torch.tensor([749, 499, 249, -1])
+    x, v = draw(4, 8, 4, 4), draw(4, 8, 4, 4, seed=1)
+    there = distill.ddim_step(x, v, ends, ends, ALPHAS_CUMPROD)
+    torch.testing.assert_close(there, x, rtol=1e-5, atol=1e-5)
 
 
 def test_a_new_student_says_what_its_teacher_does_at_any_scale():

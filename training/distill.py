@@ -1,10 +1,12 @@
 """`python -m training.distill`: a UNet that needs four steps and one row, from the trained one.
 
-Latent consistency distillation (arXiv:2310.04378): the student learns to say at every noise
-level what the teacher, led by its guidance, would arrive at; the guidance scale becomes an
-input (`timestep_cond`). The teacher moves into a checkpoint of its own, `CHECKPOINT-teacher`,
-which shares every other part; writes `unet/`, `scheduler/` and `model_index.json`. With `--init`
-the student starts from what another distillation has learnt, not from the teacher.
+Latent consistency distillation (arXiv:2310.04378) in phases (arXiv:2403.06807, 2405.18407): the
+noise levels are parted, and the student learns to say at every one where the teacher, led by its
+guidance, would leave its part. So DDIM with one step a part follows the teacher and draws no new
+noise; the guidance scale becomes an input (`timestep_cond`). The teacher moves into a checkpoint
+of its own, `CHECKPOINT-teacher`, which shares every other part; writes `unet/`, `scheduler/` and
+`model_index.json`. With `--init` the student starts from what another distillation has learnt,
+not from the teacher.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import LCMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,18 +31,17 @@ from training.sampling import Sampler
 from twinbrush.samplers import guidance_embedding
 
 STEPS, BATCH = 1600, 64
-SOLVER_STEPS = 25  # of the DDIM solver; truth travels one a time, so fewer are learnt sooner
-GUIDANCE = (1.0, 6.0)  # scales that the student learns, half of them below 2.25
+PHASES = 4  # parts of the noise levels, and steps of the student
+SOLVER_STEPS = 20  # of the DDIM solver; truth travels one a time, so fewer are learnt sooner
+GUIDANCE = (1.0, 4.0)  # scales that the student learns
 EMA_DECAY = 0.95  # the paper's; truth travels from one solver step to the next through it
 EMBEDDING = 256  # width of the guidance embedding
 OWN_PARTS = ("unet", "fusion", "scheduler")  # of the teacher and of the student
-DEFAULTS = {"steps": 4, "guidance_scale": 2.0}
+DEFAULTS = {"steps": PHASES, "guidance_scale": 2.0}
 
 
-def lcm_scheduler() -> LCMScheduler:
-    return LCMScheduler.from_config(
-        scheduler().config, original_inference_steps=SOLVER_STEPS, clip_sample=False
-    )
+def ddim_scheduler() -> DDIMScheduler:
+    return DDIMScheduler.from_config(scheduler().config, clip_sample=False)
 
 
 def teacher_of(checkpoint: Path) -> Path:
@@ -100,7 +101,7 @@ def train(run: Run) -> None:
     if run.init:
         reads.append(run.init / "unet")
     trainer = run.trainer(student, "distill", 3e-4, EMA_DECAY, reads)
-    alphas_cumprod = lcm_scheduler().alphas_cumprod.to(device)
+    alphas_cumprod = ddim_scheduler().alphas_cumprod.to(device)
     sampler = Sampler(run.checkpoint, encoders, run.source, device)
     stride = len(alphas_cumprod) // SOLVER_STEPS
     with torch.no_grad():
@@ -111,8 +112,7 @@ def train(run: Run) -> None:
         draw = torch.Generator().manual_seed(step)
         noise = torch.randn(x0.shape, generator=draw).to(device)
         t = torch.randint(1, SOLVER_STEPS + 1, (run.batch,), generator=draw).to(device) * stride - 1
-        low, high = GUIDANCE
-        scales = low + (high - low) * rng.random(run.batch) ** 2
+        scales = rng.uniform(*GUIDANCE, size=run.batch)
         embedding = np.stack([guidance_embedding(w, EMBEDDING) for w in scales])
         embedding = torch.from_numpy(embedding).to(device)
         w = torch.from_numpy(scales).float().to(device)[:, None, None, None]
@@ -122,53 +122,48 @@ def train(run: Run) -> None:
             led = torch.cat([empty.expand_as(hidden), hidden])
             v = teacher(x_t.repeat(2, 1, 1, 1), t.repeat(2), encoder_hidden_states=led).sample
             without, with_prompt = v.float().chunk(2)
-            x_before, t_before = ddim_step(
-                x_t, without + w * (with_prompt - without), t, stride, alphas_cumprod
-            )
-            target = consistency(
-                trainer.ema.module, x_before, t_before, hidden, embedding, alphas_cumprod
-            )
-            target = torch.where((t_before < 0)[:, None, None, None], x_before, target)
-        said = consistency(trainer.module, x_t, t, hidden, embedding, alphas_cumprod)
-        return {"loss": F.huber_loss(said, target, delta=0.1)}
+            before, end = t - stride, end_of_phase(t)
+            led = without + w * (with_prompt - without)
+            x_before = ddim_step(x_t, led, t, before, alphas_cumprod)
+            told = {"encoder_hidden_states": hidden, "timestep_cond": embedding}
+            onward = trainer.ema.module(x_before, before.clamp(min=0), **told).sample.float()
+            x_end = ddim_step(x_before, onward, before, end, alphas_cumprod)
+            target = velocity(x_t, x_end, t, end, alphas_cumprod)
+        return {"loss": F.mse_loss(trainer.module(x_t, t, **told).sample.float(), target)}
 
     trained = trainer.run(
         loss_at,
         batches,
-        lambda averaged: sampler.sheet(averaged, fusion, lcm_scheduler(), DEFAULTS),
+        lambda averaged: sampler.sheet(averaged, fusion, ddim_scheduler(), DEFAULTS),
     )
     trained.half().save_pretrained(run.checkpoint / "unet")
-    write_index(run.checkpoint, lcm_scheduler(), DEFAULTS, run.source)
+    write_index(run.checkpoint, ddim_scheduler(), DEFAULTS, run.source)
 
 
-def ddim_step(
-    x_t: Tensor, v: Tensor, t: Tensor, stride: int, alphas_cumprod: Tensor
-) -> tuple[Tensor, Tensor]:
-    """One solver step towards the picture: the latents, and their timesteps, -1 at its end."""
-    before = t - stride
-    alpha_bar = torch.where(
-        before < 0, torch.ones((), device=t.device), alphas_cumprod[before.clamp(min=0)]
-    )
-    x0 = noised(x_t, -v, alphas_cumprod[t])
-    epsilon = noised(v, x_t, alphas_cumprod[t])
-    return noised(x0, epsilon, alpha_bar), before
+def end_of_phase(t: Tensor) -> Tensor:
+    """The timesteps (B,) that the student goes to from `t`; -1 is the picture itself."""
+    phase = scheduler().config["num_train_timesteps"] // PHASES
+    return t // phase * phase - 1
 
 
-def consistency(
-    unet: UNet2DConditionModel,
-    x_t: Tensor,
-    t: Tensor,
-    hidden: Tensor,
-    embedding: Tensor,
-    alphas_cumprod: Tensor,
-) -> Tensor:
-    """The clean latents that a consistency model sees from x_t; the boundary is LCM's."""
-    t = t.clamp(min=0)
-    v = unet(x_t, t, encoder_hidden_states=hidden, timestep_cond=embedding).sample.float()
-    sigma_data, scaled = 0.5, t[:, None, None, None] * 10.0
-    skip = sigma_data**2 / (scaled**2 + sigma_data**2)
-    out = scaled / (scaled**2 + sigma_data**2).sqrt()
-    return skip * x_t + out * noised(x_t, -v, alphas_cumprod[t])
+def alpha_sigma(t: Tensor, alphas_cumprod: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of signal and noise (B, 1, 1, 1) at timesteps (B,); -1 is the picture itself."""
+    clean = torch.ones((), device=t.device)
+    alpha_bar = torch.where(t < 0, clean, alphas_cumprod[t.clamp(min=0)])[:, None, None, None]
+    return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+
+def ddim_step(x_t: Tensor, v: Tensor, t: Tensor, to: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """Latents at the timesteps `to` (B,), one solver step towards the picture."""
+    (alpha, sigma), (alpha_to, sigma_to) = (alpha_sigma(one, alphas_cumprod) for one in (t, to))
+    return alpha_to * (alpha * x_t - sigma * v) + sigma_to * (sigma * x_t + alpha * v)
+
+
+def velocity(x_t: Tensor, x_to: Tensor, t: Tensor, to: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """The v with which `ddim_step` leads from x_t to x_to."""
+    (alpha, sigma), (alpha_to, sigma_to) = (alpha_sigma(one, alphas_cumprod) for one in (t, to))
+    turned = (alpha_to * alpha + sigma_to * sigma) * x_t
+    return (turned - x_to) / (alpha_to * sigma - sigma_to * alpha)
 
 
 if __name__ == "__main__":
