@@ -68,7 +68,8 @@ def _parts(pixels: np.ndarray, area: np.ndarray) -> list[np.ndarray]:
                 cores[labels == part] = cores.max() + 1
     if not cores.any():
         return []
-    _, (rows, columns) = ndimage.distance_transform_edt(cores == 0, return_indices=True)
+    nearby = ndimage.distance_transform_edt(cores == 0, return_distances=False, return_indices=True)
+    rows, columns = np.asarray(nearby)
     return [area & (cores[rows, columns] == k) for k in range(1, cores.max() + 1)]
 
 
