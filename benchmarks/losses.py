@@ -1,9 +1,10 @@
 """`python -m benchmarks.losses`: what perceptual and adversarial terms do to the VQGAN's pictures.
 
-Decoders of one encoder are trained anew, from the same weights, on the same pictures, for the
-same steps: with reconstruction alone, with each term, and with both. Held-out scenes are then
-decoded by all. Writes a plot and a sheet of pictures, side by side, beside the result file; each
-training goes on from its last save.
+Decoders of one encoder are trained from the same weights, on the same pictures, for the same
+steps: with reconstruction alone, with each term, and with both. They start anew, or with
+`--further` where the checkpoint's own decoder ended, which is then measured too, as it was. Held-out
+scenes are then decoded by all. Writes a plot and a sheet of pictures, side by side, beside the
+result file; each training goes on from its last save.
 """
 
 from __future__ import annotations
@@ -52,6 +53,9 @@ def main(
     batch: Annotated[int, typer.Option(min=1, help="Scenes a step.")] = 32,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     bf16: Annotated[bool, typer.Option(help="bfloat16 products in training.")] = False,
+    further: Annotated[
+        bool, typer.Option(help="Decoders go on from the checkpoint's, and do not start anew.")
+    ] = False,
     n: Annotated[int, typer.Option(min=1, help="Held-out scenes.")] = 600,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 takes all.")] = 0,
     out: Annotated[Path, typer.Option(help="Result file; pictures go beside it.")] = Path(
@@ -66,18 +70,22 @@ def main(
     painted: dict[str, Tensor] = {}
     try:
         check_trained(checkpoint, "image_encoder", "vae")
-        run = Run(checkpoint, runs / f"{steps}x{batch}", steps, batch, pick_device(device), bf16)
+        start = _trained if further else _untrained
+        folder = runs / f"{steps}x{batch}{'-further' if further else ''}"
+        run = Run(checkpoint, folder, steps, batch, pick_device(device), bf16)
+        if further:
+            painted["before"] = _decoded(_trained(checkpoint), true)
         for name, weights in VARIANTS.items():
             console.print(f"training a decoder: {name}")
             alone = replace(run, runs=run.runs / name)
-            trained = sharpen(_untrained(checkpoint), weights, alone).cpu()
+            trained = sharpen(start(checkpoint), weights, alone).cpu()
             painted[name] = _decoded(trained, true)
     except (CheckpointError, data.BadInput) as error:
         sys.exit(f"error: {error}")
     results = {name: _measures(y, true, all_tasks) for name, y in painted.items()}
     write_result(
         out, "python -m benchmarks.losses", checkpoint=checkpoint.name, steps=steps, batch=batch,
-        n=n, weights={name: asdict(weights) for name, weights in VARIANTS.items()},
+        further=further, n=n, weights={name: asdict(weights) for name, weights in VARIANTS.items()},
         results=results,
     )  # fmt: skip
     plot(results, out.with_suffix(".png"))
@@ -85,10 +93,13 @@ def main(
     print(json.dumps(results))
 
 
+def _trained(checkpoint: Path) -> VQModel:
+    return open_checkpoint(checkpoint).load("vae", VQModel)
+
+
 def _untrained(checkpoint: Path) -> VQModel:
     """The checkpoint's encoder and codebook, and a fresh decoder, always the same."""
-    opened = open_checkpoint(checkpoint)
-    trained = opened.load("vae", VQModel)
+    trained = _trained(checkpoint)
     torch.manual_seed(0)
     vae = cast(VQModel, VQModel.from_config(trained.config))
     vae.encoder, vae.quant_conv = trained.encoder, trained.quant_conv

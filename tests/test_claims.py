@@ -140,6 +140,15 @@ def test_every_decoder_of_losses_is_trained_and_measured(tmp_path, capsys):
     assert json.loads(out.read_text())["results"] == results
 
 
+def test_decoders_of_losses_can_go_on_from_the_checkpoints(tmp_path):
+    out = tmp_path / "losses.json"
+    given = {"steps": 2, "batch": 4, "device": "cpu", "bf16": False, "n": 6, "threads": 1}
+    losses.main(CHECKPOINT, tmp_path / "runs", **given, further=True, out=out)
+    psnr = {name: found["psnr"] for name, found in json.loads(out.read_text())["results"].items()}
+    assert list(psnr) == ["before", *losses.VARIANTS]
+    assert min(psnr.values()) > 28  # two steps from no training are at 10
+
+
 def test_steps_are_measured_of_student_and_teacher(repository, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quality, "read", lambda picture: read(np.tile(picture, (2, 2, 1))))
     monkeypatch.setattr(steps, "STEPS", (1, 4, 25))
