@@ -2,9 +2,9 @@
 
 Decoders of one encoder are trained from the same weights, on the same pictures, for the same
 steps: with reconstruction alone, with each term, and with both. They start anew, or with
-`--further` where the checkpoint's own decoder ended, which is then measured too, as it was. Held-out
-scenes are then decoded by all. Writes a plot and a sheet of pictures, side by side, beside the
-result file; each training goes on from its last save.
+`--further` where the checkpoint's own decoder ended, which is then measured too. Held-out scenes
+are decoded by all. Writes a plot and a sheet of pictures, side by side, beside the result file;
+each training goes on from its last save.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from rich.console import Console
 from benchmarks.machine import write_result
 from training import data
 from training.all import STAGES
-from training.cli import SAVE_EVERY, pick_device, scenes_for
+from training.cli import SAVE_EVERY, pick_bf16, pick_device, scenes_for
 from training.run import Run
 
 GOALS = {"cpu": 150.0, "cuda": 20.0}  # minutes
@@ -47,7 +47,7 @@ def main(
     except data.BadInput as error:
         sys.exit(f"error: {error}")
     saving = save_every or SAVE_EVERY[on.type]
-    products = on.type == "cuda" if bf16 is None else bf16
+    products = pick_bf16(bf16, on)
     source = scenes_for(on)
     stages = {}
     with tempfile.TemporaryDirectory() as scratch:

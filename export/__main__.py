@@ -11,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, NoReturn
 
-import transformers
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -228,7 +227,6 @@ def _quieten() -> None:
     """Keeps the libraries' notes off the screen; what matters is raised."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    transformers.utils.logging.disable_progress_bar()
 
 
 def _stop(reason: str) -> NoReturn:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import transformers
 from diffusers import ModelMixin
 
 from export.shapes import load_pruned, pruning_of
@@ -75,6 +76,7 @@ def load_part(folder: Path, model_class: Any, **options: Any) -> Any:
     Raises:
         CheckpointError: its weights do not fit the class, or some are missing.
     """
+    transformers.utils.logging.disable_progress_bar()  # it would cut through the command's own
     if issubclass(model_class, ModelMixin):
         options["low_cpu_mem_usage"] = False  # needs accelerate, and warns where that is missing
     try:

@@ -106,7 +106,7 @@ def stage_cli(
             train(
                 Run(
                     checkpoint, runs, steps or 0, batch or 0, chosen,
-                    chosen.type == "cuda" if bf16 is None else bf16, source,
+                    pick_bf16(bf16, chosen), source,
                     save_every or SAVE_EVERY[chosen.type], init,
                 )
             )  # fmt: skip
@@ -120,6 +120,11 @@ def stage_cli(
 def scenes_for(device: torch.device) -> SceneWorld:
     """Scenes that are drawn fast enough for a device."""
     return SceneWorld(min(WORKERS, os.cpu_count() or 1) if device.type == "cuda" else 0)
+
+
+def pick_bf16(asked: bool | None, device: torch.device) -> bool:
+    """Whether products are bfloat16: what was asked, else on cuda only."""
+    return device.type == "cuda" if asked is None else asked
 
 
 def pick_device(name: str) -> torch.device:
