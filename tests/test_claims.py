@@ -12,6 +12,7 @@ from PIL import Image
 
 from benchmarks import fusion, losses, pictures, quality, steps, training_time
 from benchmarks.reader import read
+from benchmarks.tokens import last_words, told
 from checkpoints import tiny_checkpoint
 from training import bert, data, diffusion
 from training.grounding import UNASKED
@@ -184,3 +185,28 @@ def test_points_lost_are_paired():
     found = steps.points_lost(same, worse)
     assert found["points"] == 1
     assert found["interval"] == [-1.7, 3.7]  # by hand: 1/102 ± 1.96 √((2/102 - (1/102)²)/102)
+
+
+def test_a_probe_tells_what_tokens_tell():
+    """Tokens that say a word's answers are read without a fault; tokens of nothing are not."""
+    encoders = fusion.Arm(CHECKPOINT, "clip", torch.device("cpu"))
+    said = {}
+
+    def echo(texts):
+        ids, _ = data.token_ids(encoders.tokenizer, texts)
+        return torch.nn.functional.one_hot(ids, len(encoders.tokenizer)).float()
+
+    for name, tokens in {"words": echo, "nothing": lambda texts: 0 * echo(texts)}.items():
+        said[name] = told(encoders, tokens, steps=30, n=60)["all"]
+    assert said["words"]["shape"] == 100  # the last word of a name is the shape
+    assert said["words"]["partner_shape"] < 90
+    assert said["nothing"]["shape"] < 50
+
+
+def test_a_name_is_asked_for_at_its_last_word():
+    encoders = fusion.Arm(CHECKPOINT, "clip", torch.device("cpu"))
+    caption = ["a small red circle is left of a blue square"]
+    named = Item("circle", "red", "small", 18, 32), Item("square", "blue", "large", 46, 32)
+    asked = last_words(encoders.answers(caption, [Scene(named, "black")]))[0, :, 0] != UNASKED
+    ids, _ = data.token_ids(encoders.tokenizer, caption)
+    assert encoders.tokenizer.decode(ids[0, asked]).split() == ["circle", "square"]
