@@ -151,7 +151,7 @@ def plot(results: dict[str, dict[str, Any]], file: Path) -> None:
     *axes, last = figure.subplots(1, 1 + len(panels))
     for one, (measure, label) in zip(axes, panels.items(), strict=True):
         bars = one.bar(list(results), [found[measure] for found in results.values()])
-        one.bar_label(bars, padding=2)
+        one.bar_label(bars, fmt="%.3g", padding=2, fontsize=8)
         one.set_ylabel(label)
     percent = np.array([found["read_right"]["percent"] for found in results.values()])
     low, high = np.array([found["read_right"]["interval"] for found in results.values()]).T
