@@ -197,7 +197,7 @@ def test_a_probe_tells_what_tokens_tell():
         return torch.nn.functional.one_hot(ids, len(encoders.tokenizer)).float()
 
     for name, tokens in {"words": echo, "nothing": lambda texts: 0 * echo(texts)}.items():
-        said[name] = told(encoders, tokens, steps=30, n=60)["all"]
+        said[name] = told(encoders, tokens, steps=120, n=60)["all"]
     assert said["words"]["shape"] == 100  # the last word of a name is the shape
     assert said["words"]["partner_shape"] < 90
     assert said["nothing"]["shape"] < 50
