@@ -24,7 +24,7 @@ from torch import Tensor
 from benchmarks.fusion import Arm, with_masked_words
 from benchmarks.machine import write_result
 from benchmarks.quality import NAMES, tasks
-from export.checkpoint import CheckpointError, load_part, open_checkpoint
+from export.checkpoint import CheckpointError, open_checkpoint
 from export.fusion_head import FusionHead
 from training import data
 from training.cli import pick_device
@@ -34,14 +34,16 @@ from training.grounding import UNASKED, Questions
 CAPTIONS, LEARNING_RATE = 64, 3e-3  # a step
 FIRST_SEED = 70_000_000  # of the probe's captions
 console = Console()
-Tokens = Callable[[list[str]], Tensor]  # texts to (B, L, width)
+Head = Callable[[Tensor, Tensor, Tensor], Tensor]  # what an arm gives, to tokens (B, L, width)
 
 
 def main(
     checkpoint: Annotated[Path, typer.Option(help="Whose encoders are asked.")] = Path(
         "checkpoints/scenes-64"
     ),
-    runs: Annotated[Path, typer.Option(help="Folder of saves.")] = Path("runs/tokens"),
+    runs: Annotated[
+        Path, typer.Option(help="Folder of saves, shared with benchmarks.fusion.")
+    ] = Path("runs/fusion"),
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each probe.")] = 600,
     n: Annotated[int, typer.Option(min=3, help="Held-out prompts.")] = 1000,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -57,21 +59,15 @@ def main(
     results: dict[str, dict[str, Any]] = {}
     try:
         opened, on = open_checkpoint(checkpoint), pick_device(device)
-        head = load_part(checkpoint / "fusion", FusionHead).to(on)
         masked = with_masked_words(checkpoint, runs / "masked-words", on, bf16)
-        clip, bert, both, untold = (
-            Arm(folder, arm, on)
-            for folder, arm in (
-                (checkpoint, "clip"), (checkpoint, "bert"), (checkpoint, "fusion"), (masked, "bert")
-            )
-        )  # fmt: skip
-        for name, encoders, tokens in (
-            ("clip", clip, lambda texts: clip(texts)[0]),
-            ("bert_of_masked_words", untold, lambda texts: untold(texts)[0]),
-            ("bert", bert, lambda texts: bert(texts)[0]),
-            ("fused", both, lambda texts: head(*both(texts))),
+        head = opened.load("fusion", FusionHead).requires_grad_(False).to(on)
+        for name, arm, folder, merge in (
+            ("clip", "clip", checkpoint, stream),
+            ("bert_of_masked_words", "bert", masked, stream),
+            ("bert", "bert", checkpoint, stream),
+            ("fused", "fusion", checkpoint, head),
         ):
-            results[name] = told(encoders, tokens, steps, n)
+            results[name] = told(Arm(folder, arm, on), merge, steps, n)
             console.print(f"{name}: {json.dumps(results[name]['all'])}")
     except (CheckpointError, data.BadInput) as error:
         sys.exit(f"error: {error}")
@@ -82,35 +78,37 @@ def main(
     print(json.dumps({name: found["all"] for name, found in results.items()}))
 
 
-def told(encoders: Encoders, tokens: Tokens, steps: int, n: int) -> dict[str, dict[str, float]]:
+def stream(tokens: Tensor, layers: Tensor, mask: Tensor) -> Tensor:
+    """A head that merges nothing."""
+    return tokens
+
+
+def told(encoders: Encoders, head: Head, steps: int, n: int) -> dict[str, dict[str, float]]:
     """Percent of right answers to each question, by number of objects."""
-    probe = trained_probe(encoders, tokens, steps)
-    every = tasks(n)
-    groups = {
-        name: [t for t in every if len(t.scene.items) == count] for count, name in NAMES.items()
+    probe = trained_probe(encoders, head, steps)
+    scenes, texts = zip(*((task.scene, task.prompt) for task in tasks(n)), strict=True)
+    answers = last_words(encoders.answers(list(texts), list(scenes)))
+    hidden = head(*encoders(list(texts)))
+    count = torch.tensor([len(scene.items) for scene in scenes], device=hidden.device)
+    rows = {name: count == k for k, name in NAMES.items()} | {"all": count > 0}
+    return {
+        name: {
+            question: round(100 * accuracy.item(), 1)
+            for question, accuracy in probe.losses(hidden[row], answers[row])[1].items()
+        }
+        for name, row in rows.items()
     }
-    found = {}
-    for name, group in (groups | {"all": every}).items():
-        with torch.no_grad():
-            texts = [task.prompt for task in group]
-            answers = last_words(encoders.answers(texts, [task.scene for task in group]))
-            _, accuracies = probe.losses(tokens(texts), answers)
-        found[name] = {question: round(100 * v.item(), 1) for question, v in accuracies.items()}
-    return found
 
 
-def trained_probe(encoders: Encoders, tokens: Tokens, steps: int) -> Questions:
+def trained_probe(encoders: Encoders, head: Head, steps: int) -> Questions:
     torch.manual_seed(0)
-    with torch.no_grad():
-        width = tokens([""]).shape[-1]
-    probe = Questions(width).to(encoders.device)
+    probe = Questions(head(*encoders([""])).shape[-1]).to(encoders.device)
     optimizer = torch.optim.AdamW(probe.parameters(), LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in track(range(steps), "probing", console=console, transient=True):
         scenes, rng = data.scenes(FIRST_SEED + step, CAPTIONS)
         texts = data.captions(scenes, rng)
-        with torch.no_grad():
-            hidden = tokens(texts)
+        hidden = head(*encoders(texts))
         loss, _ = probe.losses(hidden, last_words(encoders.answers(texts, scenes)))
         optimizer.zero_grad()
         loss.backward()

@@ -10,9 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import fusion, losses, pictures, quality, steps, training_time
+from benchmarks import fusion, losses, pictures, quality, steps, tokens, training_time
 from benchmarks.reader import read
-from benchmarks.tokens import last_words, told
 from checkpoints import tiny_checkpoint
 from training import bert, data, diffusion
 from training.grounding import UNASKED
@@ -147,7 +146,7 @@ def test_decoders_of_losses_can_go_on_from_the_checkpoints(tmp_path):
     losses.main(CHECKPOINT, tmp_path / "runs", **given, further=True, out=out)
     psnr = {name: found["psnr"] for name, found in json.loads(out.read_text())["results"].items()}
     assert list(psnr) == ["before", *losses.VARIANTS]
-    assert min(psnr.values()) > 28  # two steps from no training are at 10
+    assert min(psnr.values()) > 28  # a decoder after two steps is far below
 
 
 def test_steps_are_measured_of_student_and_teacher(repository, tmp_path, monkeypatch, capsys):
@@ -187,26 +186,43 @@ def test_points_lost_are_paired():
     assert found["interval"] == [-1.7, 3.7]  # by hand: 1/102 ± 1.96 √((2/102 - (1/102)²)/102)
 
 
+class Words(fusion.Arm):
+    """Tokens that say which word they are, and nothing else."""
+
+    def __call__(self, texts):
+        ids, mask = data.token_ids(self.tokenizer, texts)
+        return torch.nn.functional.one_hot(ids, len(self.tokenizer)).float(), mask, mask
+
+
 def test_a_probe_tells_what_tokens_tell():
-    """Tokens that say a word's answers are read without a fault; tokens of nothing are not."""
-    encoders = fusion.Arm(CHECKPOINT, "clip", torch.device("cpu"))
-    said = {}
+    words = Words(CHECKPOINT, "clip", torch.device("cpu"))
+    said = tokens.told(words, tokens.stream, steps=120, n=60)["all"]
+    assert said["shape"] == 100  # the last word of a name is the shape
+    assert said["partner_shape"] < 90
+    nothing = tokens.told(words, lambda said, *_: 0 * said, steps=120, n=60)["all"]
+    assert nothing["shape"] < 50
 
-    def echo(texts):
-        ids, _ = data.token_ids(encoders.tokenizer, texts)
-        return torch.nn.functional.one_hot(ids, len(encoders.tokenizer)).float()
 
-    for name, tokens in {"words": echo, "nothing": lambda texts: 0 * echo(texts)}.items():
-        said[name] = told(encoders, tokens, steps=120, n=60)["all"]
-    assert said["words"]["shape"] == 100  # the last word of a name is the shape
-    assert said["words"]["partner_shape"] < 90
-    assert said["nothing"]["shape"] < 50
+def test_the_tokens_of_every_encoder_are_probed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bert, "STEPS", 2)
+    out = tmp_path / "tokens.json"
+    given = {"steps": 2, "n": 6, "device": "cpu", "bf16": False, "threads": 1}
+    tokens.main(CHECKPOINT, tmp_path / "runs", **given, out=out)
+    results = json.loads(out.read_text())["results"]
+    assert list(results) == ["clip", "bert_of_masked_words", "bert", "fused"]
+    for found in results.values():
+        assert list(found) == [*quality.NAMES.values(), "all"]
+        assert all(0 <= percent <= 100 for said in found.values() for percent in said.values())
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert summary == {name: found["all"] for name, found in results.items()}
 
 
 def test_a_name_is_asked_for_at_its_last_word():
     encoders = fusion.Arm(CHECKPOINT, "clip", torch.device("cpu"))
     caption = ["a small red circle is left of a blue square"]
     named = Item("circle", "red", "small", 18, 32), Item("square", "blue", "large", 46, 32)
-    asked = last_words(encoders.answers(caption, [Scene(named, "black")]))[0, :, 0] != UNASKED
+    asked = (
+        tokens.last_words(encoders.answers(caption, [Scene(named, "black")]))[0, :, 0] != UNASKED
+    )
     ids, _ = data.token_ids(encoders.tokenizer, caption)
     assert encoders.tokenizer.decode(ids[0, asked]).split() == ["circle", "square"]
