@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from export.checkpoint import open_checkpoint
-from training import bert, clip, data, diffusion, distill, vqgan, vqgan_losses
+from training import align, bert, clip, data, diffusion, distill, reward, vqgan, vqgan_losses
 from training.grounding import QUESTIONS
 from training.loop import Trainer
 from training.run import Run
@@ -209,6 +209,8 @@ def test_all_stages_make_a_checkpoint_that_export_takes(tmp_path, monkeypatch):
         kept = load_file(tmp_path / "checkpoint-teacher" / weights)
         assert all(torch.equal(kept[name], tensor) for name, tensor in teacher.items())
     assert open_checkpoint(tmp_path / "checkpoint-teacher").index["defaults"] == diffusion.DEFAULTS
+    untold = data.SceneWorld(told=False)
+    align.train(Run(checkpoint, runs, steps=2, batch=4, source=untold))
     opened = open_checkpoint(checkpoint)
     assert opened.index["defaults"] == distill.DEFAULTS
     unet = UNet2DConditionModel.from_pretrained(checkpoint / "unet")
@@ -225,20 +227,21 @@ def test_painters_that_were_stopped_end_as_undisturbed_ones(tmp_path, monkeypatc
             raise KeyboardInterrupt
         return update(trainer, loss_at)
 
+    monkeypatch.setattr(reward, "PICTURES", 100)
     for name in ("whole", "stopped"):
         for part in ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2", "vae"):
             shutil.copytree(f"checkpoints/scenes-64/{part}", tmp_path / name / part)
         run = Run(tmp_path / name, tmp_path / f"{name}-runs", 4, 4, save_every=2)
-        for stage in (diffusion, distill):
+        for stage in (diffusion, distill, reward, align):
             if name == "stopped":
                 with monkeypatch.context() as patched:
                     patched.setattr(Trainer, "_update", stopped)
                     with pytest.raises(KeyboardInterrupt):
                         stage.train(run)
             stage.train(run)
-    for part in ("", "-teacher"):
+    for part in ("/unet", "-teacher/unet", "/reward_model"):
         ours, theirs = (
-            load_file(tmp_path / f"{name}{part}" / "unet" / "diffusion_pytorch_model.safetensors")
+            load_file(f"{tmp_path / name}{part}/diffusion_pytorch_model.safetensors")
             for name in ("stopped", "whole")
         )
         assert ours.keys() == theirs.keys()
@@ -272,6 +275,20 @@ def test_stages_that_need_others_say_which(tmp_path):
     with pytest.raises(data.BadInput, match="--batch: 6 is no multiple of 4"):
         clip.train(replace(run, batch=6))
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]  # no tokenizer without its tower
+
+
+def test_aligning_needs_a_distilled_unet_and_a_reward_model(tmp_path):
+    made = tmp_path / "made"
+    for part in (*distill.FROZEN, *distill.OWN_PARTS):
+        (made / part).mkdir(parents=True)
+    run = Run(made, tmp_path / "runs", 1, 4)
+    with pytest.raises(data.BadInput, match=f"--checkpoint: {made} has no reward_model: train"):
+        align.train(run)
+    (made / "reward_model").mkdir()
+    tiny_unet().save_config(made / "unet")
+    with pytest.raises(data.BadInput, match=f"--checkpoint: the UNet of {made} is not distilled"):
+        align.train(run)
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]  # no teacher was made
 
 
 def test_training_starts_from_the_weights_that_init_names(tmp_path):

@@ -24,7 +24,7 @@ from transformers import CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithPro
 
 from export.checkpoint import open_checkpoint
 from training import all as every_stage
-from training import data, diffusion, distill, sheets, vqgan
+from training import data, diffusion, distill, reward, sheets, vqgan
 from training.captioned import Captioned
 from training.cli import pick_device
 from training.run import Run
@@ -93,7 +93,7 @@ def test_a_folder_that_cannot_be_written_is_one_clear_sentence(tmp_path):
 
 def test_a_stage_that_starts_anew_refuses_init(refused, tmp_path):
     said = refused("clip", "--init", str(tmp_path))
-    assert said == "error: --init: training.clip and training.all take none"
+    assert said == "error: --init: training.clip, training.reward and training.all take none"
 
 
 def test_a_stage_refuses_a_checkpoint_that_lacks_a_tensor_before_it_computes(tmp_path):
@@ -179,21 +179,27 @@ def test_every_stage_trains_on_captioned_pictures(tmp_path):
     assert opened.index["defaults"] == distill.DEFAULTS
     tokenizer = CLIPTokenizer.from_pretrained(checkpoint / "tokenizer")
     assert len(tokenizer("picture number")["input_ids"]) == 4  # two words of these captions
-    with safe_open(runs / "distill" / "state.safetensors", "pt") as file:
-        assert json.loads(file.metadata()["position"])["counts"]["used"] == 16
+    for stage in ("distill", "align"):
+        with safe_open(runs / stage / "state.safetensors", "pt") as file:
+            assert json.loads(file.metadata()["position"])["counts"]["used"] == 16
+    assert "missing" not in (runs / "align" / "losses.csv").read_text()  # nobody knows the truth
+    assert not (checkpoint / "reward_model").exists()
+    with pytest.raises(data.BadInput, match=r"--data: training.reward needs scenes"):
+        reward.train(Run(checkpoint, runs, 4, 4, source=source))
 
 
 def test_all_stages_run_in_order_and_tell_their_times(tmp_path, monkeypatch):
     monkeypatch.setattr(diffusion, "SCENES", 100)
+    monkeypatch.setattr(reward, "PICTURES", 100)
     runs = tmp_path / "runs"
     every_stage.train(Run(tmp_path / "checkpoint", runs, 4, 4))
     times = json.loads((runs / "times.json").read_text())
-    assert list(times) == ["clip", "bert", "vqgan", "diffusion", "distill"]
+    assert list(times) == ["clip", "bert", "vqgan", "diffusion", "distill", "reward", "align"]
     assert all(seconds > 0 for seconds in times.values())
     for stage in times:
         assert Image.open(runs / stage / "losses.png").size[0] > 500
     columns = sheets.MARGIN + 4 * (sheets.TILE + sheets.MARGIN)
-    for stage in ("diffusion", "distill"):
+    for stage in ("diffusion", "distill", "align"):
         assert Image.open(runs / stage / "samples.png").size[0] == columns
     originals = np.asarray(Image.open(runs / "vqgan" / "samples.png"))
     shown = data.SCENES.sample(vqgan.SHOWN, 8).pictures

@@ -16,11 +16,11 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from training import bert, clip, diffusion, distill, vqgan
+from training import align, bert, clip, data, diffusion, distill, reward, vqgan
 from training.cli import stage_cli
 from training.run import Run
 
-STAGES = (clip, bert, vqgan, diffusion, distill)
+STAGES = (clip, bert, vqgan, diffusion, distill, reward, align)
 WRITE_EVERY = 5.0  # seconds of work whose time a kill may lose
 
 
@@ -29,8 +29,9 @@ def train(run: Run) -> None:
     run.runs.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn()) as bar:
-        task = bar.add_task("stages", total=len(STAGES))
-        for stage in STAGES:
+        stages = [one for one in STAGES if one is not reward or data.knows_truth(run.source)]
+        task = bar.add_task("stages", total=len(stages))
+        for stage in stages:
             name = stage.__name__.rpartition(".")[-1]
             bar.update(task, description=f"stages: {name}")
             steps, batch = run.steps or stage.STEPS, run.batch or stage.BATCH

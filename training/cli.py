@@ -57,7 +57,7 @@ def stage_cli(
             typer.Option(
                 help="Checkpoint to start from: its BERT in training.bert, its fusion head and UNet"
                 " in training.diffusion, its VQGAN, whose decoder learns further, in"
-                " training.vqgan, its distilled UNet in training.distill."
+                " training.vqgan, its distilled UNet in training.distill and training.align."
             ),
         ] = None,
         path: Annotated[
@@ -100,7 +100,7 @@ def stage_cli(
                 )  # fmt: skip
                 source = Captioned(path, preparation, shuffle)
             if init is not None and not warm_start:
-                raise BadInput("--init: training.clip and training.all take none")
+                raise BadInput("--init: training.clip, training.reward and training.all take none")
             if init is not None and init.resolve() == checkpoint.resolve():
                 raise BadInput(f"--init: {init} is what --checkpoint writes; write another")
             train(

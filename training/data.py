@@ -145,6 +145,11 @@ class SceneWorld:
 SCENES = SceneWorld()
 
 
+def knows_truth(source: Source) -> bool:
+    """Whether a source knows what is in its pictures, beside its captions."""
+    return isinstance(source, SceneWorld) and source.told
+
+
 @dataclass(frozen=True)
 class _Drawn(Dataset):
     """The batch of every step, drawn from `seed + step`."""

@@ -12,6 +12,7 @@ not from the teacher.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -113,18 +114,14 @@ def train(run: Run) -> None:
         noise = torch.randn(x0.shape, generator=draw).to(device)
         t = torch.randint(1, SOLVER_STEPS + 1, (run.batch,), generator=draw).to(device) * stride - 1
         scales = rng.uniform(*GUIDANCE, size=run.batch)
-        embedding = np.stack([guidance_embedding(w, EMBEDDING) for w in scales])
-        embedding = torch.from_numpy(embedding).to(device)
+        embedding = scale_embedding(scales).to(device)
         w = torch.from_numpy(scales).float().to(device)[:, None, None, None]
         x_t = noised(x0, noise, alphas_cumprod[t])
         with torch.no_grad():
             hidden = fusion(*encoders(texts))
-            led = torch.cat([empty.expand_as(hidden), hidden])
-            v = teacher(x_t.repeat(2, 1, 1, 1), t.repeat(2), encoder_hidden_states=led).sample
-            without, with_prompt = v.float().chunk(2)
             before, end = t - stride, end_of_phase(t)
-            led = without + w * (with_prompt - without)
-            x_before = ddim_step(x_t, led, t, before, alphas_cumprod)
+            v = guided(teacher, x_t, t, empty, hidden, w)
+            x_before = ddim_step(x_t, v, t, before, alphas_cumprod)
             told = {"encoder_hidden_states": hidden, "timestep_cond": embedding}
             onward = trainer.ema.module(x_before, before.clamp(min=0), **told).sample.float()
             x_end = ddim_step(x_before, onward, before, end, alphas_cumprod)
@@ -138,6 +135,25 @@ def train(run: Run) -> None:
     )
     trained.half().save_pretrained(run.checkpoint / "unet")
     write_index(run.checkpoint, ddim_scheduler(), DEFAULTS, run.source)
+
+
+def scale_embedding(scales: Sequence[float]) -> Tensor:
+    """What the student is told of guidance scales: (B, `EMBEDDING`)."""
+    return torch.from_numpy(np.stack([guidance_embedding(w, EMBEDDING) for w in scales]))
+
+
+def guided(
+    teacher: UNet2DConditionModel, x_t: Tensor, t: Tensor, empty: Tensor, hidden: Tensor, w: Tensor
+) -> Tensor:
+    """The teacher's v (B, C, h, w), led away from no prompt by the scales `w` (B, 1, 1, 1).
+
+    Args:
+        empty: conditioning of no prompt, (1, L, D); `hidden` is that of the prompts, (B, L, D).
+    """
+    led = torch.cat([empty.expand_as(hidden), hidden])
+    v = teacher(x_t.repeat(2, 1, 1, 1), t.repeat(2), encoder_hidden_states=led).sample
+    without, with_prompt = v.float().chunk(2)
+    return without + w * (with_prompt - without)
 
 
 def end_of_phase(t: Tensor) -> Tensor:

@@ -112,6 +112,20 @@ def sample_scene(
             return scene
 
 
+def sample_crowd(rng: np.random.Generator) -> Scene:
+    """A scene of none to four objects, some of them alike, none of a held-out combination."""
+    items: list[Item] = []
+    for _ in range(int(rng.choice(5, p=(0.05, 0.2, 0.25, 0.25, 0.25)))):
+        for _ in range(20):
+            (item,) = _place(rng, 1)
+            if items and rng.random() < 0.25:
+                item = replace(items[-1], x=item.x, y=item.y)
+            if item.kind not in HELD_OUT and _inside(item) and _apart((*items, item)):
+                items.append(item)
+                break
+    return Scene(tuple(items), _pick(rng, *BACKGROUNDS))
+
+
 def near_misses(scene: Scene, rng: np.random.Generator) -> list[Scene]:
     """Three scenes that differ from this one so that no caption of it is true of them.
 
@@ -179,6 +193,11 @@ def _place(rng: np.random.Generator, count: int) -> list[Item]:
             items.append(Item(_pick(rng, *SHAPES), _pick(rng, *COLOURS), size, x, y))
         if _apart(items):
             return items
+
+
+def _inside(item: Item) -> bool:
+    reach = item.radius + 2
+    return all(reach <= at <= SIDE - reach for at in (item.x, item.y))
 
 
 def _apart(items: Sequence[Item]) -> bool:

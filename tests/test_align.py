@@ -1,0 +1,215 @@
+"""The reward model's truth and faults, and what the aligned UNet learns from."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from training import align, distill, reward
+from training.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    HELD_OUT,
+    SHAPES,
+    SIDE,
+    SIZES,
+    Item,
+    Scene,
+    describe,
+    sample_crowd,
+    sample_scene,
+)
+from twinbrush.samplers import NoiseSchedule, ddim
+
+CIRCLE = Item("circle", "red", "small", 12, 30)
+SQUARE = Item("square", "blue", "small", 52, 34)
+STAR = Item("star", "pink", "small", 32, 33)
+ROW = Scene((CIRCLE, SQUARE), "black")
+TOLD = "a small red circle to the left of a small blue square on black"
+ALPHAS_CUMPROD = distill.ddim_scheduler().alphas_cumprod
+SURE = 12.0  # a logit
+
+
+def read(*scenes: Scene) -> reward.Readout:
+    """A readout that is sure of scenes."""
+    truth = reward.truth_of(scenes, SIDE // 8)
+    chosen = []
+    for i, (name, choices) in enumerate(reward.ATTRIBUTES.items()):
+        asked = truth.attributes[..., i].clamp(min=0)
+        chosen.append(SURE * torch.nn.functional.one_hot(asked, len(choices)).movedim(-1, 1))
+        assert name == reward.Readout._fields[1 + i]
+    background = torch.nn.functional.one_hot(truth.background, len(BACKGROUNDS))
+    return reward.Readout(SURE * (2 * truth.centre - 1), *chosen, SURE * background.float())
+
+
+def faults(scene: Scene, wanted: Scene = ROW, caption: str = TOLD) -> dict[str, float]:
+    found = reward.faults(read(scene), [wanted], [caption])
+    return {name: round(float(fault), 2) for name, fault in found.items() if fault > 0.02}
+
+
+@given(st.integers(0, 10**9))
+@settings(max_examples=100, deadline=None)
+def test_a_crowd_keeps_apart_inside_and_to_the_training_world(seed):
+    scene = sample_crowd(np.random.default_rng(seed))
+    assert len(scene.items) <= 4
+    for item in scene.items:
+        assert item.kind not in HELD_OUT
+        assert item.radius + 2 <= min(item.x, item.y, SIDE - item.x, SIDE - item.y)
+    for a, b in itertools.combinations(scene.items, 2):
+        assert np.hypot(a.x - b.x, a.y - b.y) > a.radius + b.radius
+
+
+def test_crowds_hold_doubles_and_any_number():
+    rng = np.random.default_rng(0)
+    crowds = [sample_crowd(rng) for _ in range(300)]
+    assert {len(scene.items) for scene in crowds} == {0, 1, 2, 3, 4}
+    doubled = [len({item.kind for item in s.items}) < len(s.items) for s in crowds]
+    assert 0.1 < np.mean(doubled) < 0.6
+
+
+def test_truth_lies_in_the_cells_of_an_object():
+    truth = reward.truth_of([Scene((SQUARE,), "gray"), Scene((), "white")], 8)
+    assert truth.centre[0].nonzero().tolist() == [[4, 6]]  # of y 34 and x 52, in cells of 8
+    assert truth.centre[1].sum() == 0
+    kind = [SHAPES.index("square"), list(COLOURS).index("blue"), list(SIZES).index("small")]
+    assert truth.attributes[0, 4, 6].tolist() == kind
+    assert truth.attributes[0, 0, 0].tolist() == [reward.UNASKED] * 3
+    assert truth.background.tolist() == [list(BACKGROUNDS).index(b) for b in ("gray", "white")]
+
+
+def test_a_right_reading_costs_nothing_and_a_wrong_one_does():
+    truth = reward.truth_of([ROW], 8)
+    right = reward.reading_losses(read(ROW), truth)
+    assert float(right["loss"]) < 0.01
+    assert float(right["count"]) < 0.01
+    for wrong, part in (
+        (Scene((CIRCLE, replace(SQUARE, shape="ring")), "black"), "shape"),
+        (Scene((CIRCLE, replace(SQUARE, colour="pink")), "black"), "colour"),
+        (Scene((CIRCLE, replace(SQUARE, size="large")), "black"), "size"),
+        (Scene((CIRCLE, SQUARE), "gray"), "background"),
+        (Scene((CIRCLE,), "black"), "centre"),
+    ):
+        losses = reward.reading_losses(read(wrong), truth)
+        assert float(losses[part]) > 1, part
+        assert float(losses["loss"]) > 1
+
+
+@pytest.mark.parametrize(
+    ("shown", "at_fault"),
+    [
+        (ROW, set()),
+        (Scene((CIRCLE,), "black"), {"missing", "count", "relation"}),
+        (Scene((CIRCLE, SQUARE, STAR), "black"), {"count"}),
+        (Scene((CIRCLE, replace(CIRCLE, x=30), SQUARE), "black"), {"count"}),
+        (Scene((CIRCLE, replace(SQUARE, colour="pink")), "black"), {"missing", "relation"}),
+        (Scene((CIRCLE, replace(SQUARE, size="large")), "black"), {"missing", "relation"}),
+        (Scene((replace(CIRCLE, x=52), replace(SQUARE, x=12)), "black"), {"relation"}),
+        (Scene((CIRCLE, SQUARE), "gray"), {"background"}),
+    ],
+)
+def test_faults_are_what_a_picture_lacks_of_its_caption(shown, at_fault):
+    found = faults(shown)
+    assert at_fault - {"relation"} <= found.keys() <= at_fault
+
+
+def test_what_a_caption_does_not_say_is_no_fault():
+    shown = Scene((CIRCLE, replace(SQUARE, size="large")), "gray")
+    assert not faults(shown, caption="a small red circle to the left of a blue square")
+
+
+@pytest.mark.parametrize(
+    ("places", "right"),
+    [
+        (((10, 32), (54, 32), (32, 32)), True),
+        (((32, 54), (32, 10), (32, 32)), True),
+        (((10, 32), (32, 32), (54, 32)), False),
+    ],
+)
+def test_between_holds_in_a_row_and_in_a_column(places, right):
+    wanted = Scene((CIRCLE, SQUARE, STAR), "black")
+    items = [replace(i, x=x, y=y) for i, (x, y) in zip(wanted.items, places, strict=True)]
+    caption = "a small pink star between a small red circle and a small blue square"
+    assert faults(Scene(tuple(items), "black"), wanted, caption).keys() == (
+        set() if right else {"relation"}
+    )
+
+
+def test_who_follows_the_faults_comes_to_what_captions_say():
+    rng = np.random.default_rng(3)
+    scenes = [sample_scene(rng) for _ in range(12)]
+    captions = [describe(scene, rng) for scene in scenes]
+    torch.manual_seed(0)
+    cells = SIDE // 8
+    logits = [0.1 * torch.randn(12, choices, cells, cells) for choices in reward.CHOICES]
+    logits = [one.requires_grad_() for one in logits]
+    optimizer = torch.optim.Adam(logits, 0.2)
+
+    def found():
+        centre, *attributes, background = logits
+        now = reward.Readout(centre[:, 0], *attributes, background.mean((2, 3)))
+        return reward.faults(now, scenes, captions)
+
+    before = {name: fault.item() for name, fault in found().items()}
+    for _ in range(150):
+        optimizer.zero_grad()
+        torch.stack([*found().values()]).sum().backward()
+        optimizer.step()
+    after = {name: fault.item() for name, fault in found().items()}
+    assert all(after[name] < 0.1 * before[name] for name in before), (before, after)
+    counts = logits[0].sigmoid().sum((1, 2, 3))
+    wanted = torch.tensor([float(len(scene.items)) for scene in scenes])
+    assert (counts - wanted).abs().max() < 0.2
+
+
+def test_only_gradients_that_are_too_long_are_cut():
+    gradient = torch.zeros(4, 2, 1, 1)
+    gradient[0, 0], gradient[1, 1] = 100.0, 0.5 * align.LONGEST / 4
+    cut = align.shortened(gradient)
+    assert float(cut[0].norm()) == pytest.approx(align.LONGEST / 4)
+    assert torch.equal(cut[1:], gradient[1:])
+
+
+class Halves:
+    """A UNet that says `weight` of its latents."""
+
+    def __init__(self):
+        self.weight = torch.tensor(0.5, requires_grad=True)
+
+    def __call__(self, x_t, t, **asked):
+        assert asked == {"told": 1}
+        return SimpleNamespace(sample=self.weight * x_t + 0.001 * t[:, None, None, None])
+
+
+def painted(unet: Halves) -> list[torch.Tensor]:
+    noise = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    return align.paint(unet, noise, {"told": 1}, ALPHAS_CUMPROD)
+
+
+def test_pictures_are_painted_as_they_are_served():
+    schedule = NoiseSchedule(
+        tuple(ALPHAS_CUMPROD.tolist()), "v_prediction", timestep_spacing="trailing"
+    )
+    served = ddim(schedule, align.PHASES)
+    assert align.timesteps(torch.device("cpu")).tolist() == served.timesteps.tolist()
+    x, *path = painted(Halves())
+    for t, (a, b), after in zip(served.timesteps, served.table[:, :2], path, strict=True):
+        x = a * x + b * (0.5 * x + 0.001 * t)
+        torch.testing.assert_close(after, x, rtol=1e-4, atol=1e-4)
+
+
+def test_a_gradient_is_cut_after_every_step(monkeypatch):
+    lengths = []
+    for longest in (1e9, align.LONGEST):
+        monkeypatch.setattr(align, "LONGEST", longest)
+        unet = Halves()
+        (1e6 * painted(unet)[-1]).mean().backward()
+        lengths.append(float(unet.weight.grad.abs()))
+    assert 0 < lengths[1] < 1e-3 * lengths[0]
+    assert lengths[1] < 4 * align.PHASES

@@ -1,0 +1,155 @@
+"""`python -m training.align`: the distilled UNet learns from the pictures that it paints.
+
+Distillation shows the student noised pictures; served, it starts from noise and goes on from its
+own steps. Here it paints as it is served. It learns where the teacher would have gone from its own
+latents (on-policy distillation, arXiv:2306.13649), and, where the truth of captions is known, it
+follows what the reward model says of the finished latents, back through every step of the sampler
+(arXiv:2309.17400). That gradient is chaotic where latents lie between two pictures, so it is cut
+to length on its way, picture by picture. Writes `unet/`, from that of the checkpoint or of
+`--init`.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import UNet2DConditionModel, VQModel
+from torch import Tensor
+from torch.nn import functional as F
+
+from export.checkpoint import load_part
+from export.fusion_head import FusionHead
+from training.cli import stage_cli
+from training.data import BadInput, knows_truth
+from training.diffusion import FROZEN, Encoders, scheduler, write_index
+from training.distill import (
+    DEFAULTS,
+    GUIDANCE,
+    PHASES,
+    ddim_scheduler,
+    ddim_step,
+    end_of_phase,
+    guided,
+    new_student,
+    scale_embedding,
+    teacher_of,
+    velocity,
+)
+from training.reward import SceneReader, faults
+from training.run import Run, check_trained
+from training.sampling import Sampler
+
+STEPS, BATCH = 300, 32
+PHASE = scheduler().config["num_train_timesteps"] // PHASES
+TEACHER_STEPS = 2  # of the teacher's DDIM in one of the student's
+REWARD = 0.1  # weight of the faults beside the error of v
+LONGEST = 1.0  # gradient of one picture's faults at its latents, at most
+LEARNING_RATE, EMA_DECAY = 1.5e-4, 0.98
+
+
+def train(run: Run) -> None:
+    told = knows_truth(run.source)
+    check_trained(run.checkpoint, *FROZEN, "fusion", "unet", *(["reward_model"] if told else []))
+    if UNet2DConditionModel.load_config(run.checkpoint / "unet").get("time_cond_proj_dim") is None:
+        raise BadInput(f"--checkpoint: the UNet of {run.checkpoint} is not distilled yet")
+    taught_by, start = teacher_of(run.checkpoint), (run.init or run.checkpoint) / "unet"
+    device, encoders = run.device, Encoders(run.checkpoint, run.device)
+    fusion = load_part(run.checkpoint / "fusion", FusionHead).to(device)
+    teacher = load_part(taught_by / "unet", UNet2DConditionModel).to(device)
+    student = new_student(teacher, run.init).to(device)
+    if not run.init:
+        student.load_state_dict(load_part(start, UNet2DConditionModel).state_dict())
+    reads = [taught_by / "unet", start, *(run.checkpoint / part for part in (*FROZEN, "fusion"))]
+    if told:
+        reader = load_part(run.checkpoint / "reward_model", SceneReader).to(device)
+        vae = load_part(run.checkpoint / "vae", VQModel).to(device)
+        reader.requires_grad_(False)
+        vae.requires_grad_(False)
+        reads.append(run.checkpoint / "reward_model")
+    trainer = run.trainer(student, "align", LEARNING_RATE, EMA_DECAY, reads)
+    batches = run.source.batches(80_000_000, run.batch, device, captions_only=True)
+    sampler = Sampler(run.checkpoint, encoders, run.source, device)
+    alphas_cumprod = ddim_scheduler().alphas_cumprod.to(device)
+    with torch.no_grad():
+        empty = fusion(*encoders([""]))
+
+    def loss_at(step: int) -> dict[str, Tensor]:
+        drawn, draw = batches.at(step), torch.Generator().manual_seed(step)
+        n, (low, high) = len(drawn.captions), GUIDANCE
+        shape = (n, student.config.in_channels, *(student.config.sample_size,) * 2)
+        noise = torch.randn(shape, generator=draw).to(device)
+        scales = low + (high - low) * torch.rand(n, generator=draw)
+        w = scales.to(device)[:, None, None, None]
+        with torch.no_grad():
+            hidden = fusion(*encoders(drawn.captions))
+        asked = {
+            "encoder_hidden_states": hidden,
+            "timestep_cond": scale_embedding(scales).to(device),
+        }
+        with torch.set_grad_enabled(told):
+            path = paint(student, noise, asked, alphas_cumprod)
+        # Half of the pictures are compared with the teacher, who takes longer.
+        half = slice((n + 1) // 2)
+        x_t = torch.cat([x[half] for x in path[:-1]]).detach()
+        asked = {
+            name: one[half].repeat(PHASES, *[1] * (one.ndim - 1)) for name, one in asked.items()
+        }
+        t = timesteps(device).repeat_interleave(len(noise[half]))
+        with torch.no_grad():
+            x_to, to, w = x_t, t, w[half].repeat(PHASES, 1, 1, 1)
+            for _ in range(TEACHER_STEPS):
+                before = to - PHASE // TEACHER_STEPS
+                v = guided(teacher, x_to, to, empty, asked["encoder_hidden_states"], w)
+                x_to, to = ddim_step(x_to, v, to, before, alphas_cumprod), before
+            target = velocity(x_t, x_to, t, to, alphas_cumprod)
+        error = F.mse_loss(student(x_t, t, **asked).sample.float(), target)
+        if not told:
+            return {"loss": error}
+        with torch.autocast(device.type, enabled=False):
+            codes = vae.quantize(path[-1] / vae.config.scaling_factor)[0]
+        found = faults(reader(codes), drawn.scenes, drawn.captions)
+        return {
+            "loss": error + REWARD * torch.stack([*found.values()]).sum(),
+            "error": error,
+            **found,
+        }
+
+    trained = trainer.run(
+        loss_at,
+        batches,
+        lambda averaged: sampler.sheet(averaged, fusion, ddim_scheduler(), DEFAULTS),
+    )
+    trained.half().save_pretrained(run.checkpoint / "unet")
+    write_index(run.checkpoint, ddim_scheduler(), DEFAULTS, run.source)
+
+
+def timesteps(device: torch.device) -> Tensor:
+    """At which the student is asked, from noise to the picture: (`PHASES`,)."""
+    return torch.arange(PHASES, 0, -1, device=device) * PHASE - 1
+
+
+def paint(
+    student: UNet2DConditionModel, noise: Tensor, asked: dict[str, Tensor], alphas_cumprod: Tensor
+) -> list[Tensor]:
+    """Latents (B, C, h, w) before each of the student's steps and after the last.
+
+    Where they have a gradient, none of a picture's is longer than `LONGEST` over B.
+    """
+    path = [noise]
+    for t in timesteps(noise.device):
+        t = t.expand(len(noise))
+        v = student(path[-1], t, **asked).sample.float()
+        x_t = ddim_step(path[-1], v, t, end_of_phase(t), alphas_cumprod)
+        if x_t.requires_grad:
+            x_t.register_hook(shortened)
+        path.append(x_t)
+    return path
+
+
+def shortened(gradient: Tensor) -> Tensor:
+    """A gradient (B, C, h, w) of a mean over B pictures, with no picture's too long."""
+    lengths = len(gradient) * gradient.flatten(1).norm(dim=1)
+    return gradient * (LONGEST / lengths.clamp(min=LONGEST))[:, None, None, None]
+
+
+if __name__ == "__main__":
+    stage_cli(train, STEPS, BATCH, warm_start=True)
