@@ -227,7 +227,7 @@ def train(run: Run) -> None:
         return reading_losses(reader(codes), Truth(*(part[chosen] for part in truth)))
 
     trained = run.trainer(reader, "reward", 1.5e-3, 0.99, [run.checkpoint / "vae"]).run(loss_at)
-    trained.save_pretrained(run.checkpoint / "reward_model")
+    trained.half().save_pretrained(run.checkpoint / "reward_model")
 
 
 if __name__ == "__main__":
