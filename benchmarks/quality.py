@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -149,6 +150,15 @@ def _related(task: Task, placed: dict[tuple[str, str], Item]) -> bool:
     return True
 
 
+@contextmanager
+def scene_engine(repository: Path) -> Iterator[Engine]:
+    """The serving engine over a repository; ends the command where its pictures are no scenes'."""
+    with local_engine(repository, LocalModels(repository)) as engine:
+        if (side := engine.config.native_side) != SIDE:
+            sys.exit(f"error: --repository: its pictures have {side} pixels a side, not {SIDE}")
+        yield engine
+
+
 def paint(engine: Engine, prompts: list[str], **fields: np.ndarray) -> list[np.ndarray]:
     """Pictures (H, W, 3) uint8 of the prompts, all requests at once.
 
@@ -260,9 +270,7 @@ def main(
         given["sampler"] = sampler
     if guidance >= 0:
         given["guidance_scale"] = guidance
-    with local_engine(repository, LocalModels(repository)) as engine:
-        if (side := engine.config.native_side) != SIDE:
-            sys.exit(f"error: --repository: its pictures have {side} pixels a side, not {SIDE}")
+    with scene_engine(repository) as engine:
         try:
             table = table_of(all_tasks, measure(engine, all_tasks, **given))
         except InvalidArgument as error:

@@ -10,7 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import fusion, losses, pictures, quality, steps, tokens, training_time
+from benchmarks import (
+    diversity,
+    fusion,
+    losses,
+    pictures,
+    quality,
+    steps,
+    tokens,
+    training_time,
+)
 from benchmarks.reader import read
 from checkpoints import tiny_checkpoint
 from training import bert, data, diffusion
@@ -226,3 +235,25 @@ def test_a_name_is_asked_for_at_its_last_word():
     )
     ids, _ = data.token_ids(encoders.tokenizer, caption)
     assert encoders.tokenizer.decode(ids[0, asked]).split() == ["circle", "square"]
+
+
+def test_diversity_is_that_of_places_from_seed_to_seed(repository, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="--repository: its pictures have 32 pixels a side"):
+        diversity.main(repository, n=2, seeds=3, out=tmp_path / "none.json")
+    monkeypatch.setattr(quality, "SIDE", 32)
+    monkeypatch.setattr(diversity, "read", lambda picture: read(np.tile(picture, (2, 2, 1))))
+    out = tmp_path / "diversity.json"
+    diversity.main(repository, n=2, seeds=3, out=out)
+    summary = json.loads(out.read_text())["summary"]
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == summary
+    assert summary["pictures"] == 6
+    assert 10 < summary["spread_of_scenes"] < 20
+    here, there = (Item("star", "red", "small", x, 30) for x in (20, 40))
+    assert diversity.spread([[here, here], [there, there]]) == 0
+    assert diversity.spread([[here, there], [here]]) == pytest.approx(np.sqrt(200) / 2, abs=0.01)
+    assert diversity.spread([[here]]) is None
+    scene = Scene((here,), "black")
+    asked = [quality.Task("a red star", scene), quality.Task("a small red star", scene)]
+    grown = Item("star", "red", "large", 20, 30)
+    assert diversity.large(asked, [[here, grown, grown, grown], [here]]) == 75.0
+    assert diversity.large(asked[1:], [[here]]) is None
