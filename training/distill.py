@@ -31,7 +31,7 @@ from training.run import Run, check_trained, load_start
 from training.sampling import Sampler
 from twinbrush.samplers import guidance_embedding
 
-STEPS, BATCH = 1600, 64
+STEPS, BATCH = 1200, 64
 PHASES = 4  # parts of the noise levels, and steps of the student
 SOLVER_STEPS = 20  # of the DDIM solver; truth travels one a time, so fewer are learnt sooner
 GUIDANCE = (1.0, 4.0)  # scales that the student learns

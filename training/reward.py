@@ -38,7 +38,7 @@ from training.scenes import (
     sample_crowd,
 )
 
-STEPS, BATCH = 1600, 128
+STEPS, BATCH = 1000, 128
 PICTURES = 30_000
 ATTRIBUTES = {"shape": SHAPES, "colour": tuple(COLOURS), "size": tuple(SIZES)}
 CHOICES = [1, *map(len, ATTRIBUTES.values()), len(BACKGROUNDS)]
