@@ -38,9 +38,9 @@ def main(
         painted = paint(engine, [task.prompt for task in asked for _ in range(seeds)])
         checkpoint = engine.config.checkpoint
     shown = [read(picture).items for picture in painted]
-    alone = [items[0] if len(items) == 1 else None for items in shown]
     found = [
-        [item for item in alone[k * seeds : (k + 1) * seeds] if item] for k in range(len(asked))
+        [items[0] for items in shown[k : k + seeds] if len(items) == 1]
+        for k in range(0, len(shown), seeds)
     ]
     rng = np.random.default_rng(0)
     world = [sample_scene(rng, 1).items[0] for _ in range(WORLD)]

@@ -20,10 +20,11 @@ from export.checkpoint import load_part
 from export.fusion_head import FusionHead
 from training.cli import stage_cli
 from training.data import BadInput, knows_truth
-from training.diffusion import FROZEN, Encoders, scheduler, write_index
+from training.diffusion import FROZEN, Encoders, write_index
 from training.distill import (
     DEFAULTS,
     GUIDANCE,
+    PHASE,
     PHASES,
     ddim_scheduler,
     ddim_step,
@@ -39,10 +40,9 @@ from training.run import Run, check_trained
 from training.sampling import Sampler
 
 STEPS, BATCH = 300, 32
-PHASE = scheduler().config["num_train_timesteps"] // PHASES
 TEACHER_STEPS = 2  # of the teacher's DDIM in one of the student's
 REWARD = 0.1  # weight of the faults beside the error of v
-LONGEST = 1.0  # gradient of one picture's faults at its latents, at most
+LONGEST = 1.0  # gradient of the weighted faults at one picture's latents, at most
 LEARNING_RATE, EMA_DECAY = 1.5e-4, 0.98
 
 

@@ -33,6 +33,7 @@ from twinbrush.samplers import guidance_embedding
 
 STEPS, BATCH = 1200, 64
 PHASES = 4  # parts of the noise levels, and steps of the student
+PHASE = scheduler().config["num_train_timesteps"] // PHASES
 SOLVER_STEPS = 20  # of the DDIM solver; truth travels one a time, so fewer are learnt sooner
 GUIDANCE = (1.0, 4.0)  # scales that the student learns
 EMA_DECAY = 0.95  # the paper's; truth travels from one solver step to the next through it
@@ -158,8 +159,7 @@ def guided(
 
 def end_of_phase(t: Tensor) -> Tensor:
     """The timesteps (B,) that the student goes to from `t`; -1 is the picture itself."""
-    phase = scheduler().config["num_train_timesteps"] // PHASES
-    return t // phase * phase - 1
+    return t // PHASE * PHASE - 1
 
 
 def alpha_sigma(t: Tensor, alphas_cumprod: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ from export.checkpoint import load_part
 from training import data
 from training.cli import stage_cli
 from training.diffusion import LATENT_CELL, latents
+from training.grounding import UNASKED
 from training.run import Run, check_trained
 from training.scenes import (
     BACKGROUNDS,
@@ -42,7 +43,6 @@ STEPS, BATCH = 1000, 128
 PICTURES = 30_000
 ATTRIBUTES = {"shape": SHAPES, "colour": tuple(COLOURS), "size": tuple(SIZES)}
 CHOICES = [1, *map(len, ATTRIBUTES.values()), len(BACKGROUNDS)]
-UNASKED = -100  # what torch's cross entropy leaves out
 REACH = 7.0  # pixels from an object's centre within which a cell can tell what the object is
 NOISE = 0.5  # of the latents' spread, at most, on half of the pictures
 FLOOR = 0.02  # chance of an object below which it is only missed
