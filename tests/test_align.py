@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from training import align, distill, reward
+from training.diffusion import noised
 from training.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -213,3 +214,22 @@ def test_a_gradient_is_cut_after_every_step(monkeypatch):
         lengths.append(float(unet.weight.grad.abs()))
     assert 0 < lengths[1] < 1e-3 * lengths[0]
     assert lengths[1] < 4 * align.PHASES
+
+
+def test_the_student_is_taught_where_the_teacher_ends_a_phase():
+    x0, noise = torch.randn(2, 4, 2, 4, 4, generator=torch.Generator().manual_seed(1))
+    asked = []
+
+    def teacher(x_t, t, encoder_hidden_states):
+        asked.append(t[:4].tolist())
+        v = noised(noise, -x0, ALPHAS_CUMPROD[t[:4]])
+        return SimpleNamespace(sample=torch.cat([0 * v, v]))
+
+    t = align.timesteps(torch.device("cpu"))
+    led = {"empty": torch.zeros(1, 3, 2), "hidden": torch.zeros(4, 3, 2)}
+    v = align.taught(
+        teacher, noised(x0, noise, ALPHAS_CUMPROD[t]), t, ALPHAS_CUMPROD, w=torch.ones(4, 1, 1, 1),
+        **led,
+    )  # fmt: skip
+    assert asked == [[999, 749, 499, 249], [874, 624, 374, 124]]
+    torch.testing.assert_close(v, noised(noise, -x0, ALPHAS_CUMPROD[t]), rtol=1e-2, atol=1e-2)

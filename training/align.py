@@ -94,13 +94,8 @@ def train(run: Run) -> None:
             name: one[half].repeat(PHASES, *[1] * (one.ndim - 1)) for name, one in asked.items()
         }
         t = timesteps(device).repeat_interleave(len(noise[half]))
-        with torch.no_grad():
-            x_to, to, w = x_t, t, w[half].repeat(PHASES, 1, 1, 1)
-            for _ in range(TEACHER_STEPS):
-                before = to - PHASE // TEACHER_STEPS
-                v = guided(teacher, x_to, to, empty, asked["encoder_hidden_states"], w)
-                x_to, to = ddim_step(x_to, v, to, before, alphas_cumprod), before
-            target = velocity(x_t, x_to, t, to, alphas_cumprod)
+        led = {"hidden": asked["encoder_hidden_states"], "w": w[half].repeat(PHASES, 1, 1, 1)}
+        target = taught(teacher, x_t, t, alphas_cumprod, empty=empty, **led)
         error = F.mse_loss(student(x_t, t, **asked).sample.float(), target)
         if not told:
             return {"loss": error}
@@ -125,6 +120,19 @@ def train(run: Run) -> None:
 def timesteps(device: torch.device) -> Tensor:
     """At which the student is asked, from noise to the picture: (`PHASES`,)."""
     return torch.arange(PHASES, 0, -1, device=device) * PHASE - 1
+
+
+@torch.no_grad()
+def taught(
+    teacher: UNet2DConditionModel, x_t: Tensor, t: Tensor, alphas_cumprod: Tensor, **led: Tensor
+) -> Tensor:
+    """The v (B, C, h, w) that leads where the teacher, led as `guided` has it, ends the phase."""
+    x_to, to = x_t, t
+    for _ in range(TEACHER_STEPS):
+        before = to - PHASE // TEACHER_STEPS
+        v = guided(teacher, x_to, to, **led)
+        x_to, to = ddim_step(x_to, v, to, before, alphas_cumprod), before
+    return velocity(x_t, x_to, t, to, alphas_cumprod)
 
 
 def paint(
