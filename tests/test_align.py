@@ -169,6 +169,54 @@ def test_who_follows_the_faults_comes_to_what_captions_say():
     assert (counts - wanted).abs().max() < 0.2
 
 
+class Rounding:
+    """A VQGAN whose codes are whole numbers."""
+
+    config = SimpleNamespace(scaling_factor=0.5)
+
+    def quantize(self, z):
+        assert not torch.is_autocast_enabled("cpu")
+        return z + (z.round() - z).detach(), None, None
+
+
+def test_the_reward_model_is_shown_finished_codes_and_noisy_latents_by_level():
+    path = [torch.full((1, 2, 3, 3), 0.1 + k, requires_grad=True) for k in range(align.PHASES + 1)]
+    with torch.autocast("cpu", torch.bfloat16):
+        shown = align.readable(Rounding(), path)
+    assert [one.flatten()[0].item() for one in shown] == [
+        4.0,
+        pytest.approx(3.1),
+        pytest.approx(2.1),
+    ]
+    assert len(shown) == reward.LEVELS
+    for one in shown:
+        one.sum().backward()
+    assert [p.grad is not None for p in path] == [False, False, True, True, True]
+
+
+def test_the_reward_model_learns_from_latents_as_noisy_as_the_students():
+    generator = torch.Generator().manual_seed(2)
+    x0, noise = torch.randn(2, reward.LEVELS, 2, 3, 3, generator=generator)
+    level, amount = torch.arange(reward.LEVELS), torch.zeros(reward.LEVELS, 1, 1, 1)
+    shown = reward.left_at(Rounding(), x0, level, noise, amount, ALPHAS_CUMPROD)
+    assert torch.equal(shown[0], (2 * x0[0]).round() / 2)
+    ends = distill.end_of_phase(align.timesteps(x0.device)).flip(0)
+    for k in range(1, reward.LEVELS):
+        expected = noised(x0[k : k + 1], noise[k : k + 1], ALPHAS_CUMPROD[ends[k : k + 1]])
+        torch.testing.assert_close(shown[k : k + 1], expected)
+    faulty = reward.left_at(Rounding(), x0, level, noise, amount + 1, ALPHAS_CUMPROD)
+    assert torch.equal(faulty[0], (2 * (x0[0] + noise[0])).round() / 2)
+    assert torch.equal(faulty[1:], shown[1:])
+
+
+def test_a_level_is_told_apart():
+    torch.manual_seed(0)
+    reader = reward.SceneReader(channels=2, width=16, blocks=1)
+    x_t = torch.randn(1, 2, 4, 4).expand(reward.LEVELS, -1, -1, -1)
+    read = reader(x_t, torch.arange(reward.LEVELS)).centre
+    assert len({round(one.sum().item(), 3) for one in read}) == reward.LEVELS
+
+
 def test_only_gradients_that_are_too_long_are_cut():
     gradient = torch.zeros(4, 2, 1, 1)
     gradient[0, 0], gradient[1, 1] = 100.0, 0.5 * align.LONGEST / 4

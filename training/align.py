@@ -3,10 +3,11 @@
 Distillation shows the student noised pictures; served, it starts from noise and goes on from its
 own steps. Here it paints as it is served. It learns where the teacher would have gone from its own
 latents (on-policy distillation, arXiv:2306.13649), and, where the truth of captions is known, it
-follows what the reward model says of the finished latents, back through every step of the sampler
-(arXiv:2309.17400). That gradient is chaotic where latents lie between two pictures, so it is cut
-to length on its way, picture by picture. Writes `unet/`, from that of the checkpoint or of
-`--init`.
+follows what the reward model says of the latents after its steps, back through every step of the
+sampler (arXiv:2309.17400). That gradient is chaotic where latents lie between two pictures, so it
+is cut to length on its way, picture by picture, and the reward model reads noisy latents too: what
+it expects there is a smoother guide to the earlier steps. Writes `unet/`, from that of the
+checkpoint or of `--init`.
 """
 
 from __future__ import annotations
@@ -20,9 +21,8 @@ from export.checkpoint import load_part
 from export.fusion_head import FusionHead
 from training.cli import stage_cli
 from training.data import BadInput, knows_truth
-from training.diffusion import FROZEN, Encoders, write_index
+from training.diffusion import FROZEN, Encoders
 from training.distill import (
-    DEFAULTS,
     GUIDANCE,
     PHASE,
     PHASES,
@@ -32,17 +32,18 @@ from training.distill import (
     guided,
     new_student,
     scale_embedding,
+    teach,
     teacher_of,
     velocity,
 )
-from training.reward import SceneReader, faults
+from training.reward import LEVELS, SceneReader, faults, nearest_codes
 from training.run import Run, check_trained
 from training.sampling import Sampler
 
 STEPS, BATCH = 300, 32
 TEACHER_STEPS = 2  # of the teacher's DDIM in one of the student's
 REWARD = 0.1  # weight of the faults beside the error of v
-LONGEST = 1.0  # gradient of the weighted faults at one picture's latents, at most
+LONGEST = 0.1  # gradient of the weighted faults at one picture's latents, at most
 LEARNING_RATE, EMA_DECAY = 1.5e-4, 0.98
 
 
@@ -99,22 +100,19 @@ def train(run: Run) -> None:
         error = F.mse_loss(student(x_t, t, **asked).sample.float(), target)
         if not told:
             return {"loss": error}
-        with torch.autocast(device.type, enabled=False):
-            codes = vae.quantize(path[-1] / vae.config.scaling_factor)[0]
-        found = faults(reader(codes), drawn.scenes, drawn.captions)
+        found = []
+        for level, x_end in enumerate(readable(vae, path)):
+            read = reader(x_end, torch.full((n,), level, device=device))
+            found.append(faults(read, drawn.scenes, drawn.captions))
+        sums = [torch.stack([*parts.values()]).sum() for parts in found]
         return {
-            "loss": error + REWARD * torch.stack([*found.values()]).sum(),
+            "loss": error + REWARD * torch.stack(sums).sum(),
             "error": error,
-            **found,
+            **{f"faults_{level}": total for level, total in enumerate(sums)},
+            **found[0],
         }
 
-    trained = trainer.run(
-        loss_at,
-        batches,
-        lambda averaged: sampler.sheet(averaged, fusion, ddim_scheduler(), DEFAULTS),
-    )
-    trained.half().save_pretrained(run.checkpoint / "unet")
-    write_index(run.checkpoint, ddim_scheduler(), DEFAULTS, run.source)
+    teach(run, trainer, loss_at, batches, sampler, fusion)
 
 
 def timesteps(device: torch.device) -> Tensor:
@@ -151,6 +149,11 @@ def paint(
             x_t.register_hook(shortened)
         path.append(x_t)
     return path
+
+
+def readable(vae: VQModel, path: list[Tensor]) -> list[Tensor]:
+    """What a `SceneReader` reads of the latents that `paint` left, by level."""
+    return [nearest_codes(vae, path[-1]), *reversed(path[-LEVELS:-1])]
 
 
 def shortened(gradient: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ not from the teacher.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +25,9 @@ from torch.nn import functional as F
 from export.checkpoint import load_part
 from export.fusion_head import FusionHead
 from training.cli import stage_cli
-from training.data import BadInput
+from training.data import BadInput, Batches
 from training.diffusion import FROZEN, Encoders, latent_batches, noised, scheduler, write_index
+from training.loop import Trainer
 from training.run import Run, check_trained, load_start
 from training.sampling import Sampler
 from twinbrush.samplers import guidance_embedding
@@ -129,12 +130,24 @@ def train(run: Run) -> None:
             target = velocity(x_t, x_end, t, end, alphas_cumprod)
         return {"loss": F.mse_loss(trainer.module(x_t, t, **told).sample.float(), target)}
 
-    trained = trainer.run(
+    teach(run, trainer, loss_at, batches, sampler, fusion)
+
+
+def teach(
+    run: Run,
+    trainer: Trainer,
+    loss_at: Callable[[int], dict[str, Tensor]],
+    batches: Batches,
+    sampler: Sampler,
+    fusion: FusionHead,
+) -> None:
+    """Trains a student to the end; writes `unet/`, `scheduler/` and `model_index.json`."""
+    taught = trainer.run(
         loss_at,
         batches,
         lambda averaged: sampler.sheet(averaged, fusion, ddim_scheduler(), DEFAULTS),
     )
-    trained.half().save_pretrained(run.checkpoint / "unet")
+    taught.half().save_pretrained(run.checkpoint / "unet")
     write_index(run.checkpoint, ddim_scheduler(), DEFAULTS, run.source)
 
 

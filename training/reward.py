@@ -1,10 +1,11 @@
 """`python -m training.reward`: a network that reads scenes back from latents, to learn from.
 
-It sees what the VQGAN's decoder sees, the nearest codes, and tells of every cell whether an object
-has its centre there and what the object is. It learns from true pictures of the training world,
-crowded ones too. As all of it can be differentiated, a UNet can follow what it says of a picture
-and a caption: see `align`. `benchmarks.reader`, which counts in the end, is a program of its own.
-Writes `reward_model/`.
+Of finished latents it sees what the VQGAN's decoder sees, the nearest codes; it reads noisy ones
+too, as they are where the distilled UNet ends its steps, and there says how likely what is. It
+tells of every cell whether an object has its centre there and what the object is. It learns from
+true pictures of the training world, crowded ones too. As all of it can be differentiated, a UNet
+can follow what it says of a picture and a caption: see `align`. `benchmarks.reader`, which counts
+in the end, is a program of its own. Writes `reward_model/`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from torch.nn import functional as F
 from export.checkpoint import load_part
 from training import data
 from training.cli import stage_cli
-from training.diffusion import LATENT_CELL, latents
+from training.diffusion import LATENT_CELL, latents, noised
+from training.distill import PHASE, PHASES, ddim_scheduler
 from training.grounding import UNASKED
 from training.run import Run, check_trained
 from training.scenes import (
@@ -44,7 +46,8 @@ PICTURES = 30_000
 ATTRIBUTES = {"shape": SHAPES, "colour": tuple(COLOURS), "size": tuple(SIZES)}
 CHOICES = [1, *map(len, ATTRIBUTES.values()), len(BACKGROUNDS)]
 REACH = 7.0  # pixels from an object's centre within which a cell can tell what the object is
-NOISE = 0.5  # of the latents' spread, at most, on half of the pictures
+LEVELS = PHASES - 1  # of noise that can be read; where the first phase ends there is little to see
+NOISE = 0.5  # of the latents' spread, at most, on half of the finished latents
 FLOOR = 0.02  # chance of an object below which it is only missed
 APART = 8.0  # pixels by which one object shall come before another
 COUNT_WEIGHT = 3.0
@@ -67,20 +70,26 @@ class Readout(NamedTuple):
 
 
 class SceneReader(ModelMixin, ConfigMixin):
-    """Residual convolutions over latents."""
+    """Residual convolutions over latents, told how many phases of noise are in them."""
 
     @register_to_config
     def __init__(self, channels: int = 8, width: int = 96, blocks: int = 4):
         super().__init__()
         self.conv_in = nn.Conv2d(channels, width, 3, padding=1)
+        self.level_embedding = nn.Embedding(LEVELS, width)
         self.residual = nn.ModuleList(
             nn.Sequential(*_activated(width, 3), *_activated(width, 3)) for _ in range(blocks)
         )
         self.conv_out = nn.Sequential(*_activated(width, 1, sum(CHOICES)))
 
-    def forward(self, codes: Tensor) -> Readout:
-        """Reads latents as the VQGAN's quantiser leaves them, unscaled: (B, channels, h, w)."""
-        h = self.conv_in(codes)
+    def forward(self, x_t: Tensor, level: Tensor) -> Readout:
+        """Reads latents (B, channels, h, w).
+
+        Args:
+            x_t: as the UNet knows them, finished ones as `nearest_codes` leaves them.
+            level: phases that are still to come, 0 to `LEVELS` - 1: (B,).
+        """
+        h = self.conv_in(x_t) + self.level_embedding(level)[:, :, None, None]
         for block in self.residual:
             h = h + block(h)
         centre, *attributes, background = self.conv_out(h).float().split(CHOICES, dim=1)
@@ -90,6 +99,28 @@ class SceneReader(ModelMixin, ConfigMixin):
 def _activated(width: int, kernel: int, out: int | None = None) -> list[nn.Module]:
     conv = nn.Conv2d(width, out or width, kernel, padding=kernel // 2)
     return [nn.GroupNorm(8, width), nn.SiLU(), conv]
+
+
+def nearest_codes(vae: VQModel, x0: Tensor) -> Tensor:
+    """Finished latents (B, C, h, w) as the decoder sees them, with a gradient straight through."""
+    with torch.autocast(x0.device.type, enabled=False):
+        codes = vae.quantize(x0 / vae.config.scaling_factor)[0]
+    return codes * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def left_at(
+    vae: VQModel, x0: Tensor, level: Tensor, noise: Tensor, amount: Tensor, alphas_cumprod: Tensor
+) -> Tensor:
+    """Latents (B, C, h, w) of true pictures, with as much noise as there is at their levels.
+
+    Args:
+        level: as `SceneReader` is told it, (B,).
+        amount: of noise in finished ones, as a UNet's are not without faults: (B, 1, 1, 1).
+    """
+    x_t = noised(x0, noise, alphas_cumprod[(level * PHASE - 1).clamp(min=0)])
+    finished = nearest_codes(vae, x0 + amount * noise)
+    return torch.where((level == 0)[:, None, None, None], finished, x_t)
 
 
 class Truth(NamedTuple):
@@ -210,9 +241,10 @@ def train(run: Run) -> None:
     rng = np.random.default_rng(70_000_000)
     scenes = [sample_crowd(rng) for _ in range(PICTURES)]
     vae = load_part(run.checkpoint / "vae", VQModel).to(run.device)
-    clean = latents(run.checkpoint, run.runs, scenes, run.device) / vae.config.scaling_factor
+    clean = latents(run.checkpoint, run.runs, scenes, run.device)
     spread = clean.std()
     truth = Truth(*(part.to(run.device) for part in truth_of(scenes, clean.shape[-1])))
+    alphas_cumprod = ddim_scheduler().alphas_cumprod.to(run.device)
     torch.manual_seed(0)
     reader = SceneReader(clean.shape[1]).to(run.device)
 
@@ -221,10 +253,10 @@ def train(run: Run) -> None:
         chosen = torch.randint(PICTURES, (run.batch,), generator=draw)
         noise = torch.randn(run.batch, *clean.shape[1:], generator=draw)
         amount = NOISE * (2 * torch.rand(run.batch, 1, 1, 1, generator=draw) - 1).clamp(min=0)
-        with torch.no_grad(), torch.autocast(run.device.type, enabled=False):
-            z = clean[chosen] + spread * (amount * noise).to(run.device)
-            codes = vae.quantize(z)[0]
-        return reading_losses(reader(codes), Truth(*(part[chosen] for part in truth)))
+        level = torch.arange(run.batch, device=run.device) % LEVELS
+        noise, amount = noise.to(run.device), spread * amount.to(run.device)
+        x_t = left_at(vae, clean[chosen], level, noise, amount, alphas_cumprod)
+        return reading_losses(reader(x_t, level), Truth(*(part[chosen] for part in truth)))
 
     trained = run.trainer(reader, "reward", 1.5e-3, 0.99, [run.checkpoint / "vae"]).run(loss_at)
     trained.half().save_pretrained(run.checkpoint / "reward_model")
