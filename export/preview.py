@@ -22,4 +22,5 @@ def fit_preview(latents: Tensor, pictures: Tensor) -> list[list[float]]:
     known = around.transpose(1, 2).flatten(0, 1)
     known = torch.cat([known, torch.ones(len(known), 1)], dim=1)
     cells = F.adaptive_avg_pool2d(pictures, (height, width)).flatten(2).transpose(1, 2)
-    return torch.linalg.lstsq(known, cells.flatten(0, 1)).solution.tolist()
+    # In FP32 the solver takes small singular values for rounding errors, and leaves them out.
+    return torch.linalg.lstsq(known.double(), cells.flatten(0, 1).double()).solution.tolist()

@@ -26,6 +26,7 @@ from export import pipeline
 from export.checkpoint import CheckpointError, open_checkpoint
 from export.convert import ParityError, parity_error
 from export.fusion_head import FusionHead
+from export.preview import fit_preview
 from export.repository import MODELS, build, load_parts
 from export.staging import STAGE, staging
 from export.triton_config import MARKER, with_tensors
@@ -133,6 +134,17 @@ def test_previews_look_like_the_pictures():
     wanted = np.stack([images.to_pixels(cell) for cell in cells]).astype(float)
     rough = np.stack([images.preview(latent, to_rgb) for latent in latents]).astype(float)
     assert np.square(rough - wanted).mean() < 0.5 * wanted.var()
+
+
+def test_previews_are_fitted_where_channels_are_almost_alike():
+    generator = torch.Generator().manual_seed(0)
+    first, other = torch.randn(2, 64, 1, 8, 8, generator=generator)
+    latents = torch.cat([first, first + 1e-4 * other], dim=1)
+    around = torch.nn.functional.pad(latents, (1, 1, 1, 1), mode="replicate")
+    weights = torch.randn(3, 2, 3, 3, generator=generator)
+    fitted = torch.tensor(fit_preview(latents, torch.nn.functional.conv2d(around, weights) + 0.5))
+    torch.testing.assert_close(fitted[:-1].T.reshape(3, 2, 3, 3), weights, atol=0.05, rtol=0)
+    torch.testing.assert_close(fitted[-1], torch.full((3,), 0.5), atol=1e-3, rtol=0)
 
 
 def change(file, **fields):
