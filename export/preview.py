@@ -23,4 +23,5 @@ def fit_preview(latents: Tensor, pictures: Tensor) -> list[list[float]]:
     known = torch.cat([known, torch.ones(len(known), 1)], dim=1)
     cells = F.adaptive_avg_pool2d(pictures, (height, width)).flatten(2).transpose(1, 2)
     # In FP32 the solver takes small singular values for rounding errors, and leaves them out.
-    return torch.linalg.lstsq(known.double(), cells.flatten(0, 1).double()).solution.tolist()
+    fitted = torch.linalg.lstsq(known.double(), cells.flatten(0, 1).double()).solution
+    return fitted.round(decimals=6).tolist()
