@@ -7,8 +7,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+NOISE = 0.1  # standard deviation of what latents may be off by; the fit allows for it
+
+
 def fit_preview(latents: Tensor, pictures: Tensor) -> list[list[float]]:
     """From the 3×3 cells around a latent cell to the mean colour of the cell's pixels.
+
+    By ridge regression: previews are of latents that are not finished.
 
     Args:
         latents: as the UNet leaves them, (B, C, h, w).
@@ -22,6 +27,7 @@ def fit_preview(latents: Tensor, pictures: Tensor) -> list[list[float]]:
     known = around.transpose(1, 2).flatten(0, 1)
     known = torch.cat([known, torch.ones(len(known), 1)], dim=1)
     cells = F.adaptive_avg_pool2d(pictures, (height, width)).flatten(2).transpose(1, 2)
-    # In FP32 the solver takes small singular values for rounding errors, and leaves them out.
-    fitted = torch.linalg.lstsq(known.double(), cells.flatten(0, 1).double()).solution
-    return fitted.round(decimals=6).tolist()
+    known, cells = known.double(), cells.flatten(0, 1).double()
+    gram = known.T @ known
+    gram.diagonal()[:-1] += len(known) * NOISE**2
+    return torch.linalg.solve(gram, known.T @ cells).round(decimals=6).tolist()
