@@ -1,4 +1,4 @@
-"""The linear map that previews are made with, fitted by least squares."""
+"""The linear map that previews are made with, fitted by ridge regression."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-
-NOISE = 0.1  # standard deviation of what latents may be off by; the fit allows for it
+NOISE = 0.1  # standard deviation of what unfinished latents are off by; the fit allows for it
 
 
 def fit_preview(latents: Tensor, pictures: Tensor) -> list[list[float]]:
     """From the 3×3 cells around a latent cell to the mean colour of the cell's pixels.
-
-    By ridge regression: previews are of latents that are not finished.
 
     Args:
         latents: as the UNet leaves them, (B, C, h, w).
