@@ -25,8 +25,8 @@ from torch.nn import functional as F
 from export.checkpoint import load_part
 from training import data
 from training.cli import stage_cli
-from training.diffusion import LATENT_CELL, latents, noised
-from training.distill import PHASE, PHASES, ddim_scheduler
+from training.diffusion import LATENT_CELL, latents
+from training.distill import PHASE, PHASES, alpha_sigma, ddim_scheduler
 from training.grounding import UNASKED
 from training.run import Run, check_trained
 from training.scenes import (
@@ -118,9 +118,9 @@ def left_at(
         level: as `SceneReader` is told it, (B,).
         amount: of noise in finished ones, as a UNet's are not without faults: (B, 1, 1, 1).
     """
-    x_t = noised(x0, noise, alphas_cumprod[(level * PHASE - 1).clamp(min=0)])
+    alpha, sigma = alpha_sigma(level * PHASE - 1, alphas_cumprod)
     finished = nearest_codes(vae, x0 + amount * noise)
-    return torch.where((level == 0)[:, None, None, None], finished, x_t)
+    return torch.where((level == 0)[:, None, None, None], finished, alpha * x0 + sigma * noise)
 
 
 class Truth(NamedTuple):
