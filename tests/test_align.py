@@ -180,7 +180,8 @@ class Rounding:
 
 
 def test_the_reward_model_is_shown_finished_codes_and_noisy_latents_by_level():
-    path = [torch.full((1, 2, 3, 3), 0.1 + k, requires_grad=True) for k in range(align.PHASES + 1)]
+    ends = [torch.full((1, 2, 3, 3), 1.1 + k, requires_grad=True) for k in range(align.PHASES)]
+    path = [align.Phase(torch.zeros(1), torch.zeros(1), x_end) for x_end in ends]
     with torch.autocast("cpu", torch.bfloat16):
         shown = align.readable(Rounding(), path)
     assert [one.flatten()[0].item() for one in shown] == [
@@ -191,7 +192,7 @@ def test_the_reward_model_is_shown_finished_codes_and_noisy_latents_by_level():
     assert len(shown) == reward.LEVELS
     for one in shown:
         one.sum().backward()
-    assert [p.grad is not None for p in path] == [False, False, True, True, True]
+    assert [x_end.grad is not None for x_end in ends] == [False, True, True, True]
 
 
 def test_the_reward_model_learns_from_latents_as_noisy_as_the_students():
@@ -236,7 +237,7 @@ class Halves:
         return SimpleNamespace(sample=self.weight * x_t + 0.001 * t[:, None, None, None])
 
 
-def painted(unet: Halves) -> list[torch.Tensor]:
+def painted(unet: Halves) -> list[align.Phase]:
     noise = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     return align.paint(unet, noise, {"told": 1}, ALPHAS_CUMPROD)
 
@@ -247,37 +248,47 @@ def test_pictures_are_painted_as_they_are_served():
     )
     served = ddim(schedule, align.PHASES)
     assert align.timesteps(torch.device("cpu")).tolist() == served.timesteps.tolist()
-    x, *path = painted(Halves())
-    for t, (a, b), after in zip(served.timesteps, served.table[:, :2], path, strict=True):
-        x = a * x + b * (0.5 * x + 0.001 * t)
-        torch.testing.assert_close(after, x, rtol=1e-4, atol=1e-4)
+    path = painted(Halves())
+    x = path[0].x_t
+    for t, (a, b), phase in zip(served.timesteps, served.table[:, :2], path, strict=True):
+        v = 0.5 * x + 0.001 * t
+        torch.testing.assert_close(phase.x_t, x, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(phase.v, v, rtol=1e-4, atol=1e-4)
+        x = a * x + b * v
+        torch.testing.assert_close(phase.x_end, x, rtol=1e-4, atol=1e-4)
 
 
-def test_a_gradient_is_cut_after_every_step(monkeypatch):
+def test_each_step_answers_for_its_own_end_alone():
+    path = painted(Halves())
+    assert not any(phase.x_t.requires_grad for phase in path)
+    for phase in path:
+        (gradient,) = torch.autograd.grad(phase.x_end.sum(), phase.v, retain_graph=True)
+        assert gradient.abs().min() > 0
+
+
+@pytest.mark.parametrize("k", range(align.PHASES))
+def test_the_gradient_at_where_a_step_ends_is_cut(monkeypatch, k):
     lengths = []
     for longest in (1e9, align.LONGEST):
         monkeypatch.setattr(align, "LONGEST", longest)
         unet = Halves()
-        (1e6 * painted(unet)[-1]).mean().backward()
+        (1e6 * painted(unet)[k].x_end).mean().backward()
         lengths.append(float(unet.weight.grad.abs()))
     assert 0 < lengths[1] < 1e-3 * lengths[0]
-    assert lengths[1] < 4 * align.PHASES
 
 
 def test_the_student_is_taught_where_the_teacher_ends_a_phase():
     x0, noise = torch.randn(2, 4, 2, 4, 4, generator=torch.Generator().manual_seed(1))
     asked = []
 
-    def teacher(x_t, t, encoder_hidden_states):
-        asked.append(t[:4].tolist())
-        v = noised(noise, -x0, ALPHAS_CUMPROD[t[:4]])
-        return SimpleNamespace(sample=torch.cat([0 * v, v]))
+    def teacher(x_t, t, told):
+        assert told == 1
+        asked.append(t.tolist())
+        return SimpleNamespace(sample=noised(noise, -x0, ALPHAS_CUMPROD[t]))
 
     t = align.timesteps(torch.device("cpu"))
-    led = {"empty": torch.zeros(1, 3, 2), "hidden": torch.zeros(4, 3, 2)}
-    v = align.taught(
-        teacher, noised(x0, noise, ALPHAS_CUMPROD[t]), t, ALPHAS_CUMPROD, w=torch.ones(4, 1, 1, 1),
-        **led,
-    )  # fmt: skip
-    assert asked == [[999, 749, 499, 249], [874, 624, 374, 124]]
+    x_t = noised(x0, noise, ALPHAS_CUMPROD[t])
+    v = align.taught(teacher, x_t, t, {"told": 1}, ALPHAS_CUMPROD)
+    assert asked[:2] == [[999, 749, 499, 249], [949, 699, 449, 199]]
+    assert len(asked) == align.FINER
     torch.testing.assert_close(v, noised(noise, -x0, ALPHAS_CUMPROD[t]), rtol=1e-2, atol=1e-2)

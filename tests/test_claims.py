@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from benchmarks import (
     diversity,
     fusion,
     losses,
+    outlines,
     pictures,
     quality,
     steps,
@@ -25,7 +26,7 @@ from checkpoints import tiny_checkpoint
 from training import bert, data, diffusion
 from training.grounding import UNASKED
 from training.run import digest
-from training.scenes import Item, Scene
+from training.scenes import Item, Scene, render
 
 CHECKPOINT = Path("checkpoints/scenes-64")
 
@@ -257,3 +258,23 @@ def test_diversity_is_that_of_places_from_seed_to_seed(repository, tmp_path, mon
     grown = Item("star", "red", "large", 20, 30)
     assert diversity.large(asked, [[here, grown, grown, grown], [here]]) == 75.0
     assert diversity.large(asked[1:], [[here]]) is None
+
+
+def test_outlines_are_those_of_right_pictures(repository, tmp_path, monkeypatch, capsys):
+    asked = quality.tasks(6)
+    true = [render(task.scene) for task in asked]
+    soft = [np.asarray(Image.fromarray(p).filter(ImageFilter.GaussianBlur(0.7))) for p in true]
+    black = np.zeros_like(true[0])
+    monkeypatch.setattr(quality, "SIDE", 32)
+    found = []
+    for shown in (true, soft, [*true[:3], *[black] * 3], [black] * 6):
+        monkeypatch.setattr(outlines, "paint", lambda engine, prompts, shown=shown: shown)
+        outlines.main(repository, n=6, out=tmp_path / "outlines.json")
+        summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert json.loads((tmp_path / "outlines.json").read_text())["summary"] == summary
+        found.append(summary)
+    assert [one["right"] for one in found] == [6, 6, 3, 0]
+    assert found[0]["psnr"] == found[0]["psnr_of_true"] > 50
+    assert 20 < found[1]["psnr"] < 45
+    assert found[2]["psnr"] > 50
+    assert found[3]["psnr"] is None

@@ -35,7 +35,7 @@ from export.preview import fit_preview
 from training import data
 from training.cli import stage_cli
 from training.grounding import Questions, word_answers
-from training.run import Run, check_trained, digest, load_start
+from training.run import Run, check_trained, digest, load_start, save_part
 from training.sampling import Sampler
 from training.scenes import Scene, describe
 
@@ -268,8 +268,8 @@ def train(run: Run) -> None:
         batches,
         lambda averaged: sampler.sheet(averaged.unet, averaged.fusion, scheduler(), DEFAULTS),
     )
-    trained.fusion.save_pretrained(run.checkpoint / "fusion")
-    trained.unet.half().save_pretrained(run.checkpoint / "unet")
+    save_part(trained.fusion, run.checkpoint / "fusion")
+    save_part(trained.unet.half(), run.checkpoint / "unet")
     write_index(run.checkpoint, scheduler(), DEFAULTS, run.source)
 
 

@@ -28,7 +28,7 @@ from training.cli import stage_cli
 from training.data import BadInput, Batches
 from training.diffusion import FROZEN, Encoders, latent_batches, noised, scheduler, write_index
 from training.loop import Trainer
-from training.run import Run, check_trained, load_start
+from training.run import Run, check_trained, load_start, save_part
 from training.sampling import Sampler
 from twinbrush.samplers import guidance_embedding
 
@@ -84,8 +84,7 @@ def new_student(teacher: UNet2DConditionModel, init: Path | None = None) -> UNet
     Raises:
         BadInput: `init` has no UNet, or none that is distilled and of the teacher's shape.
     """
-    config = {k: v for k, v in teacher.config.items() if k != "_name_or_path"}  # a local path
-    student = UNet2DConditionModel.from_config(config, time_cond_proj_dim=EMBEDDING)
+    student = UNet2DConditionModel.from_config(teacher.config, time_cond_proj_dim=EMBEDDING)
     student.load_state_dict(teacher.state_dict(), strict=False)
     torch.nn.init.zeros_(student.time_embedding.cond_proj.weight)
     if init:
@@ -147,7 +146,7 @@ def teach(
         batches,
         lambda averaged: sampler.sheet(averaged, fusion, ddim_scheduler(), DEFAULTS),
     )
-    taught.half().save_pretrained(run.checkpoint / "unet")
+    save_part(taught.half(), run.checkpoint / "unet")
     write_index(run.checkpoint, ddim_scheduler(), DEFAULTS, run.source)
 
 

@@ -28,7 +28,7 @@ from training.cli import stage_cli
 from training.diffusion import LATENT_CELL, latents
 from training.distill import PHASE, PHASES, alpha_sigma, ddim_scheduler
 from training.grounding import UNASKED
-from training.run import Run, check_trained
+from training.run import Run, check_trained, save_part
 from training.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -259,7 +259,7 @@ def train(run: Run) -> None:
         return reading_losses(reader(x_t, level), Truth(*(part[chosen] for part in truth)))
 
     trained = run.trainer(reader, "reward", 1.5e-3, 0.99, [run.checkpoint / "vae"]).run(loss_at)
-    trained.half().save_pretrained(run.checkpoint / "reward_model")
+    save_part(trained.half(), run.checkpoint / "reward_model")
 
 
 if __name__ == "__main__":

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from diffusers import ModelMixin
+from diffusers.utils import CONFIG_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -78,6 +81,14 @@ def starting_from(path: Path, kind: str) -> Iterator[None]:
         lines = str(error).splitlines()
         reason = lines[-1 if isinstance(error, RuntimeError) else 0].strip()  # torch's is its last
         raise data.BadInput(f"--init: {path} is no {kind} to start from: {reason}")
+
+
+def save_part(model: ModelMixin, folder: Path) -> None:
+    """Writes a part of a checkpoint, which does not tell where its weights were read from."""
+    model.save_pretrained(folder)
+    config = json.loads((folder / CONFIG_NAME).read_text())
+    config.pop("_name_or_path", None)
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def load_start(module: nn.Module, file: Path, kind: str) -> None:

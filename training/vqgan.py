@@ -11,7 +11,9 @@ there is only that last part, from the VQGAN of a checkpoint.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,7 +25,7 @@ from transformers import CLIPVisionModelWithProjection
 from export.checkpoint import load_part
 from training import data
 from training.cli import stage_cli
-from training.run import Run, check_trained, starting_from
+from training.run import Run, check_trained, save_part, starting_from
 from training.sheets import grid
 from training.vqgan_losses import (
     OPPONENT,
@@ -126,10 +128,23 @@ def autoencoder(run: Run) -> VQModel:
     return trained
 
 
-def sharpen(vae: VQModel, weights: Weights, run: Run) -> VQModel:
+def sharpen(
+    vae: VQModel,
+    weights: Weights,
+    run: Run,
+    name: str = "vqgan",
+    reads: Sequence[Path] = (),
+    left: Callable[[Tensor, list[str], int], Tensor] | None = None,
+) -> VQModel:
     """Trains the decoder of `vae` further, behind its encoder and codebook; gives `vae` back.
 
     Pictures are perceived through the `image_encoder/` of the run's checkpoint.
+
+    Args:
+        name: of the run's folder.
+        reads: weights, beside VQGAN and tower, that the training depends on.
+        left: makes of the encoder's latents (B, C, h, w), captions and the step's number those
+            that the decoder is given; without it they are the encoder's.
     """
     vae.requires_grad_(False).eval().to(run.device)
     stage = Sharpening(vae).to(run.device)
@@ -137,15 +152,20 @@ def sharpen(vae: VQModel, weights: Weights, run: Run) -> VQModel:
     perception = Perception(tower.to(run.device))
     last = vae.decoder.conv_out.weight
     batches = run.source.batches(40_000_000, run.batch, run.device)
-    shown = run.source.sample(SHOWN, 8).pictures.to(run.device)
+    shown = data.on_device(run.source.sample(SHOWN, 8), run.device)
 
-    def codes_of(x: Tensor) -> Tensor:
-        with torch.no_grad(), torch.autocast(run.device.type, enabled=False):
-            return vae.quantize(vae.encode(x).latents)[0]
+    @torch.no_grad()
+    def codes_of(x: Tensor, captions: list[str], step: int) -> Tensor:
+        latents = vae.encode(x).latents
+        if left:
+            latents = left(latents, captions, step)
+        with torch.autocast(run.device.type, enabled=False):
+            return vae.quantize(latents.float())[0]
 
     def loss_at(step: int) -> dict[str, Tensor]:
-        x = batches.at(step).pictures
-        y = stage.decoder(codes_of(x)).float()
+        drawn = batches.at(step)
+        x = drawn.pictures
+        y = stage.decoder(codes_of(x, drawn.captions, step)).float()
         loss = reconstruction(y, x)
         if weights.perceptual:
             down, right = np.random.default_rng(step).integers(8, size=2).tolist()
@@ -160,10 +180,11 @@ def sharpen(vae: VQModel, weights: Weights, run: Run) -> VQModel:
         return {"loss": loss, **parts}
 
     def samples(averaged: Sharpening) -> Image.Image:
-        return compared(shown, averaged.decoder(codes_of(shown)))
+        x = shown.pictures
+        return compared(x, averaged.decoder(codes_of(x, shown.captions, 0)))
 
-    reads = [run.checkpoint / "image_encoder", (run.init or run.checkpoint) / "vae"]
-    trained = run.trainer(stage, "vqgan", 5e-4, 0.995, reads).run(loss_at, batches, samples)
+    reads = [run.checkpoint / "image_encoder", (run.init or run.checkpoint) / "vae", *reads]
+    trained = run.trainer(stage, name, 5e-4, 0.995, reads).run(loss_at, batches, samples)
     vae.post_quant_conv, vae.decoder = trained.decoder
     return vae
 
@@ -221,9 +242,9 @@ def train(run: Run) -> None:
     else:
         alone = int(DECODER * run.steps)
         vae = autoencoder(replace(run, steps=run.steps - alone))
-        vae.save_pretrained(run.checkpoint / "vae")
+        save_part(vae, run.checkpoint / "vae")
     sharpen(vae, Weights(), replace(run, steps=alone))
-    vae.save_pretrained(run.checkpoint / "vae")
+    save_part(vae, run.checkpoint / "vae")
 
 
 if __name__ == "__main__":
