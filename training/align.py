@@ -2,15 +2,17 @@
 
 Distillation shows the student noised pictures; served, it starts from noise and goes on from its
 own steps. Here it paints as it is served. From each of its own latents it learns to go where its
-average over the last steps of training comes in finer steps, which paint better (on-policy
-distillation, arXiv:2306.13649), and, where the truth of captions is known, it follows what the reward model says of where its step
-ends. The reward model reads noisy latents too and says what to expect there, so each step answers
-for its own end alone: a gradient through several steps is mostly noise. Writes `unet/`, from that
-of the checkpoint or of `--init`.
+teacher comes: the student as it was when training began, in finer steps, which paint better
+(on-policy distillation, arXiv:2306.13649). Where the truth of captions is known, it also follows
+what the reward model says of where its steps end. That reads noisy latents too and says what to
+expect there, so each step answers for its own end alone: a gradient through several steps is
+mostly noise. Writes `unet/`, from that of the checkpoint or of `--init`; training that goes on from
+there has the better teacher.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -46,7 +48,7 @@ FINER = 5  # of the teacher's steps in one of the student's
 TAUGHT = 4  # one in so many pictures is compared with the teacher, where there is a reward too
 REWARD = 0.1  # weight of the faults beside the error of v
 LONGEST = 0.1  # gradient of the weighted faults at one picture's latents, at most
-LEARNING_RATE, EMA_DECAY = 1.5e-4, 0.99
+LEARNING_RATE, EMA_DECAY = 1.5e-4, 0.98
 
 
 def train(run: Run) -> None:
@@ -59,6 +61,7 @@ def train(run: Run) -> None:
     student = load_part(run.checkpoint / "unet", UNet2DConditionModel).to(device)
     if run.init:
         load_start(student, start / SAFETENSORS_WEIGHTS_NAME, "unet")
+    teacher = copy.deepcopy(student)
     reads = [start, *(run.checkpoint / part for part in (*FROZEN, "fusion"))]
     if told:
         reader = load_part(run.checkpoint / "reward_model", SceneReader).to(device)
@@ -91,7 +94,7 @@ def train(run: Run) -> None:
         asked = {
             name: one[some].repeat(PHASES, *[1] * (one.ndim - 1)) for name, one in asked.items()
         }
-        error = F.mse_loss(v, taught(trainer.ema.module, x_t, t, asked, alphas_cumprod))
+        error = F.mse_loss(v, taught(teacher, x_t, t, asked, alphas_cumprod))
         if not told:
             return {"loss": error}
         found = []
