@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import math
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -54,7 +53,8 @@ LEARNING_RATE, EMA_DECAY = 1.5e-4, 0.98
 def train(run: Run) -> None:
     told = knows_truth(run.source)
     check_trained(run.checkpoint, *FROZEN, "fusion", "unet", *(["reward_model"] if told else []))
-    check_distilled(run.checkpoint)
+    if UNet2DConditionModel.load_config(run.checkpoint / "unet").get("time_cond_proj_dim") is None:
+        raise BadInput(f"--checkpoint: the UNet of {run.checkpoint} is not distilled yet")
     start = (run.init or run.checkpoint) / "unet"
     device, encoders = run.device, Encoders(run.checkpoint, run.device)
     fusion = load_part(run.checkpoint / "fusion", FusionHead).to(device)
@@ -110,12 +110,6 @@ def train(run: Run) -> None:
         }
 
     teach(run, trainer, loss_at, batches, sampler, fusion)
-
-
-def check_distilled(checkpoint: Path) -> None:
-    """Raises BadInput where the UNet of a checkpoint is not told the guidance scale."""
-    if UNet2DConditionModel.load_config(checkpoint / "unet").get("time_cond_proj_dim") is None:
-        raise BadInput(f"--checkpoint: the UNet of {checkpoint} is not distilled yet")
 
 
 class Phase(NamedTuple):

@@ -11,9 +11,7 @@ there is only that last part, from the VQGAN of a checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -128,23 +126,10 @@ def autoencoder(run: Run) -> VQModel:
     return trained
 
 
-def sharpen(
-    vae: VQModel,
-    weights: Weights,
-    run: Run,
-    name: str = "vqgan",
-    reads: Sequence[Path] = (),
-    left: Callable[[Tensor, list[str], int], Tensor] | None = None,
-) -> VQModel:
+def sharpen(vae: VQModel, weights: Weights, run: Run) -> VQModel:
     """Trains the decoder of `vae` further, behind its encoder and codebook; gives `vae` back.
 
     Pictures are perceived through the `image_encoder/` of the run's checkpoint.
-
-    Args:
-        name: of the run's folder.
-        reads: weights, beside VQGAN and tower, that the training depends on.
-        left: makes of the encoder's latents (B, C, h, w), captions and the step's number those
-            that the decoder is given; without it they are the encoder's.
     """
     vae.requires_grad_(False).eval().to(run.device)
     stage = Sharpening(vae).to(run.device)
@@ -152,20 +137,15 @@ def sharpen(
     perception = Perception(tower.to(run.device))
     last = vae.decoder.conv_out.weight
     batches = run.source.batches(40_000_000, run.batch, run.device)
-    shown = data.on_device(run.source.sample(SHOWN, 8), run.device)
+    shown = run.source.sample(SHOWN, 8).pictures.to(run.device)
 
-    @torch.no_grad()
-    def codes_of(x: Tensor, captions: list[str], step: int) -> Tensor:
-        latents = vae.encode(x).latents
-        if left:
-            latents = left(latents, captions, step)
-        with torch.autocast(run.device.type, enabled=False):
-            return vae.quantize(latents.float())[0]
+    def codes_of(x: Tensor) -> Tensor:
+        with torch.no_grad(), torch.autocast(run.device.type, enabled=False):
+            return vae.quantize(vae.encode(x).latents)[0]
 
     def loss_at(step: int) -> dict[str, Tensor]:
-        drawn = batches.at(step)
-        x = drawn.pictures
-        y = stage.decoder(codes_of(x, drawn.captions, step)).float()
+        x = batches.at(step).pictures
+        y = stage.decoder(codes_of(x)).float()
         loss = reconstruction(y, x)
         if weights.perceptual:
             down, right = np.random.default_rng(step).integers(8, size=2).tolist()
@@ -180,11 +160,10 @@ def sharpen(
         return {"loss": loss, **parts}
 
     def samples(averaged: Sharpening) -> Image.Image:
-        x = shown.pictures
-        return compared(x, averaged.decoder(codes_of(x, shown.captions, 0)))
+        return compared(shown, averaged.decoder(codes_of(shown)))
 
-    reads = [run.checkpoint / "image_encoder", (run.init or run.checkpoint) / "vae", *reads]
-    trained = run.trainer(stage, name, 5e-4, 0.995, reads).run(loss_at, batches, samples)
+    reads = [run.checkpoint / "image_encoder", (run.init or run.checkpoint) / "vae"]
+    trained = run.trainer(stage, "vqgan", 5e-4, 0.995, reads).run(loss_at, batches, samples)
     vae.post_quant_conv, vae.decoder = trained.decoder
     return vae
 
