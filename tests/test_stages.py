@@ -191,6 +191,7 @@ def test_a_decoder_learns_further_behind_an_encoder_that_stays(tmp_path):
         k.split(".")[0] for k, v in before.state_dict().items() if not torch.equal(v, after[k])
     }
     assert changed == {"decoder", "post_quant_conv"}
+    assert str(tmp_path) not in (tmp_path / "new" / "vae" / "config.json").read_text()
 
 
 def test_all_stages_make_a_checkpoint_that_export_takes(tmp_path, monkeypatch):
