@@ -258,8 +258,9 @@ def test_painters_that_were_stopped_end_as_undisturbed_ones(tmp_path, monkeypatc
             for name in ("stopped", "whole")
         )
         assert ours.keys() == theirs.keys()
-        for name, tensor in theirs.items():  # a step from a save rounds otherwise, to 1e-7
-            assert (ours[name].float() - tensor.float()).abs().mean() < 1e-5, name
+        # A step from a save rounds otherwise, to 1e-7, and FP16 makes 1e-3 of it at a few weights.
+        for name, tensor in theirs.items():
+            assert (ours[name].float() - tensor.float()).abs().mean() < 5e-5, name
     with pytest.raises(data.BadInput, match=r"--steps: 2 is less than the 4 that .*distill"):
         distill.train(replace(run, steps=2))
     with pytest.raises(data.BadInput, match=r"--runs: .*distill.* from a run on other weights"):
