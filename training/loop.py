@@ -2,8 +2,8 @@
 
 A stage gives its modules and a function from a step number to a loss. What is drawn at a step
 depends on its number alone, or on a position in the data that is kept in the save, so a run
-that was killed goes on from its last save as if it had not been, but for rounding. Saves are
-safetensors and replace each other atomically.
+that was killed goes on from its last save as if it had not been. Saves are safetensors and
+replace each other atomically.
 """
 
 from __future__ import annotations
