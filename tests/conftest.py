@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
+import json
 import logging
+import os
 import shutil
 import socket
 import subprocess
@@ -14,12 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner, Result
 
 from checkpoints import tiny_checkpoint
 from export.__main__ import main as export_main
 from export.checkpoint import open_checkpoint
+from export.convert import to_onnx
+from export.part import Part
+from export.precision import Precision
 from export.repository import build
 from twinbrush.config import PipelineConfig
 from twinbrush.engine import Engine
@@ -53,6 +61,32 @@ def export_command(*arguments: str | Path) -> Result:
         return CliRunner().invoke(app, [*map(str, arguments)], catch_exceptions=False)
     finally:
         logging.disable(logging.NOTSET)  # the command keeps warnings off its screen
+
+
+@pytest.fixture(scope="session", autouse=True)
+def conversions(tmp_path_factory) -> Iterator[None]:
+    """Export converts each model once: tests ask for the same ones again, each for 5 to 20 s."""
+    session = tmp_path_factory.getbasetemp()
+    kept = (session.parent if "PYTEST_XDIST_WORKER" in os.environ else session) / "conversions"
+
+    def converted(part: Part, file: Path, precision: Precision = Precision.FP32) -> tuple[int, int]:
+        made_of = io.BytesIO()
+        torch.save((part.name, part.module, precision), made_of)
+        made = kept / hashlib.sha256(made_of.getvalue()).hexdigest()
+        if not made.exists():
+            folder = tmp_path_factory.mktemp("conversion")
+            nodes = to_onnx(part, folder / "model.onnx", precision)
+            (folder / "nodes.json").write_text(json.dumps(nodes))
+            kept.mkdir(exist_ok=True)
+            with contextlib.suppress(OSError):  # another worker was first
+                folder.rename(made)
+        shutil.copy(made / "model.onnx", file)
+        return tuple(json.loads((made / "nodes.json").read_text()))
+
+    with pytest.MonkeyPatch.context() as patched:
+        for module in ("repository", "gate"):
+            patched.setattr(f"export.{module}.to_onnx", converted)
+        yield
 
 
 @pytest.fixture(scope="session")

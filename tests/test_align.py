@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training import align, distill, reward
+from training import align, data, distill, reward
 from training.diffusion import noised
 from training.scenes import (
     BACKGROUNDS,
@@ -25,6 +25,7 @@ from training.scenes import (
     Scene,
     describe,
     sample_crowd,
+    sample_request,
     sample_scene,
 )
 from twinbrush.samplers import NoiseSchedule, ddim
@@ -73,6 +74,36 @@ def test_crowds_hold_doubles_and_any_number():
     assert {len(scene.items) for scene in crowds} == {0, 1, 2, 3, 4}
     doubled = [len({item.kind for item in s.items}) < len(s.items) for s in crowds]
     assert 0.1 < np.mean(doubled) < 0.6
+
+
+def test_requests_name_no_size_of_what_training_shows_in_one_alone():
+    rng = np.random.default_rng(0)
+    asked = [sample_request(rng) for _ in range(300)]
+    alone = {(colour, shape) for shape, colour, _ in HELD_OUT}
+    shown = unsized = 0
+    for scene, caption in asked:
+        assert not scene.held_out
+        for item in scene.items:
+            assert f"{item.colour} {item.shape}" in caption
+            if (item.colour, item.shape) in alone:
+                shown += 1
+                assert f"{item.size} {item.colour} {item.shape}" not in caption
+            elif f"{item.size} {item.colour} {item.shape}" not in caption:
+                unsized += 1
+    assert shown > 10
+    assert 0.1 < unsized / (sum(len(scene.items) for scene, _ in asked) - shown) < 0.3
+    counts = np.bincount([len(scene.items) for scene, _ in asked])
+    assert 0 < counts[1] < counts[2] < counts[3]
+
+
+def test_who_is_asked_for_requests_hears_what_they_are_true_of():
+    batches = data.SceneWorld(requests=True).batches(7, 5, data.CPU, captions_only=True)
+    batch = batches.at(2)
+    rng = np.random.default_rng(7 + 2)
+    assert [*zip(batch.scenes, batch.captions, strict=True)] == [
+        sample_request(rng) for _ in range(5)
+    ]
+    assert batch.pictures.shape == (0, 3, SIDE, SIDE)
 
 
 def test_truth_lies_in_the_cells_of_an_object():

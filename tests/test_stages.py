@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,9 @@ from export.checkpoint import open_checkpoint
 from training import align, bert, clip, data, diffusion, distill, reward, vqgan, vqgan_losses
 from training.grounding import QUESTIONS
 from training.loop import Trainer
+from training.reward import faults
 from training.run import Run
-from training.scenes import sample_scene
+from training.scenes import HELD_OUT, sample_scene
 from training.vqgan_losses import opponent, rgb
 from twinbrush.samplers import NoiseSchedule, ddim
 
@@ -239,6 +241,7 @@ def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) 
 
 def test_painters_that_were_stopped_end_as_undisturbed_ones(tmp_path, monkeypatch):
     monkeypatch.setattr(diffusion, "SCENES", 100)
+    monkeypatch.setattr(diffusion, "Painter", partial(diffusion.Painter, channels=32))
     update = Trainer._update
 
     def stopped(trainer, loss_at):
@@ -246,6 +249,13 @@ def test_painters_that_were_stopped_end_as_undisturbed_ones(tmp_path, monkeypatc
             raise KeyboardInterrupt
         return update(trainer, loss_at)
 
+    asked = []
+
+    def heard(read, scenes, captions):
+        asked.extend(captions)
+        return faults(read, scenes, captions)
+
+    monkeypatch.setattr(align, "faults", heard)
     monkeypatch.setattr(reward, "PICTURES", 100)
     for name in ("whole", "stopped"):
         for part in ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2", "vae"):
@@ -271,6 +281,8 @@ def test_painters_that_were_stopped_end_as_undisturbed_ones(tmp_path, monkeypatc
         written = load_file(f"{tmp_path / 'stopped'}{part}/diffusion_pytorch_model.safetensors")
         for name, tensor in written.items():
             assert torch.equal(tensor, ours[average + name].half()), (part, name)
+    assert asked
+    assert not any(f"large {colour} {shape}" in " ".join(asked) for shape, colour, _ in HELD_OUT)
     with pytest.raises(data.BadInput, match=r"--steps: 2 is less than the 4 that .*distill"):
         distill.train(replace(run, steps=2))
     with pytest.raises(data.BadInput, match=r"--runs: .*distill.* from a run on other weights"):

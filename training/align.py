@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -70,7 +71,8 @@ def train(run: Run) -> None:
         vae.requires_grad_(False)
         reads.append(run.checkpoint / "reward_model")
     trainer = run.trainer(student, "align", LEARNING_RATE, EMA_DECAY, reads)
-    batches = run.source.batches(80_000_000, run.batch, device, captions_only=True)
+    source = replace(run.source, requests=True) if told else run.source
+    batches = source.batches(80_000_000, run.batch, device, captions_only=True)
     sampler = Sampler(run.checkpoint, encoders, run.source, device)
     alphas_cumprod = ddim_scheduler().alphas_cumprod.to(device)
 

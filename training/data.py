@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from training.scenes import SIDE, Scene, describe, near_misses, render, sample_scene
+from training.scenes import SIDE, Scene, describe, near_misses, render, sample_request, sample_scene
 
 CPU = torch.device("cpu")
 MAX_TOKENS = 40  # of both tokenizers; the longest caption of a scene has 32 words
@@ -113,11 +113,13 @@ def captions(batch: list[Scene], rng: np.random.Generator) -> list[str]:
 class SceneWorld:
     """The scenes of `scenes-64`; `workers` processes draw them ahead, none draws on demand.
 
-    Without `told` batches have captions and no truth, as other data has.
+    Without `told` batches have captions and no truth, as other data has. With `requests` they
+    are what a painter is asked for: see `sample_request`.
     """
 
     workers: int = 0
     told: bool = True
+    requests: bool = False
     side: int = SIDE
     vocabulary: int = 1000
 
@@ -138,7 +140,7 @@ class SceneWorld:
         if near and size % 4:
             raise BadInput(f"--batch: {size} is no multiple of 4, a scene and three near misses")
         return SceneBatches(
-            _Drawn(seed, size, captions_only, near, self.told), device, self.workers
+            _Drawn(seed, size, captions_only, near, self.told, self.requests), device, self.workers
         )
 
 
@@ -159,8 +161,13 @@ class _Drawn(Dataset):
     captions_only: bool = False
     near: bool = False
     told: bool = True
+    requests: bool = False
 
     def __getitem__(self, step: int) -> Batch:
+        if self.requests:
+            rng = np.random.default_rng(self.seed + step)
+            truth, texts = zip(*(sample_request(rng) for _ in range(self.size)), strict=True)
+            return Batch(no_pictures(), [*texts], [*truth])
         truth, rng = scenes(self.seed + step, self.size // 4 if self.near else self.size)
         if self.near:
             truth = [scene for base in truth for scene in (base, *near_misses(base, rng))]

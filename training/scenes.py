@@ -112,6 +112,19 @@ def sample_scene(
             return scene
 
 
+def sample_request(rng: np.random.Generator) -> tuple[Scene, str]:
+    """A scene of the training world and a caption of it, to ask a painter for.
+
+    Rather of three objects, which are harder. No caption names the size of what training shows
+    in one size alone: whoever learns from such does not learn to heed it.
+    """
+    while True:
+        scene = sample_scene(rng, int(rng.choice((1, 2, 3), p=(0.2, 0.3, 0.5))))
+        caption = describe(scene, rng)
+        if not any(f"large {colour} {shape}" in caption for shape, colour, _ in HELD_OUT):
+            return scene, caption
+
+
 def sample_crowd(rng: np.random.Generator) -> Scene:
     """A scene of none to four objects, some of them alike, none of a held-out combination."""
     items: list[Item] = []
