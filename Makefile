@@ -38,7 +38,7 @@ clean:
 $(INSTALLED): requirements.txt pyproject.toml client/pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed: make PYTHON=/path/to/it"; exit 1; }
 	$(PYTHON) -m venv .venv
-	pip install --quiet --requirement requirements.txt
+	pip install --quiet --no-compile --requirement requirements.txt
 	pip install --quiet --no-deps --editable . --editable client
 	@touch $@
 

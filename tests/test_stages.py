@@ -198,6 +198,7 @@ def test_a_decoder_learns_further_behind_an_encoder_that_stays(tmp_path):
 
 def test_all_stages_make_a_checkpoint_that_export_takes(tmp_path, monkeypatch):
     monkeypatch.setattr(diffusion, "SCENES", 100)
+    monkeypatch.setattr(diffusion, "Painter", partial(diffusion.Painter, channels=32))
     checkpoint, runs = tmp_path / "checkpoint", tmp_path / "runs"
     for stage in (clip, bert, vqgan, diffusion):
         stage.train(Run(checkpoint, runs, steps=4, batch=4))

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -190,6 +191,7 @@ def test_every_stage_trains_on_captioned_pictures(tmp_path):
 
 def test_all_stages_run_in_order_and_tell_their_times(tmp_path, monkeypatch):
     monkeypatch.setattr(diffusion, "SCENES", 100)
+    monkeypatch.setattr(diffusion, "Painter", partial(diffusion.Painter, channels=32))
     monkeypatch.setattr(reward, "PICTURES", 100)
     runs = tmp_path / "runs"
     every_stage.train(Run(tmp_path / "checkpoint", runs, 4, 4))
@@ -235,3 +237,30 @@ def test_a_loss_curve_keeps_every_column(tmp_path):
     sheets.draw_losses(tmp_path / "losses.csv", tmp_path / "one.png")
     two, one = (Image.open(tmp_path / name).size for name in ("two.png", "one.png"))
     assert two[1] == 2 * one[1]
+
+
+def averaged(*arguments: str | Path) -> str:
+    """What `python -m training.average` says on its last line."""
+    command = [sys.executable, "-m", "training.average", *map(str, arguments)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == ended.stderr.startswith("error: ")
+    return (ended.stdout + ended.stderr).splitlines()[-1]
+
+
+def test_an_average_is_the_mean_of_the_named_checkpoints(tmp_path):
+    made, one, two, other = (tmp_path / name for name in ("made", "one", "two", "other"))
+    for folder, value, side in ((made, 7, 2), (one, 1, 2), (two, 4, 2), (other, 1, 3)):
+        (folder / "unet").mkdir(parents=True)
+        tensors = {"w": torch.full((side, 2), float(value)), "b": torch.tensor([value * 1e-4])}
+        save_file({k: v.half() for k, v in tensors.items()}, folder / "unet" / "x.safetensors")
+    assert averaged("--checkpoint", made, one, two, one).endswith("is the mean of 3")
+    found = load_file(made / "unet" / "x.safetensors")
+    assert found["w"].dtype == torch.float16
+    assert found["w"].tolist() == [[2, 2], [2, 2]]
+    assert found["b"].item() == pytest.approx(2e-4, rel=1e-3)
+    said = averaged("--checkpoint", made, one, other)
+    assert said.startswith(f"error: {other}/unet/x.safetensors has the weights of another model")
+    said = averaged("--checkpoint", made, one, "--part", "vae")
+    assert said == f"error: --part: {made}/vae has 0 files of weights, not one"
+    assert load_file(made / "unet" / "x.safetensors").keys() == found.keys()
+    assert [path.name for path in (made / "unet").iterdir()] == ["x.safetensors"]
