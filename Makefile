@@ -40,6 +40,7 @@ $(INSTALLED): requirements.txt pyproject.toml client/pyproject.toml
 	$(PYTHON) -m venv .venv
 	pip install --quiet --no-compile --requirement requirements.txt
 	pip install --quiet --no-deps --editable . --editable client
+	python -m compileall -qq -j 0 .venv/lib || true  # on all cores, as pip does not; some templates fail
 	@touch $@
 
 $(EXPORTED): $(INSTALLED) $(wildcard export/*.py) $(wildcard $(CHECKPOINT)/*/*) $(CHECKPOINT)/model_index.json

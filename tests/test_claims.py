@@ -159,17 +159,16 @@ def test_decoders_of_losses_can_go_on_from_the_checkpoints(tmp_path):
     assert min(psnr.values()) > 28  # a decoder after two steps is far below
 
 
-def test_steps_are_measured_of_student_and_teacher(repository, tmp_path, monkeypatch, capsys):
+def test_steps_are_measured_of_student_and_teacher(tiny, repository, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quality, "read", lambda picture: read(np.tile(picture, (2, 2, 1))))
     monkeypatch.setattr(steps, "STEPS", (1, 4, 25))
     monkeypatch.setattr(steps, "TEACHER_SAMPLERS", ("dpmpp_2m", "euler"))
-    student = tiny_checkpoint(tmp_path / "tiny", timestep_cond=16)
-    teacher = tiny_checkpoint(tmp_path / "tiny-teacher")
+    student = tiny_checkpoint(tmp_path / "student", timestep_cond=16)
     out = tmp_path / "steps.json"
-    steps.main(student, teacher, repository, n=3, out=out)
+    steps.main(student, tiny, repository, n=3, out=out)
     result = json.loads(out.read_text())
     assert list(result["curves"]) == [
-        "tiny ddim", *(f"tiny-teacher {name}" for name in steps.TEACHER_SAMPLERS),
+        "student ddim", *(f"tiny {name}" for name in steps.TEACHER_SAMPLERS),
     ]  # fmt: skip
     for curve in result["curves"].values():
         assert list(curve) == [str(count) for count in steps.STEPS]
