@@ -104,6 +104,9 @@ def test_who_is_asked_for_requests_hears_what_they_are_true_of():
         sample_request(rng) for _ in range(5)
     ]
     assert batch.pictures.shape == (0, 3, SIDE, SIDE)
+    untold = data.SceneWorld(told=False, requests=True).batches(7, 5, data.CPU).at(2)
+    assert untold.captions == batch.captions
+    assert untold.scenes == []
 
 
 def test_truth_lies_in_the_cells_of_an_object():

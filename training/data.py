@@ -167,7 +167,7 @@ class _Drawn(Dataset):
         if self.requests:
             rng = np.random.default_rng(self.seed + step)
             truth, texts = zip(*(sample_request(rng) for _ in range(self.size)), strict=True)
-            return Batch(no_pictures(), [*texts], [*truth])
+            return Batch(no_pictures(), [*texts], [*truth] if self.told else [])
         truth, rng = scenes(self.seed + step, self.size // 4 if self.near else self.size)
         if self.near:
             truth = [scene for base in truth for scene in (base, *near_misses(base, rng))]

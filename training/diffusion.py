@@ -129,7 +129,8 @@ def latents(checkpoint: Path, runs: Path, truth: list[Scene], device: torch.devi
         pictures = data.pictures(truth[start : start + 100]).to(device)
         parts.append(vae.encode(pictures).latents * vae.config.scaling_factor)
     runs.mkdir(parents=True, exist_ok=True)
-    encoded, part = torch.cat(parts).contiguous(), path.with_suffix(".part.npy")
+    encoded = torch.cat(parts).contiguous()  # as it is read back: another layout rounds otherwise
+    part = path.with_suffix(".part.npy")
     np.save(part, encoded.cpu().numpy())
     os.replace(part, path)
     return encoded
