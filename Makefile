@@ -35,12 +35,13 @@ clean:
 	rm -rf .venv output model_repository/MANIFEST.json
 	git clean -fdXq model_repository
 
+# Byte code is made on all cores, which pip does on one; templates of Python files fail, as they may.
 $(INSTALLED): requirements.txt pyproject.toml client/pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed: make PYTHON=/path/to/it"; exit 1; }
 	$(PYTHON) -m venv .venv
 	pip install --quiet --no-compile --requirement requirements.txt
 	pip install --quiet --no-deps --editable . --editable client
-	python -m compileall -qq -j 0 .venv/lib || true  # on all cores, as pip does not; some templates fail
+	python -m compileall -qq -j 0 .venv/lib || true
 	@touch $@
 
 $(EXPORTED): $(INSTALLED) $(wildcard export/*.py) $(wildcard $(CHECKPOINT)/*/*) $(CHECKPOINT)/model_index.json

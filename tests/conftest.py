@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
 import logging
-import os
 import shutil
 import socket
 import subprocess
@@ -65,9 +63,8 @@ def export_command(*arguments: str | Path) -> Result:
 
 @pytest.fixture(scope="session", autouse=True)
 def conversions(tmp_path_factory) -> Iterator[None]:
-    """Export converts each model once: tests ask for the same ones again, each for 5 to 20 s."""
-    session = tmp_path_factory.getbasetemp()
-    kept = (session.parent if "PYTEST_XDIST_WORKER" in os.environ else session) / "conversions"
+    """Export converts a checkpoint's model once: tests ask for it again, for 3 to 20 s a time."""
+    kept = tmp_path_factory.mktemp("conversions")
 
     def converted(part: Part, file: Path, precision: Precision = Precision.FP32) -> tuple[int, int]:
         made_of = io.BytesIO()
@@ -77,9 +74,7 @@ def conversions(tmp_path_factory) -> Iterator[None]:
             folder = tmp_path_factory.mktemp("conversion")
             nodes = to_onnx(part, folder / "model.onnx", precision)
             (folder / "nodes.json").write_text(json.dumps(nodes))
-            kept.mkdir(exist_ok=True)
-            with contextlib.suppress(OSError):  # another worker was first
-                folder.rename(made)
+            folder.rename(made)
         shutil.copy(made / "model.onnx", file)
         return tuple(json.loads((made / "nodes.json").read_text()))
 
