@@ -274,7 +274,7 @@ class Halves:
 
 def painted(unet: Halves) -> list[align.Phase]:
     noise = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
-    return align.paint(unet, noise, {"told": 1}, ALPHAS_CUMPROD)
+    return align.paint(unet, noise, {"told": 1}, ALPHAS_CUMPROD, slice(1))
 
 
 def test_pictures_are_painted_as_they_are_served():
@@ -293,12 +293,15 @@ def test_pictures_are_painted_as_they_are_served():
         torch.testing.assert_close(phase.x_end, x, rtol=1e-4, atol=1e-4)
 
 
-def test_each_step_answers_for_its_own_end_alone():
+def test_each_step_answers_for_its_own_end_and_the_first_for_the_second():
     path = painted(Halves())
-    assert not any(phase.x_t.requires_grad for phase in path)
+    assert [phase.x_t.requires_grad for phase in path] == [False, True, False, False]
     for phase in path:
         (gradient,) = torch.autograd.grad(phase.x_end.sum(), phase.v, retain_graph=True)
         assert gradient.abs().min() > 0
+    (gradient,) = torch.autograd.grad(path[1].x_end.sum(), path[0].v)
+    assert gradient[1:].abs().min() > 0
+    assert gradient[0].abs().max() == 0  # this one the teacher teaches
 
 
 @pytest.mark.parametrize("k", range(align.PHASES))

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch.nn import functional as F
 from transformers import BertTokenizer, CLIPTokenizer
 
 from training import bert, data
@@ -21,13 +22,14 @@ from training.grounding import (
     QUESTIONS,
     UNASKED,
     Questions,
+    cross_entropy,
     names,
     partner,
     place,
     word_answers,
 )
 from training.run import Run
-from training.scenes import Item, Scene, describe, sample_scene
+from training.scenes import HELD_OUT, Item, Scene, describe, sample_scene
 
 PAIR = Scene(
     (Item("circle", "red", "small", 12, 30), Item("square", "blue", "large", 48, 33)), "white"
@@ -35,8 +37,11 @@ PAIR = Scene(
 WORDS = "a red circle is left of the large blue square"
 
 
+UNNAMED = "unnamed"
+
+
 def answered(scene: Scene, caption: str) -> dict[str, tuple[str, ...]]:
-    choices = list(QUESTIONS.values())
+    choices = [dict(enumerate(c)) | {UNASKED: UNNAMED} for c in QUESTIONS.values()]
     return {
         caption[start:end]: tuple(c[i] for c, i in zip(choices, answers, strict=True))
         for start, end, answers in names(scene, caption)
@@ -45,7 +50,7 @@ def answered(scene: Scene, caption: str) -> dict[str, tuple[str, ...]]:
 
 def test_every_name_says_what_it_names_and_where_that_stands():
     assert answered(PAIR, "on white, a large blue square with a red circle on its left") == {
-        "red circle": ("circle", "red", "small", "left of", "square", "blue"),
+        "red circle": ("circle", "red", UNNAMED, "left of", "square", "blue"),
         "large blue square": ("square", "blue", "large", "right of", "circle", "red"),
     }
 
@@ -53,7 +58,19 @@ def test_every_name_says_what_it_names_and_where_that_stands():
 def test_an_object_alone_has_no_partner():
     alone = replace(PAIR, items=PAIR.items[:1])
     assert answered(alone, "a red circle") == {
-        "red circle": ("circle", "red", "small", "alone", NOBODY, NOBODY)
+        "red circle": ("circle", "red", UNNAMED, "alone", NOBODY, NOBODY)
+    }
+
+
+def test_a_size_named_once_is_known_where_the_name_returns():
+    row = Scene((*PAIR.items, Item("star", "pink", "large", 50, 55)), "white")
+    caption = f"{WORDS}; a pink star is below the blue square"
+    sizes = {name: said[2] for name, said in answered(row, caption).items()}
+    assert sizes == {
+        "red circle": UNNAMED,
+        "large blue square": "large",
+        "pink star": UNNAMED,
+        "blue square": "large",
     }
 
 
@@ -73,12 +90,15 @@ def test_a_row_has_a_middle_and_two_outer_ones():
 def test_every_object_is_named_and_names_do_not_overlap(seed):
     rng = np.random.default_rng(seed)
     scene = sample_scene(rng)
-    found = sorted(names(scene, describe(scene, rng)))
+    caption = describe(scene, rng)
+    found = sorted(names(scene, caption))
     assert {answers[:3] for *_, answers in found} == {
         (
             QUESTIONS["shape"].index(item.shape),
             QUESTIONS["colour"].index(item.colour),
-            QUESTIONS["size"].index(item.size),
+            QUESTIONS["size"].index(item.size)
+            if f"{item.size} {item.colour} {item.shape}" in caption
+            else UNASKED,
         )
         for item in scene.items
     }
@@ -110,6 +130,14 @@ def test_questions_are_answered_at_the_words_of_names_alone():
     assert list(accuracies) == list(QUESTIONS)
     heard = hidden.grad.abs().sum(-1) > 0
     assert heard.nonzero().tolist() == [[1, 2]]
+
+
+def test_answers_are_counted_among_those_that_were_asked():
+    scores = torch.tensor([[2.0, 0.0], [0.0, 2.0], [0.0, 2.0]])
+    right = torch.tensor([0, UNASKED, 0])
+    loss, accuracy = cross_entropy(scores, right)
+    assert accuracy == 0.5
+    torch.testing.assert_close(loss, F.cross_entropy(scores[[0, 2]], right[[0, 2]]))
 
 
 class MirroredPair(data.SceneWorld):
@@ -157,3 +185,16 @@ def test_bert_learns_what_no_word_says_alone(tmp_path):
     curve = list(csv.DictReader((tmp_path / "runs" / "bert" / "losses.csv").open()))
     assert float(curve[0]["place"]) < 0.9
     assert float(curve[-1]["place"]) == 1
+
+
+def test_bert_never_reads_the_size_of_what_training_shows_in_one_alone(tmp_path, monkeypatch):
+    read = []
+    at = data.SceneBatches.at
+    monkeypatch.setattr(
+        data.SceneBatches, "at", lambda self, step: read.append(at(self, step)) or read[-1]
+    )
+    bert.train(Run(tmp_path, tmp_path / "runs", 5, 100))
+    captions = [caption for batch in read for caption in batch.captions]
+    named = [c for c in captions for shape, colour, _ in HELD_OUT if f"{colour} {shape}" in c]
+    assert named
+    assert not [c for c in named for s, k, _ in HELD_OUT if f"large {k} {s}" in c]

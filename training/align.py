@@ -6,15 +6,15 @@ teacher comes: the student as it was when training began, in finer steps, which 
 (on-policy distillation, arXiv:2306.13649). Where the truth of captions is known, it also follows
 what the reward model says of where its steps end. That reads noisy latents too and says what to
 expect there, so each step answers for its own end alone: a gradient through several steps is
-mostly noise. Writes `unet/`, from that of the checkpoint or of `--init`; training that goes on from
-there has the better teacher.
+mostly noise. Only where the first one ends there is nothing to read; it answers for the end of the
+second. Writes `unet/`, from that of the checkpoint or of `--init`; training that goes on from there
+has the better teacher.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from export.checkpoint import load_part
 from export.fusion_head import FusionHead
 from training.cli import stage_cli
-from training.data import BadInput, knows_truth
+from training.data import BadInput, knows_truth, requests_of
 from training.diffusion import FROZEN, Encoders
 from training.distill import (
     GUIDANCE,
@@ -40,7 +40,7 @@ from training.distill import (
     velocity,
 )
 from training.reward import LEVELS, SceneReader, faults, nearest_codes
-from training.run import Run, check_trained, load_start
+from training.run import Run, check_trained, digest, load_start
 from training.sampling import Sampler
 
 STEPS, BATCH = 300, 32
@@ -71,13 +71,15 @@ def train(run: Run) -> None:
         vae.requires_grad_(False)
         reads.append(run.checkpoint / "reward_model")
     trainer = run.trainer(student, "align", LEARNING_RATE, EMA_DECAY, reads)
-    source = replace(run.source, requests=True) if told else run.source
-    batches = source.batches(80_000_000, run.batch, device, captions_only=True)
+    first = int(digest(reads)[:8], 16)  # whoever goes on from other weights draws other pictures
+    batches = requests_of(run.source).batches(
+        80_000_000 + first, run.batch, device, captions_only=True
+    )
     sampler = Sampler(run.checkpoint, encoders, run.source, device)
     alphas_cumprod = ddim_scheduler().alphas_cumprod.to(device)
 
     def loss_at(step: int) -> dict[str, Tensor]:
-        drawn, draw = batches.at(step), torch.Generator().manual_seed(step)
+        drawn, draw = batches.at(step), torch.Generator().manual_seed(first + step)
         n, (low, high) = len(drawn.captions), GUIDANCE
         shape = (n, student.config.in_channels, *(student.config.sample_size,) * 2)
         noise = torch.randn(shape, generator=draw).to(device)
@@ -88,8 +90,8 @@ def train(run: Run) -> None:
             "encoder_hidden_states": hidden,
             "timestep_cond": scale_embedding(scales).to(device),
         }
-        path = paint(student, noise, asked, alphas_cumprod)
         some = slice(math.ceil(n / TAUGHT) if told else n)
+        path = paint(student, noise, asked, alphas_cumprod, some)
         x_t = torch.cat([phase.x_t[some] for phase in path])
         v = torch.cat([phase.v[some] for phase in path])
         t = timesteps(device).repeat_interleave(len(noise[some]))
@@ -145,11 +147,16 @@ def taught(
 
 
 def paint(
-    student: UNet2DConditionModel, noise: Tensor, asked: dict[str, Tensor], alphas_cumprod: Tensor
+    student: UNet2DConditionModel,
+    noise: Tensor,
+    asked: dict[str, Tensor],
+    alphas_cumprod: Tensor,
+    taught: slice,
 ) -> list[Phase]:
     """The student's steps from noise (B, C, h, w) to pictures.
 
-    Each has a gradient of its own, where none of a picture's is longer than `LONGEST` over B.
+    Each has a gradient of its own, where none of a picture's is longer than `LONGEST` over B; the
+    first has that of the second too, but for the pictures `taught`, from which the teacher goes on.
     """
     path, x_t = [], noise
     for t in timesteps(noise.device):
@@ -159,6 +166,9 @@ def paint(
         x_end.register_hook(shortened)
         path.append(Phase(x_t, v, x_end))
         x_t = x_end.detach()
+        if len(path) == 1:
+            x_t = x_end.clone()
+            x_t[taught] = x_end[taught].detach()
     return path
 
 

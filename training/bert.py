@@ -1,7 +1,8 @@
 """`python -m training.bert`: BERT on masked words (arXiv:1810.04805, 3.1), from scratch.
 
 Where the truth of the captions is known, half of them stay whole, and every word of an object's
-name is asked what the object is and where it stands: see `grounding`. The WordPiece tokenizer
+name is asked what the object is and where it stands: see `grounding`. Of scenes it reads requests,
+whose captions let nobody conclude from what a thing is to its size. The WordPiece tokenizer
 is trained here too. Writes `tokenizer_2/` and `text_encoder_2/` of the checkpoint. With
 `--init` both are those of a checkpoint, and BERT learns further.
 """
@@ -59,7 +60,9 @@ def train(run: Run) -> None:
     if run.init:
         load_start(model.words.bert, run.init / "text_encoder_2" / SAFE_WEIGHTS_NAME, "BERT")
     model.to(run.device)
-    batches = run.source.batches(20_000_000, run.batch, run.device, captions_only=True)
+    batches = data.requests_of(run.source).batches(
+        20_000_000, run.batch, run.device, captions_only=True
+    )
 
     def loss_at(step: int) -> dict[str, Tensor]:
         drawn = batches.at(step)

@@ -57,7 +57,8 @@ def stage_cli(
             typer.Option(
                 help="Checkpoint to start from: its BERT in training.bert, its fusion head and UNet"
                 " in training.diffusion, its VQGAN, whose decoder learns further, in"
-                " training.vqgan, its distilled UNet in training.distill and training.align."
+                " training.vqgan, its fusion head in training.refit, its distilled UNet in"
+                " training.distill and training.align."
             ),
         ] = None,
         path: Annotated[

@@ -152,6 +152,11 @@ def knows_truth(source: Source) -> bool:
     return isinstance(source, SceneWorld) and source.told
 
 
+def requests_of(source: Source) -> Source:
+    """The source with captions as `sample_request` has them; any that knows no truth as it is."""
+    return replace(source, requests=True) if isinstance(source, SceneWorld) else source
+
+
 @dataclass(frozen=True)
 class _Drawn(Dataset):
     """The batch of every step, drawn from `seed + step`."""

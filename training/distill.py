@@ -47,6 +47,11 @@ def ddim_scheduler() -> DDIMScheduler:
     return DDIMScheduler.from_config(scheduler().config, clip_sample=False)
 
 
+def teacher_folder(checkpoint: Path) -> Path:
+    """Where what `checkpoint` is distilled from stays."""
+    return checkpoint.with_name(f"{checkpoint.name}-teacher")
+
+
 def teacher_of(checkpoint: Path) -> Path:
     """The checkpoint that is distilled, moved out of `checkpoint` while it is still there.
 
@@ -56,7 +61,7 @@ def teacher_of(checkpoint: Path) -> Path:
         BadInput: there is no UNet, it is distilled and what it was distilled from is not there,
             or a folder of the teacher's name is something else.
     """
-    folder = checkpoint.with_name(f"{checkpoint.name}-teacher")
+    folder = teacher_folder(checkpoint)
     check_trained(checkpoint, *FROZEN, *OWN_PARTS)
     config = UNet2DConditionModel.load_config(checkpoint / "unet")
     if config.get("time_cond_proj_dim") is None:

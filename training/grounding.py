@@ -59,14 +59,17 @@ def place(scene: Scene, index: int, caption: str) -> str:
 def names(scene: Scene, caption: str) -> Iterator[tuple[int, int, tuple[int, ...]]]:
     """Where the caption names an object, from one character to before another, and the answers.
 
-    Answers are indices, one a question.
+    Answers are indices, one a question; a size that the caption does not name is `UNASKED`, so
+    that nobody learns to tell it from the kind of object.
     """
     for index, item in enumerate(scene.items):
         other = partner(scene, index, caption)
         beside = (other.shape, other.colour) if other else (NOBODY, NOBODY)
-        said = (item.shape, item.colour, item.size, place(scene, index, caption), *beside)
+        size = item.size if f"{item.size} {item.colour} {item.shape}" in caption else None
+        said = (item.shape, item.colour, size, place(scene, index, caption), *beside)
         answers = tuple(
-            choices.index(one) for choices, one in zip(QUESTIONS.values(), said, strict=True)
+            UNASKED if one is None else choices.index(one)
+            for choices, one in zip(QUESTIONS.values(), said, strict=True)
         )
         for found in re.finditer(f"({item.size} )?{item.colour} {item.shape}", caption):
             yield found.start(), found.end(), answers
@@ -110,6 +113,6 @@ class Questions(nn.Linear):
 
 def cross_entropy(scores: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Mean loss and accuracy of scores (N, choices); 0 where nothing was asked."""
-    n = max(1, len(right))
+    n = max(1, int((right != UNASKED).sum()))
     hits = scores.argmax(-1) == right
     return F.cross_entropy(scores.float(), right, reduction="sum") / n, hits.sum() / n

@@ -125,6 +125,11 @@ def sample_request(rng: np.random.Generator) -> tuple[Scene, str]:
             return scene, caption
 
 
+def names_one_sized(caption: str) -> bool:
+    """Whether a caption names a kind of object that training shows in one size alone."""
+    return any(f"{colour} {shape}" in caption for shape, colour, _ in HELD_OUT)
+
+
 def sample_crowd(rng: np.random.Generator) -> Scene:
     """A scene of none to four objects, some of them alike, none of a held-out combination."""
     items: list[Item] = []
