@@ -35,8 +35,6 @@ PAIR = Scene(
     (Item("circle", "red", "small", 12, 30), Item("square", "blue", "large", 48, 33)), "white"
 )
 WORDS = "a red circle is left of the large blue square"
-
-
 UNNAMED = "unnamed"
 
 

@@ -151,12 +151,12 @@ def paint(
     noise: Tensor,
     asked: dict[str, Tensor],
     alphas_cumprod: Tensor,
-    taught: slice,
+    some: slice,
 ) -> list[Phase]:
     """The student's steps from noise (B, C, h, w) to pictures.
 
     Each has a gradient of its own, where none of a picture's is longer than `LONGEST` over B; the
-    first has that of the second too, but for the pictures `taught`, from which the teacher goes on.
+    first has that of the second too, but for `some`, which the teacher judges step by step.
     """
     path, x_t = [], noise
     for t in timesteps(noise.device):
@@ -168,7 +168,7 @@ def paint(
         x_t = x_end.detach()
         if len(path) == 1:
             x_t = x_end.clone()
-            x_t[taught] = x_end[taught].detach()
+            x_t[some] = x_end[some].detach()
     return path
 
 

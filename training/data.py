@@ -153,7 +153,7 @@ def knows_truth(source: Source) -> bool:
 
 
 def requests_of(source: Source) -> Source:
-    """The source with captions as `sample_request` has them; any that knows no truth as it is."""
+    """Scenes with captions as `sample_request` has them; any other source as it is."""
     return replace(source, requests=True) if isinstance(source, SceneWorld) else source
 
 
