@@ -17,6 +17,7 @@ import itertools
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -125,12 +126,13 @@ def main(
         run = Run(checkpoint, runs / f"{steps}x{batch}", steps, batch, on, bf16, save_every=500)
         batches = Batches(checkpoint, runs, batch, on)
         for seed, name in itertools.product(range(seeds), arms):
-            encoders = Arm(checkpoint, name, on)
+            encoders, seeded = Arm(checkpoint, name, on), replace(run, seed=seed)
             torch.manual_seed(seed)
             painter = Painter(channels=channels).to(on)
             reads = [checkpoint / part for part in FROZEN]
-            trainer = run.trainer(painter, f"{name}-{seed}", LEARNING_RATE, EMA_DECAY, reads)
-            trained = trainer.run(velocity_loss(painter, encoders, batches, seed), batches)
+            trainer = seeded.trainer(painter, f"{name}-{seed}", LEARNING_RATE, EMA_DECAY, reads)
+            loss_at = velocity_loss(painter, encoders, batches, seeded.first())
+            trained = trainer.run(loss_at, batches)
             learnt = cast(Painter, trained.eval())
             found = painted(learnt, encoders, vae, all_tasks, seed)
             scores[name].append(found)

@@ -99,16 +99,6 @@ def test_every_arm_of_fusion_sees_what_it_says():
         assert torch.equal(now, before)
 
 
-def test_every_seed_draws_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(diffusion, "SCENES", 100)
-    batches = diffusion.Batches(CHECKPOINT, tmp_path, 4)
-    encoders, painter = diffusion.Encoders(CHECKPOINT), diffusion.Painter(channels=32)
-    first, again, other = (
-        diffusion.velocity_loss(painter, encoders, batches, seed)(0)["error"] for seed in (0, 0, 1)
-    )
-    assert first == again != other
-
-
 def test_a_sheet_of_pictures_has_a_row_for_each_number_of_objects(repository, tmp_path):
     pictures.main(repository, tmp_path / "sheet.png")
     sheet = Image.open(tmp_path / "sheet.png")

@@ -30,6 +30,11 @@ ALPHAS_CUMPROD = distill.ddim_scheduler().alphas_cumprod
 T = torch.tensor([999, 549, 49])
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -358,8 +363,11 @@ def test_a_run_does_not_go_on_from_a_save_on_other_weights(tmp_path):
     save_file({"w": torch.zeros(2)}, tmp_path / "model.safetensors")
     trainer().run(lambda _: {"loss": module(torch.ones(2)).sum()})
     assert trainer().step == 1
+    other = r"--runs: .* was saved from a run on other weights or seed"
+    with pytest.raises(ValueError, match=other):
+        replace(run, seed=1).trainer(module, "stage", 1e-3, 0.9, [tmp_path])
     save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"--runs: .* was saved from a run on other weights"):
+    with pytest.raises(ValueError, match=other):
         trainer()
 
 

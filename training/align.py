@@ -40,7 +40,7 @@ from training.distill import (
     velocity,
 )
 from training.reward import LEVELS, SceneReader, faults, nearest_codes
-from training.run import Run, check_trained, digest, load_start
+from training.run import Run, check_trained, load_start
 from training.sampling import Sampler
 
 STEPS, BATCH = 300, 32
@@ -71,7 +71,7 @@ def train(run: Run) -> None:
         vae.requires_grad_(False)
         reads.append(run.checkpoint / "reward_model")
     trainer = run.trainer(student, "align", LEARNING_RATE, EMA_DECAY, reads)
-    first = int(digest(reads)[:8], 16)  # whoever goes on from other weights draws other pictures
+    first = run.first(reads)
     batches = requests_of(run.source).batches(
         80_000_000 + first, run.batch, device, captions_only=True
     )

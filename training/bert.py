@@ -55,13 +55,15 @@ def train(run: Run) -> None:
             tokenizer = BertTokenizer.from_pretrained(run.init / "tokenizer_2")
     else:
         tokenizer = trained_tokenizer(BertTokenizer, run.source, 2, run.runs / "bert")
-    torch.manual_seed(0)
+    torch.manual_seed(run.seed)
     model = Grounded(len(tokenizer), tokenizer.pad_token_id)
     if run.init:
         load_start(model.words.bert, run.init / "text_encoder_2" / SAFE_WEIGHTS_NAME, "BERT")
     model.to(run.device)
+    reads = [run.init / "text_encoder_2"] if run.init else []
+    first = run.first(reads)
     batches = data.requests_of(run.source).batches(
-        20_000_000, run.batch, run.device, captions_only=True
+        20_000_000 + first, run.batch, run.device, captions_only=True
     )
 
     def loss_at(step: int) -> dict[str, Tensor]:
@@ -69,7 +71,9 @@ def train(run: Run) -> None:
         ids, mask = data.token_ids(tokenizer, drawn.captions)
         words = torch.full_like(ids, UNASKED)
         holed = (len(ids) + 1) // 2 if drawn.scenes else len(ids)  # captions with masked words
-        collate = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.25, seed=step)
+        collate = DataCollatorForLanguageModeling(
+            tokenizer, mlm_probability=0.25, seed=first + step
+        )
         masked = collate([{"input_ids": one} for one in ids[:holed]])
         ids[:holed], words[:holed] = masked["input_ids"], masked["labels"]
         hidden = model(ids.to(run.device), mask.to(run.device))
@@ -83,7 +87,6 @@ def train(run: Run) -> None:
             loss, measured = loss + grounding, measured | accuracies
         return {"loss": loss, **measured}
 
-    reads = [run.init / "text_encoder_2"] if run.init else []
     trained = run.trainer(model, "bert", 1e-3, 0.99, reads).run(loss_at, batches)
     tokenizer.save_pretrained(run.checkpoint / "tokenizer_2")
     trained.words.bert.save_pretrained(run.checkpoint / "text_encoder_2")

@@ -61,6 +61,9 @@ def stage_cli(
                 " training.distill and training.align."
             ),
         ] = None,
+        seed: Annotated[
+            int, typer.Option(min=0, max=2**31 - 1, help="Of random weights and of all draws.")
+        ] = 0,
         path: Annotated[
             Path | None,
             typer.Option(
@@ -108,7 +111,7 @@ def stage_cli(
                 Run(
                     checkpoint, runs, steps or 0, batch or 0, chosen,
                     pick_bf16(bf16, chosen), source,
-                    save_every or SAVE_EVERY[chosen.type], init,
+                    save_every or SAVE_EVERY[chosen.type], init, seed,
                 )
             )  # fmt: skip
         except (BadInput, CheckpointError, OSError) as error:

@@ -36,10 +36,10 @@ def train(run: Run) -> None:
     }  # fmt: skip
     vision = TOWER | {"num_attention_heads": 4, "image_size": run.source.side,
               "patch_size": 8, "projection_dim": 128}  # fmt: skip
-    torch.manual_seed(0)
+    torch.manual_seed(run.seed)
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
     model.to(run.device)
-    batches = run.source.batches(10_000_000, run.batch, run.device, near=True)
+    batches = run.source.batches(10_000_000 + run.first(), run.batch, run.device, near=True)
     shown = data.on_device(run.source.sample(19_999_999, 12), run.device)
     shown_ids, _ = data.token_ids(tokenizer, shown.captions, run.device)
 

@@ -48,7 +48,6 @@ CAPTION_DROP = 0.1
 GROUNDING = 0.1  # weight of the questions beside the error of v
 LEARNING_RATE, EMA_DECAY = 8e-4, 0.999
 TIMESTEP_POWER = 0.6  # of an even draw: 38% lie above 750, for layout, 7% below 200, for outlines
-SEED_STRIDE = 100_000_000  # steps between what runs with different seeds draw
 DEFAULTS = {"steps": 12, "guidance_scale": 2.0}  # of requests that name none
 
 
@@ -210,11 +209,14 @@ class EncodedBatches:
         self._batches.close()
 
 
-def latent_batches(run: Run) -> Batches | EncodedBatches:
-    """Clean latents and captions of a source: of scenes encoded once, of others as they come."""
+def latent_batches(run: Run, first: int) -> Batches | EncodedBatches:
+    """Clean latents and captions of a source: of scenes encoded once, of others as they come.
+
+    Others come in an order of the draws from `first`.
+    """
     if isinstance(run.source, data.SceneWorld):
         return Batches(run.checkpoint, run.runs, run.batch, run.device)
-    batches = run.source.batches(60_000_000, run.batch, run.device)
+    batches = run.source.batches(60_000_000 + first, run.batch, run.device)
     return EncodedBatches(run.checkpoint, batches, run.device)
 
 
@@ -225,20 +227,20 @@ def noised(x0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
 
 
 def velocity_loss(
-    painter: Painter, encoders: Encoders, batches: Batches | EncodedBatches, seed: int = 0
+    painter: Painter, encoders: Encoders, batches: Batches | EncodedBatches, first: int
 ) -> Callable[[int], dict[str, Tensor]]:
     """The loss of a step: squared error of v, some captions dropped, and of what tokens tell.
 
-    More timesteps lie at the noisy end, where captions matter and sampling starts.
+    Steps take the draws from `first`. More timesteps lie at the noisy end, where captions matter
+    and sampling starts.
     """
     device = next(painter.parameters()).device
     alphas_cumprod = scheduler().alphas_cumprod.to(device)
 
     def loss_at(step: int) -> dict[str, Tensor]:
-        drawn = SEED_STRIDE * seed + step
-        x0, texts, rng, scenes = batches.at(drawn)
+        x0, texts, rng, scenes = batches.at(first + step)
         texts = ["" if rng.random() < CAPTION_DROP else text for text in texts]
-        draw = torch.Generator().manual_seed(drawn)
+        draw = torch.Generator().manual_seed(first + step)
         noise = torch.randn(x0.shape, generator=draw).to(device)
         t = (1000 * torch.rand(len(x0), generator=draw) ** TIMESTEP_POWER).long().to(device)
         x_t = noised(x0, noise, alphas_cumprod[t])
@@ -257,15 +259,15 @@ def velocity_loss(
 def train(run: Run) -> None:
     check_trained(run.checkpoint, *FROZEN)
     encoders = Encoders(run.checkpoint, run.device)
-    torch.manual_seed(0)
+    torch.manual_seed(run.seed)
     painter = new_painter(run).to(run.device)
-    batches = latent_batches(run)
+    goes_on = [run.init / part for part in ("fusion", "unet")] if run.init else []
+    first = run.first(goes_on)
+    batches = latent_batches(run, first)
     sampler = Sampler(run.checkpoint, encoders, run.source, run.device)
-    reads = [run.checkpoint / part for part in FROZEN]
-    if run.init:
-        reads += [run.init / "fusion", run.init / "unet"]
+    reads = [*(run.checkpoint / part for part in FROZEN), *goes_on]
     trained = run.trainer(painter, "diffusion", LEARNING_RATE, EMA_DECAY, reads).run(
-        velocity_loss(painter, encoders, batches),
+        velocity_loss(painter, encoders, batches, first),
         batches,
         lambda averaged: sampler.sheet(averaged.unet, averaged.fusion, scheduler(), DEFAULTS),
     )

@@ -103,10 +103,10 @@ def train(run: Run) -> None:
     fusion = load_part(run.checkpoint / "fusion", FusionHead).to(device)
     teacher = load_part(taught_by / "unet", UNet2DConditionModel).to(device)
     student = new_student(teacher, run.init).to(device)
-    batches = latent_batches(run)
-    reads = [taught_by / part for part in (*FROZEN, "fusion", "unet")]
-    if run.init:
-        reads.append(run.init / "unet")
+    goes_on = [run.init / "unet"] if run.init else []
+    first = run.first(goes_on)
+    batches = latent_batches(run, first)
+    reads = [*(taught_by / part for part in (*FROZEN, "fusion", "unet")), *goes_on]
     trainer = run.trainer(student, "distill", 3e-4, EMA_DECAY, reads)
     alphas_cumprod = ddim_scheduler().alphas_cumprod.to(device)
     sampler = Sampler(run.checkpoint, encoders, run.source, device)
@@ -115,8 +115,8 @@ def train(run: Run) -> None:
         empty = fusion(*encoders([""]))
 
     def loss_at(step: int) -> dict[str, Tensor]:
-        x0, texts, rng, _ = batches.at(step)
-        draw = torch.Generator().manual_seed(step)
+        x0, texts, rng, _ = batches.at(first + step)
+        draw = torch.Generator().manual_seed(first + step)
         noise = torch.randn(x0.shape, generator=draw).to(device)
         t = torch.randint(1, SOLVER_STEPS + 1, (run.batch,), generator=draw).to(device) * stride - 1
         scales = rng.uniform(*GUIDANCE, size=run.batch)

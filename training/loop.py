@@ -164,7 +164,7 @@ class Trainer:
         except SafetensorError as error:
             raise BadInput(f"--runs: {self._state} is broken: {error}")
         if told.get("reads", "") != self._reads:
-            raise BadInput(f"--runs: {self._state} was saved from a run on other weights")
+            raise BadInput(f"--runs: {self._state} was saved from a run on other weights or seed")
         self._position = json.loads(told.get("position", "null"))
         try:
             self.module.load_state_dict(_under("module.", tensors))

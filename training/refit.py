@@ -39,7 +39,9 @@ def train(run: Run) -> None:
     reads = [run.init / "fusion", *(f / part for f in (run.init, run.checkpoint) for part in texts)]
     trainer = run.trainer(head, "refit", LEARNING_RATE, EMA_DECAY, reads)
     told = knows_truth(run.source)
-    batches = requests_of(run.source).batches(75_000_000, run.batch, run.device, captions_only=True)
+    batches = requests_of(run.source).batches(
+        75_000_000 + run.first(reads), run.batch, run.device, captions_only=True
+    )
 
     def loss_at(step: int) -> dict[str, Tensor]:
         captions = batches.at(step).captions

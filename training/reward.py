@@ -238,18 +238,19 @@ def train(run: Run) -> None:
     check_trained(run.checkpoint, "vae")
     if not data.knows_truth(run.source):
         raise data.BadInput("--data: training.reward needs scenes, whose truth is known")
-    rng = np.random.default_rng(70_000_000)
+    first = run.first()
+    rng = np.random.default_rng(70_000_000 + first)
     scenes = [sample_crowd(rng) for _ in range(PICTURES)]
     vae = load_part(run.checkpoint / "vae", VQModel).to(run.device)
     clean = latents(run.checkpoint, run.runs, scenes, run.device)
     spread = clean.std()
     truth = Truth(*(part.to(run.device) for part in truth_of(scenes, clean.shape[-1])))
     alphas_cumprod = ddim_scheduler().alphas_cumprod.to(run.device)
-    torch.manual_seed(0)
+    torch.manual_seed(run.seed)
     reader = SceneReader(clean.shape[1]).to(run.device)
 
     def loss_at(step: int) -> dict[str, Tensor]:
-        draw = torch.Generator().manual_seed(step)
+        draw = torch.Generator().manual_seed(first + step)
         chosen = torch.randint(PICTURES, (run.batch,), generator=draw)
         noise = torch.randn(run.batch, *clean.shape[1:], generator=draw)
         amount = NOISE * (2 * torch.rand(run.batch, 1, 1, 1, generator=draw) - 1).clamp(min=0)

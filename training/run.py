@@ -33,6 +33,7 @@ class Run:
         source: what pictures and captions come from.
         save_every: steps between saves.
         init: checkpoint whose weights training starts from; random ones without it.
+        seed: of the random weights and of every draw, under 2**31.
     """
 
     checkpoint: Path
@@ -44,6 +45,16 @@ class Run:
     source: data.Source = data.SCENES
     save_every: int = 100
     init: Path | None = None
+    seed: int = 0
+
+    def first(self, started_from: Sequence[Path] = ()) -> int:
+        """The number of the first draw; each step's is one more.
+
+        Another for every seed, and for what other weights it goes on from: it would see again what
+        those before it saw. `started_from` are folders of such weights.
+        """
+        goes_on = int(digest(started_from)[:8], 16) if started_from else 0
+        return self.seed * 2**32 + goes_on
 
     def trainer(
         self,
@@ -56,11 +67,11 @@ class Run:
         """A trainer of `module`, which is on the run's device, into the folder `name`.
 
         `reads` are folders of weights that the training depends on: it does not go on from a save
-        that was made with others.
+        that was made with others, or with another seed.
         """
         return Trainer(
             module, self.runs / name, self.steps, learning_rate, ema_decay, self.save_every,
-            self.bf16, digest(reads),
+            self.bf16, f"{digest(reads)} {self.seed}",
         )  # fmt: skip
 
 

@@ -55,7 +55,6 @@ class Weights:
 
 
 def build(side: int = 64) -> VQModel:
-    torch.manual_seed(0)
     model = VQModel(
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(16, 32, 64, 96), layers_per_block=1, norm_num_groups=8,
@@ -85,10 +84,12 @@ class Sharpening(nn.Module):
 
 def autoencoder(run: Run) -> VQModel:
     """Encoder, codebook and decoder, from reconstruction and codebook losses."""
+    torch.manual_seed(run.seed)
+    first = run.first()
     stage = Stage(run.source.side).to(run.device)
     model, use = stage.model, stage.use
     start = int(WARM_UP * run.steps)
-    batches = run.source.batches(30_000_000, run.batch, run.device)
+    batches = run.source.batches(30_000_000 + first, run.batch, run.device)
     shown = run.source.sample(SHOWN, 8).pictures.to(run.device)
 
     def loss_at(step: int) -> dict[str, Tensor]:
@@ -96,7 +97,7 @@ def autoencoder(run: Run) -> VQModel:
         if step >= start and (step - start) % REVIVE_EVERY == 0 and step < 0.9 * run.steps:
             if step == start:
                 use.zero_()
-            moved = revive(model, use, step, run.source)
+            moved = revive(model, use, first + step, run.source)
             averaged = trainer.ema.module.model.quantize.embedding.weight.data
             averaged[moved] = model.quantize.embedding.weight.data[moved]
         z = model.encode(opponent(x)).latents.float()
@@ -132,11 +133,13 @@ def sharpen(vae: VQModel, weights: Weights, run: Run) -> VQModel:
     Pictures are perceived through the `image_encoder/` of the run's checkpoint.
     """
     vae.requires_grad_(False).eval().to(run.device)
+    torch.manual_seed(run.seed)
+    first = run.first([run.init / "vae"] if run.init else [])
     stage = Sharpening(vae).to(run.device)
     tower = load_part(run.checkpoint / "image_encoder", CLIPVisionModelWithProjection)
     perception = Perception(tower.to(run.device))
     last = vae.decoder.conv_out.weight
-    batches = run.source.batches(40_000_000, run.batch, run.device)
+    batches = run.source.batches(40_000_000 + first, run.batch, run.device)
     shown = run.source.sample(SHOWN, 8).pictures.to(run.device)
 
     def codes_of(x: Tensor) -> Tensor:
@@ -148,7 +151,7 @@ def sharpen(vae: VQModel, weights: Weights, run: Run) -> VQModel:
         y = stage.decoder(codes_of(x)).float()
         loss = reconstruction(y, x)
         if weights.perceptual:
-            down, right = np.random.default_rng(step).integers(8, size=2).tolist()
+            down, right = np.random.default_rng(first + step).integers(8, size=2).tolist()
             loss = loss + weights.perceptual * perception(y, x, (down, right))
         parts = {"psnr": psnr(y, x)}
         if weights.adversarial:
