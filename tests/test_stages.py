@@ -17,7 +17,18 @@ from transformers import (
 )
 
 from export.checkpoint import open_checkpoint
-from training import align, bert, clip, data, diffusion, distill, reward, vqgan, vqgan_losses
+from training import (
+    align,
+    bert,
+    clip,
+    data,
+    decoder,
+    diffusion,
+    distill,
+    reward,
+    vqgan,
+    vqgan_losses,
+)
 from training.grounding import QUESTIONS
 from training.loop import Trainer
 from training.reward import faults
@@ -322,8 +333,9 @@ def test_aligning_needs_a_distilled_unet_and_a_reward_model(tmp_path):
         align.train(run)
     (made / "reward_model").mkdir()
     tiny_unet().save_config(made / "unet")
-    with pytest.raises(data.BadInput, match=f"--checkpoint: the UNet of {made} is not distilled"):
-        align.train(run)
+    for stage in (align, decoder):
+        with pytest.raises(data.BadInput, match=f"--checkpoint: the UNet of {made} is not distill"):
+            stage.train(run)
     assert [path.name for path in tmp_path.iterdir()] == ["made"]  # no teacher was made
 
 

@@ -26,12 +26,13 @@ from torch.nn import functional as F
 from export.checkpoint import load_part
 from export.fusion_head import FusionHead
 from training.cli import stage_cli
-from training.data import BadInput, knows_truth, requests_of
+from training.data import knows_truth, requests_of
 from training.diffusion import FROZEN, Encoders
 from training.distill import (
     GUIDANCE,
     PHASE,
     PHASES,
+    check_distilled,
     ddim_scheduler,
     ddim_step,
     end_of_phase,
@@ -53,9 +54,9 @@ LEARNING_RATE, EMA_DECAY = 1.5e-4, 0.98
 
 def train(run: Run) -> None:
     told = knows_truth(run.source)
-    check_trained(run.checkpoint, *FROZEN, "fusion", "unet", *(["reward_model"] if told else []))
-    if UNet2DConditionModel.load_config(run.checkpoint / "unet").get("time_cond_proj_dim") is None:
-        raise BadInput(f"--checkpoint: the UNet of {run.checkpoint} is not distilled yet")
+    if told:
+        check_trained(run.checkpoint, "reward_model")
+    check_distilled(run.checkpoint)
     start = (run.init or run.checkpoint) / "unet"
     device, encoders = run.device, Encoders(run.checkpoint, run.device)
     fusion = load_part(run.checkpoint / "fusion", FusionHead).to(device)

@@ -16,11 +16,11 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from training import align, bert, clip, data, diffusion, distill, reward, vqgan
+from training import align, bert, clip, data, decoder, diffusion, distill, reward, vqgan
 from training.cli import stage_cli
 from training.run import Run
 
-STAGES = (clip, bert, vqgan, diffusion, distill, reward, align)
+STAGES = (clip, bert, vqgan, diffusion, distill, reward, align, decoder)
 WRITE_EVERY = 5.0  # seconds of work whose time a kill may lose
 
 

@@ -22,7 +22,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from training import data
 from training.cli import stage_cli
 from training.grounding import UNASKED, Questions, cross_entropy, word_answers
-from training.run import Run, load_start, starting_from
+from training.run import Run, load_start, save_part, starting_from
 from training.tokenizers import trained_tokenizer
 
 STEPS, BATCH = 1200, 96
@@ -89,7 +89,7 @@ def train(run: Run) -> None:
 
     trained = run.trainer(model, "bert", 1e-3, 0.99, reads).run(loss_at, batches)
     tokenizer.save_pretrained(run.checkpoint / "tokenizer_2")
-    trained.words.bert.save_pretrained(run.checkpoint / "text_encoder_2")
+    save_part(trained.words.bert, run.checkpoint / "text_encoder_2")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from transformers import (
 
 from training import data
 from training.cli import stage_cli
-from training.run import Run
+from training.run import Run, save_part
 from training.sheets import similarities
 from training.tokenizers import trained_tokenizer
 
@@ -57,11 +57,11 @@ def train(run: Run) -> None:
 
     trained = run.trainer(model, "clip", 1e-3, 0.99).run(loss_at, batches, samples)
     tokenizer.save_pretrained(run.checkpoint / "tokenizer")
-    trained.text_model.save_pretrained(run.checkpoint / "text_encoder")
+    save_part(trained.text_model, run.checkpoint / "text_encoder")
     image_encoder = CLIPVisionModelWithProjection(trained.config.vision_config)
     image_encoder.vision_model.load_state_dict(trained.vision_model.state_dict())
     image_encoder.visual_projection.load_state_dict(trained.visual_projection.state_dict())
-    image_encoder.save_pretrained(run.checkpoint / "image_encoder")
+    save_part(image_encoder, run.checkpoint / "image_encoder")
 
 
 if __name__ == "__main__":

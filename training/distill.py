@@ -155,6 +155,13 @@ def teach(
     write_index(run.checkpoint, ddim_scheduler(), DEFAULTS, run.source)
 
 
+def check_distilled(checkpoint: Path) -> None:
+    """Raises BadInput where a checkpoint has no distilled UNet, or no encoders for it."""
+    check_trained(checkpoint, *FROZEN, "fusion", "unet")
+    if UNet2DConditionModel.load_config(checkpoint / "unet").get("time_cond_proj_dim") is None:
+        raise BadInput(f"--checkpoint: the UNet of {checkpoint} is not distilled yet")
+
+
 def scale_embedding(scales: Sequence[float]) -> Tensor:
     """What the student is told of guidance scales: (B, `EMBEDDING`)."""
     return torch.from_numpy(np.stack([guidance_embedding(w, EMBEDDING) for w in scales]))

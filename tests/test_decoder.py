@@ -1,0 +1,124 @@
+"""The decoder learns from what the UNet paints, and nothing else changes."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from training import data, decoder
+from training.distill import PHASE, alpha_sigma, ddim_scheduler
+from training.loop import Trainer
+from training.run import Run
+
+TRAINED = Path("checkpoints/scenes-64")
+WEIGHTS = Path("vae", "diffusion_pytorch_model.safetensors")
+ALPHAS_CUMPROD = ddim_scheduler().alphas_cumprod
+
+
+@pytest.fixture(scope="module")
+def painter() -> decoder.Painter:
+    return decoder.Painter(TRAINED, torch.device("cpu"))
+
+
+@pytest.fixture
+def batch() -> data.Batch:
+    return data.SCENES.sample(5, 6)
+
+
+def codes(painter: decoder.Painter, batch: data.Batch, seed: int = 0) -> torch.Tensor:
+    return painter(batch, torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def encoded(painter: decoder.Painter, batch: data.Batch) -> torch.Tensor:
+    return painter.vae.encode(batch.pictures).latents
+
+
+def test_a_unet_without_error_paints_the_codes_of_the_encoder(painter, batch, monkeypatch):
+    x0 = encoded(painter, batch) * painter.vae.config.scaling_factor
+    asked = []
+
+    def right(x_t, t, encoder_hidden_states, timestep_cond):
+        assert len(encoder_hidden_states) == len(timestep_cond) == len(x_t)
+        asked.append(t[0].item())
+        alpha, sigma = alpha_sigma(t, ALPHAS_CUMPROD)
+        return SimpleNamespace(sample=(alpha * x_t - x0) / sigma)
+
+    wanted = painter.vae.quantize(encoded(painter, batch))[0]
+    monkeypatch.setattr(painter, "_unet", right)
+    torch.testing.assert_close(codes(painter, batch), wanted, rtol=0, atol=1e-5)
+    assert asked == [2 * PHASE - 1, PHASE - 1]
+
+
+def test_a_third_is_encoded_a_third_painted_in_one_step_and_a_third_in_two(
+    painter, batch, monkeypatch
+):
+    seen = []
+
+    def watched(x_t, t, **_):
+        seen.append(x_t)
+        return SimpleNamespace(sample=torch.zeros_like(x_t))
+
+    monkeypatch.setattr(painter, "_unet", watched)
+    found, wanted = codes(painter, batch), painter.vae.quantize(encoded(painter, batch))[0]
+    same = torch.isclose(found, wanted).flatten(1).float().mean(1) == 1
+    assert same.tolist() == [True, False, False] * 2
+    two, one = seen
+    moved = ~torch.isclose(two, one).flatten(1).all(1)
+    assert moved.tolist() == [False, False, True] * 2
+    assert not torch.isclose(codes(painter, batch, 1)[1:3], found[1:3]).flatten(1).all(1).any()
+
+
+def test_the_painter_reads_captions(painter, batch):
+    others = data.Batch(batch.pictures, batch.captions[::-1])
+    changed = ~torch.isclose(codes(painter, batch), codes(painter, others)).flatten(1).all(1)
+    assert changed[[2, 5]].all()  # noise alone says little of what was there
+    assert not changed[[0, 3]].any()
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """Trains the decoder of a copy; gives the weights of its VQGAN."""
+
+    def trained(name: str, stop_at: int | None = None) -> dict[str, torch.Tensor]:
+        checkpoint, update = tmp_path / name, Trainer._update
+        shutil.copytree(TRAINED, checkpoint)
+        run = Run(checkpoint, tmp_path / f"{name}-runs", 12, 6, save_every=4)
+
+        def stopped(trainer, loss_at):
+            if trainer.step == stop_at:
+                raise KeyboardInterrupt
+            return update(trainer, loss_at)
+
+        if stop_at:
+            with pytest.MonkeyPatch.context() as patched:
+                patched.setattr(Trainer, "_update", stopped)
+                with pytest.raises(KeyboardInterrupt):
+                    decoder.train(run)
+        decoder.train(run)
+        return load_file(checkpoint / WEIGHTS)
+
+    return trained
+
+
+def test_encoder_and_codebook_stay(trained, tmp_path):
+    before, after = load_file(TRAINED / WEIGHTS), trained("copy")
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"decoder", "post_quant_conv"}
+    assert "_name_or_path" not in (tmp_path / "copy" / "vae" / "config.json").read_text()
+    folder = tmp_path / "copy-runs" / "decoder"
+    curve = list(csv.DictReader((folder / "losses.csv").open()))
+    assert 15 < float(curve[-1]["psnr"]) < 40
+    assert (folder / "samples.png").exists()
+    state = load_file(folder / "state.safetensors")
+    assert torch.equal(after["post_quant_conv.weight"], state["ema.module.0.weight"])
+
+
+def test_a_decoder_that_was_stopped_ends_as_an_undisturbed_one(trained):
+    torch.testing.assert_close(trained("stopped", 7), trained("whole"), rtol=0, atol=0)

@@ -1,0 +1,105 @@
+"""`python -m training.decoder`: the VQGAN's decoder learns to draw what the UNet paints.
+
+It learnt behind the encoder, whose codes are right. Served, codes come from the UNet, which errs,
+and outlines become uneven. Here true pictures are encoded and noised, the distilled UNet paints
+its last step or two from there, and the decoder learns to draw the true picture all the same. A
+third of the codes stay the encoder's own. Writes `vae/`, in which encoder and codebook stay.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel, VQModel
+from PIL import Image
+from torch import Tensor, nn
+
+from export.checkpoint import load_part
+from export.fusion_head import FusionHead
+from training.cli import stage_cli
+from training.data import Batch, on_device
+from training.diffusion import FROZEN, Encoders, noised
+from training.distill import (
+    GUIDANCE,
+    PHASE,
+    check_distilled,
+    ddim_scheduler,
+    ddim_step,
+    end_of_phase,
+    scale_embedding,
+)
+from training.reward import nearest_codes
+from training.run import Run, save_part
+from training.vqgan import SHOWN, compared
+from training.vqgan_losses import psnr, reconstruction
+
+STEPS, BATCH = 600, 32
+PAINTED = 2  # of the UNet's steps at most: more would paint something else than the true picture
+LEARNING_RATE, EMA_DECAY = 5e-4, 0.99
+
+
+def train(run: Run) -> None:
+    check_distilled(run.checkpoint)
+    painter = Painter(run.checkpoint, run.device)
+    vae = painter.vae
+    decoder = nn.Sequential(vae.post_quant_conv, vae.decoder).requires_grad_(True)
+    reads = [run.checkpoint / part for part in (*FROZEN, "fusion", "unet")]
+    trainer = run.trainer(decoder, "decoder", LEARNING_RATE, EMA_DECAY, reads)
+    first = run.first([run.checkpoint / "vae"])
+    batches = run.source.batches(85_000_000 + first, run.batch, run.device)
+    shown = on_device(run.source.sample(SHOWN, 8), run.device)
+    painted = painter(shown, torch.Generator().manual_seed(SHOWN))
+
+    def loss_at(step: int) -> dict[str, Tensor]:
+        drawn = batches.at(step)
+        codes = painter(drawn, torch.Generator().manual_seed(first + step))
+        y = decoder(codes).float()
+        return {"loss": reconstruction(y, drawn.pictures), "psnr": psnr(y, drawn.pictures)}
+
+    def samples(averaged: nn.Module) -> Image.Image:
+        return compared(shown.pictures, averaged(painted))
+
+    vae.post_quant_conv, vae.decoder = trainer.run(loss_at, batches, samples)
+    save_part(vae, run.checkpoint / "vae")
+
+
+class Painter:
+    """The encoder and the distilled UNet of a checkpoint, which nothing teaches here."""
+
+    def __init__(self, checkpoint: Path, device: torch.device):
+        self._encoders = Encoders(checkpoint, device)
+        self._fusion = load_part(checkpoint / "fusion", FusionHead).to(device)
+        self._unet = load_part(checkpoint / "unet", UNet2DConditionModel).to(device)
+        self.vae = load_part(checkpoint / "vae", VQModel).to(device).requires_grad_(False)
+        self._alphas_cumprod = ddim_scheduler().alphas_cumprod.to(device)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, draw: torch.Generator) -> Tensor:
+        """Codes of pictures (B, C, h, w): a third as encoded, others where the UNet ends.
+
+        Those are noised to where it has one step left, or two, each with a guidance scale.
+        """
+        pictures, device = batch.pictures, batch.pictures.device
+        with torch.autocast(device.type, enabled=False):
+            x_t = self.vae.encode(pictures).latents * self.vae.config.scaling_factor
+        left = torch.arange(len(x_t), device=device) % (PAINTED + 1)
+        noise = torch.randn(x_t.shape, generator=draw).to(device)
+        scales = torch.empty(len(x_t)).uniform_(*GUIDANCE, generator=draw)
+        start = (left * PHASE - 1).clamp(min=0)
+        noisy = noised(x_t, noise, self._alphas_cumprod[start])
+        x_t = torch.where((left > 0)[:, None, None, None], noisy, x_t)
+        asked = {
+            "encoder_hidden_states": self._fusion(*self._encoders(batch.captions)),
+            "timestep_cond": scale_embedding(scales).to(device),
+        }
+        for t in range(PAINTED * PHASE - 1, 0, -PHASE):
+            t = torch.full_like(left, t)
+            v = self._unet(x_t, t, **asked).sample.float()
+            on = ddim_step(x_t, v, t, end_of_phase(t), self._alphas_cumprod)
+            x_t = torch.where((left * PHASE > t)[:, None, None, None], on, x_t)
+        return nearest_codes(self.vae, x_t) / self.vae.config.scaling_factor
+
+
+if __name__ == "__main__":
+    stage_cli(train, STEPS, BATCH)
