@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from training import align, bert, clip, diffusion, distill, refit, reward, vqgan
+from training import align, bert, clip, decoder, diffusion, distill, refit, reward, vqgan
 from training.loop import Trainer
 from training.run import Run
 
@@ -82,3 +82,11 @@ def test_who_goes_on_from_other_weights_draws_other_things(begin, tmp_path, stag
     (losses, start), (others, nearby) = begun
     assert (start - nearby).abs().max() < 0.01
     assert not torch.isclose(losses, others, rtol=0.01).all()
+
+
+@pytest.mark.parametrize("stage", [align, decoder])
+def test_a_seed_is_of_the_draws_where_nothing_is_random_at_first(begin, stage):
+    losses, weights = begin(stage)
+    drawn, same = begin(stage, seed=1)
+    assert torch.equal(same, weights)
+    assert not torch.isclose(drawn, losses, rtol=0.01).all()
