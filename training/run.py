@@ -52,8 +52,8 @@ class Run:
     def first(self, started_from: Sequence[Path] = ()) -> int:
         """The number of the first draw; each step's is one more.
 
-        Every seed has its own, and so has every start: who goes on from other weights would else see
-        again what those before saw. `started_from` are folders of such weights.
+        Every seed has its own, and so has every start: who goes on from other weights would else
+        see again what those before saw. `started_from` are folders of such weights.
         """
         goes_on = int(digest(started_from)[:8], 16) if started_from else 0
         return self.seed * 2**32 + goes_on
