@@ -6,14 +6,12 @@ import hashlib
 import io
 import json
 import logging
-import pickle
 import shutil
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,38 +61,20 @@ def export_command(*arguments: str | Path) -> Result:
         logging.disable(logging.NOTSET)  # the command keeps warnings off its screen
 
 
-class _Identity(pickle.Pickler):
-    """Writes what a conversion depends on; wherever a model was read from, it is the same."""
-
-    def persistent_id(self, obj: object) -> object:
-        match obj:
-            case torch.Tensor():
-                return str(obj.dtype), tuple(obj.shape), obj.detach().numpy().tobytes()
-            case set():
-                return sorted(map(str, obj))  # their order is another in every process
-            case Path():
-                return "folder"
-            case str() if Path(obj).is_absolute():
-                return "folder"
-
-
 @pytest.fixture(scope="session", autouse=True)
-def conversions(tmp_path_factory, worker_id) -> Iterator[None]:
-    """Export converts a model once: tests ask for it again, for 3 to 20 s a time."""
-    run = tmp_path_factory.getbasetemp()
-    kept = (run if worker_id == "master" else run.parent) / "conversions"  # all workers'
-    kept.mkdir(exist_ok=True)
+def conversions(tmp_path_factory) -> Iterator[None]:
+    """Export converts a checkpoint's model once: tests ask for it again, for 3 to 20 s a time."""
+    kept = tmp_path_factory.mktemp("conversions")
 
     def converted(part: Part, file: Path, precision: Precision = Precision.FP32) -> tuple[int, int]:
         made_of = io.BytesIO()
-        _Identity(made_of).dump((part.name, part.module, precision))
+        torch.save((part.name, part.module, precision), made_of)
         made = kept / hashlib.sha256(made_of.getvalue()).hexdigest()
         if not made.exists():
             folder = tmp_path_factory.mktemp("conversion")
             nodes = to_onnx(part, folder / "model.onnx", precision)
             (folder / "nodes.json").write_text(json.dumps(nodes))
-            with suppress(OSError):  # another worker was first
-                folder.rename(made)
+            folder.rename(made)
         shutil.copy(made / "model.onnx", file)
         return tuple(json.loads((made / "nodes.json").read_text()))
 

@@ -19,12 +19,12 @@ TEACHER = TRAINED.with_name("scenes-64-teacher")
 
 
 class Begun(Exception):
-    """A stage came to its first step."""
+    """A stage came to its first steps."""
 
 
 @pytest.fixture
 def begin(tmp_path, monkeypatch):
-    """Begins a stage; gives the losses of its first step and the weights that it starts from."""
+    """Begins a stage; gives the losses of two steps and the weights that it starts from."""
     monkeypatch.setattr(diffusion, "SCENES", 100)
     monkeypatch.setattr(reward, "PICTURES", 100)
     for stage, part in ((clip, "tokenizer"), (bert, "tokenizer_2")):
@@ -33,7 +33,8 @@ def begin(tmp_path, monkeypatch):
 
     def stop(trainer, loss_at, *_):
         weights = torch.cat([p.detach().flatten() for p in trainer.module.parameters()])
-        raise Begun(torch.stack([*loss_at(0).values()]).detach(), weights)
+        losses = [loss for step in range(2) for loss in loss_at(step).values()]
+        raise Begun(torch.stack(losses).detach(), weights)
 
     monkeypatch.setattr(Trainer, "run", stop)
 
@@ -54,7 +55,7 @@ def test_a_seed_is_of_the_random_weights_and_of_the_draws(begin, monkeypatch, st
     monkeypatch.setattr(torch, "manual_seed", lambda _: seeded(0))
     drawn, same = begin(stage, seed=1)
     assert torch.equal(same, weights)
-    assert not torch.isclose(drawn, losses, rtol=0.01).all()
+    assert not torch.isclose(drawn, losses, rtol=0.005).all()
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,7 @@ def test_who_goes_on_from_other_weights_draws_other_things(begin, tmp_path, stag
         begun.append(begin(stage, init=init))
     (losses, start), (others, nearby) = begun
     assert (start - nearby).abs().max() < 0.01
-    assert not torch.isclose(losses, others, rtol=0.01).all()
+    assert not torch.isclose(losses, others, rtol=0.005).all()
 
 
 @pytest.mark.parametrize("stage", [align, decoder])
@@ -89,4 +90,4 @@ def test_a_seed_is_of_the_draws_where_nothing_is_random_at_first(begin, stage):
     losses, weights = begin(stage)
     drawn, same = begin(stage, seed=1)
     assert torch.equal(same, weights)
-    assert not torch.isclose(drawn, losses, rtol=0.01).all()
+    assert not torch.isclose(drawn, losses, rtol=0.005).all()
