@@ -19,10 +19,11 @@ from export.checkpoint import load_part
 from export.fusion_head import FusionHead
 from training.cli import stage_cli
 from training.data import Batch, on_device
-from training.diffusion import FROZEN, Encoders, noised
+from training.diffusion import FROZEN, Encoders
 from training.distill import (
     GUIDANCE,
     PHASE,
+    alpha_sigma,
     check_distilled,
     ddim_scheduler,
     ddim_step,
@@ -41,7 +42,7 @@ LEARNING_RATE, EMA_DECAY = 5e-4, 0.99
 
 def train(run: Run) -> None:
     check_distilled(run.checkpoint)
-    painter = Painter(run.checkpoint, run.device)
+    painter = CodePainter(run.checkpoint, run.device)
     vae = painter.vae
     decoder = nn.Sequential(vae.post_quant_conv, vae.decoder).requires_grad_(True)
     reads = [run.checkpoint / part for part in (*FROZEN, "fusion", "unet")]
@@ -64,7 +65,7 @@ def train(run: Run) -> None:
     save_part(vae, run.checkpoint / "vae")
 
 
-class Painter:
+class CodePainter:
     """The encoder and the distilled UNet of a checkpoint, which nothing teaches here."""
 
     def __init__(self, checkpoint: Path, device: torch.device):
@@ -86,18 +87,18 @@ class Painter:
         left = torch.arange(len(x_t), device=device) % (PAINTED + 1)
         noise = torch.randn(x_t.shape, generator=draw).to(device)
         scales = torch.empty(len(x_t)).uniform_(*GUIDANCE, generator=draw)
-        start = (left * PHASE - 1).clamp(min=0)
-        noisy = noised(x_t, noise, self._alphas_cumprod[start])
-        x_t = torch.where((left > 0)[:, None, None, None], noisy, x_t)
+        alpha, sigma = alpha_sigma(left * PHASE - 1, self._alphas_cumprod)
+        x_t = alpha * x_t + sigma * noise
         asked = {
             "encoder_hidden_states": self._fusion(*self._encoders(batch.captions)),
             "timestep_cond": scale_embedding(scales).to(device),
         }
-        for t in range(PAINTED * PHASE - 1, 0, -PHASE):
-            t = torch.full_like(left, t)
-            v = self._unet(x_t, t, **asked).sample.float()
-            on = ddim_step(x_t, v, t, end_of_phase(t), self._alphas_cumprod)
-            x_t = torch.where((left * PHASE > t)[:, None, None, None], on, x_t)
+        for steps in range(PAINTED, 0, -1):
+            going = left >= steps
+            x_going, t = x_t[going], torch.full_like(left[going], steps * PHASE - 1)
+            told = {name: one[going] for name, one in asked.items()}
+            v = self._unet(x_going, t, **told).sample.float()
+            x_t[going] = ddim_step(x_going, v, t, end_of_phase(t), self._alphas_cumprod)
         return nearest_codes(self.vae, x_t) / self.vae.config.scaling_factor
 
 
