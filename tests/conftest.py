@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 import shutil
@@ -12,11 +11,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 import typer
 from typer.testing import CliRunner, Result
 
@@ -61,20 +60,44 @@ def export_command(*arguments: str | Path) -> Result:
         logging.disable(logging.NOTSET)  # the command keeps warnings off its screen
 
 
+def identity(part: Part, precision: Precision) -> str:
+    """Of what a conversion depends on; wherever a model was read from, it is the same."""
+    made_of = hashlib.sha256(f"{part.name} {part.inputs} {part.output} {precision}".encode())
+    for name, module in part.module.named_modules():
+        told = dict(vars(module))
+        for config in (told.pop("config", {}), told.pop("_internal_dict", {})):
+            told |= config if isinstance(config, dict) else config.to_dict()
+        plain = {k: v for k, v in told.items() if is_plain(v) and "name_or_path" not in k}
+        made_of.update(f"{name} {type(module)} {json.dumps(plain, sort_keys=True)}".encode())
+    for name, tensor in part.module.state_dict(keep_vars=True).items():
+        made_of.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        made_of.update(tensor.detach().numpy().tobytes())
+    return made_of.hexdigest()
+
+
+def is_plain(value: object) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 @pytest.fixture(scope="session", autouse=True)
-def conversions(tmp_path_factory) -> Iterator[None]:
-    """Export converts a checkpoint's model once: tests ask for it again, for 3 to 20 s a time."""
-    kept = tmp_path_factory.mktemp("conversions")
+def conversions(tmp_path_factory, worker_id) -> Iterator[None]:
+    """Export converts a model once: tests ask for it again, for 3 to 20 s a time."""
+    run = tmp_path_factory.getbasetemp()
+    kept = (run if worker_id == "master" else run.parent) / "conversions"  # all workers'
+    kept.mkdir(exist_ok=True)
 
     def converted(part: Part, file: Path, precision: Precision = Precision.FP32) -> tuple[int, int]:
-        made_of = io.BytesIO()
-        torch.save((part.name, part.module, precision), made_of)
-        made = kept / hashlib.sha256(made_of.getvalue()).hexdigest()
+        made = kept / identity(part, precision)
         if not made.exists():
             folder = tmp_path_factory.mktemp("conversion")
             nodes = to_onnx(part, folder / "model.onnx", precision)
             (folder / "nodes.json").write_text(json.dumps(nodes))
-            folder.rename(made)
+            with suppress(OSError):  # another worker was first
+                folder.rename(made)
         shutil.copy(made / "model.onnx", file)
         return tuple(json.loads((made / "nodes.json").read_text()))
 
