@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import compress, pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,6 +36,7 @@ from training.scenes import (
     relation,
     render,
     sample_scene,
+    spelled_out,
 )
 from twinbrush.engine import Engine
 from twinbrush.generation import End, Event, Finished
@@ -220,11 +221,12 @@ def table_of(all_tasks: list[Task], scores: list[Score]) -> dict[str, dict[str, 
     for task, one in zip(all_tasks, scores, strict=True):
         rows[NAMES[len(task.scene.items)]].append(one)
         rows["all"].append(one)
+    return {name: row_of(scored) for name, scored in rows.items()}
+
+
+def row_of(scores: list[Score]) -> dict[str, Any]:
     attributes = ("all_correct", *Score.__dataclass_fields__)
-    return {
-        name: {a: share(getattr(one, a) for one in row) for a in attributes}
-        for name, row in rows.items()
-    }
+    return {a: share(getattr(one, a) for one in scores) for a in attributes}
 
 
 def measure(engine: Engine, all_tasks: list[Task], **fields: str | float) -> list[Score]:
@@ -272,11 +274,14 @@ def main(
         given["guidance_scale"] = guidance
     with scene_engine(repository) as engine:
         try:
-            table = table_of(all_tasks, measure(engine, all_tasks, **given))
+            scores = measure(engine, all_tasks, **given)
         except InvalidArgument as error:
             sys.exit(f"error: {error}")
         request = asdict(engine.config.defaults) | given
         checkpoint = engine.config.checkpoint
+    table = table_of(all_tasks, scores)
+    left_open = (spelled_out(task.scene, task.prompt) != task.prompt for task in all_tasks)
+    table["same_side"] = row_of([*compress(scores, left_open)])
     summary: dict[str, object] = {"reader_accuracy": ceiling}
     for name in NAMES.values():
         summary[name] = _percent(table[name]["all_correct"])

@@ -151,7 +151,10 @@ def test_the_command_ends_with_its_summary(repository, tmp_path, monkeypatch, ca
         quality.main(repository, n=3, steps=2, sampler="heun", guidance=-1, out=out)
     quality.main(repository, n=6, steps=2, sampler="", guidance=-1, out=out)
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert summary == json.loads(out.read_text())["summary"]
+    result = json.loads(out.read_text())
+    assert summary == result["summary"]
+    counts = {name: row["all_correct"]["n"] for name, row in result["table"].items()}
+    assert counts == {**dict.fromkeys(quality.NAMES.values(), 2), "all": 6, "same_side": 1}
     assert list(summary) == [
         "reader_accuracy", "one_object", "two_objects", "three_objects", "relation",
         "colour_binding", "steps", "n",

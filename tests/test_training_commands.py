@@ -94,7 +94,7 @@ def test_a_folder_that_cannot_be_written_is_one_clear_sentence(tmp_path):
 
 def test_a_stage_that_starts_anew_refuses_init(refused, tmp_path):
     said = refused("clip", "--init", str(tmp_path))
-    assert said == "error: --init: training.clip, .reward, .decoder and .all take none"
+    assert said == "error: --init: training.clip, .order, .reward, .decoder, .all take none"
 
 
 def test_a_stage_refuses_a_checkpoint_that_lacks_a_tensor_before_it_computes(tmp_path):
@@ -185,6 +185,7 @@ def test_every_stage_trains_on_captioned_pictures(tmp_path):
             assert json.loads(file.metadata()["position"])["counts"]["used"] == 16
     assert "missing" not in (runs / "align" / "losses.csv").read_text()  # nobody knows the truth
     assert not (checkpoint / "reward_model").exists()
+    assert not (runs / "order").exists()
     with pytest.raises(data.BadInput, match=r"--data: training.reward needs scenes"):
         reward.train(Run(checkpoint, runs, 4, 4, source=source))
 
@@ -196,7 +197,7 @@ def test_all_stages_run_in_order_and_tell_their_times(tmp_path, monkeypatch):
     runs = tmp_path / "runs"
     every_stage.train(Run(tmp_path / "checkpoint", runs, 4, 4))
     times = json.loads((runs / "times.json").read_text())
-    assert " ".join(times) == "clip bert vqgan diffusion distill reward align decoder"
+    assert " ".join(times) == "clip bert vqgan diffusion distill order reward align decoder"
     assert all(seconds > 0 for seconds in times.values())
     for stage in times:
         assert Image.open(runs / stage / "losses.png").size[0] > 500

@@ -16,11 +16,12 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from training import align, bert, clip, data, decoder, diffusion, distill, reward, vqgan
+from training import align, bert, clip, data, decoder, diffusion, distill, order, reward, vqgan
 from training.cli import stage_cli
 from training.run import Run
 
-STAGES = (clip, bert, vqgan, diffusion, distill, reward, align, decoder)
+STAGES = (clip, bert, vqgan, diffusion, distill, order, reward, align, decoder)
+TOLD = (order, reward)  # need to know what is in the pictures
 WRITE_EVERY = 5.0  # seconds of work whose time a kill may lose
 
 
@@ -29,7 +30,7 @@ def train(run: Run) -> None:
     run.runs.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn()) as bar:
-        stages = [one for one in STAGES if one is not reward or data.knows_truth(run.source)]
+        stages = [one for one in STAGES if one not in TOLD or data.knows_truth(run.source)]
         task = bar.add_task("stages", total=len(stages))
         for stage in stages:
             name = stage.__name__.rpartition(".")[-1]

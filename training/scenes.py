@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -308,6 +309,27 @@ def _related(a: Item, b: Item, rng: np.random.Generator) -> str:
         rng, "{0} {2} {1}", "{0} {2} {1}", "{0} is {2} {1}", "{2} {1} there is {0}",
         "{1} with {0} {3}",
     ).format(_noun(a, rng), _noun(b, rng), _worded(link, rng), _pick(rng, *side))  # fmt: skip
+
+
+def spelled_out(scene: Scene, caption: str) -> str:
+    """The caption, with more said of two objects that stand on the same side of a third.
+
+    It says how the last named stands to the first, which comes first, from above or from the left,
+    and no more how to the third. A caption that leaves nothing open stays.
+    """
+    if len(scene.items) < 3 or "between" in caption:
+        return caption
+    first, middle, last = scene.items
+    link = relation(last, middle)
+    if relation(first, middle) != link:
+        return caption
+    place = "below" if link in ("left of", "right of") else "right of"
+    side = r"(?:(?:to the )?(?:left|right) of|above|over|below|under)"
+    return re.sub(
+        f"{side} the {middle.colour} {middle.shape}",
+        f"{place} the {first.colour} {first.shape}",
+        caption,
+    )
 
 
 def _worded(link: str | None, rng: np.random.Generator) -> str:
