@@ -104,9 +104,7 @@ def stage_cli(
                 )  # fmt: skip
                 source = Captioned(path, preparation, shuffle)
             if init is not None and not warm_start:
-                raise BadInput(
-                    "--init: training.clip, .order, .reward, .decoder, .all take none"
-                )
+                raise BadInput("--init: training.clip, .order, .reward, .decoder, .all take none")
             if init is not None and init.resolve() == checkpoint.resolve():
                 raise BadInput(f"--init: {init} is what --checkpoint writes; write another")
             train(

@@ -59,15 +59,18 @@ def targets(
 ) -> tuple[Tensor, Tensor]:
     """What BERT is to say of captions, and the tokens of which it said something else: (B, L).
 
-    Up to where a caption that is spelled out says something else, after the last name, it is what
-    BERT says of that one; elsewhere, and of captions that leave nothing open, what it says of them.
+    Up to where a caption that is spelled out says something else, after the last name, its last
+    hidden state is what BERT says of that one. All else is what BERT says of the caption: lower
+    layers cannot tell yet whether it leaves anything open.
 
     Args:
         caption, spelled: ids and mask, both (B, L).
     """
     same = caption[0] == spelled[0]
     begun = same.cumprod(1).bool() & ~same.all(1, keepdim=True)
-    return torch.where(begun[..., None], states(bert, *spelled), states(bert, *caption)), begun
+    wanted = states(bert, *caption)
+    wanted[-1][begun] = states(bert, *spelled)[-1][begun]
+    return wanted, begun
 
 
 def states(bert: BertModel, ids: Tensor, mask: Tensor) -> Tensor:

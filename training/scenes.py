@@ -317,7 +317,7 @@ def spelled_out(scene: Scene, caption: str) -> str:
     It says how the last named stands to the first, which comes first, from above or from the left,
     and no more how to the third. A caption that leaves nothing open stays.
     """
-    if len(scene.items) < 3 or "between" in caption:
+    if len(scene.items) < 3:
         return caption
     first, middle, last = scene.items
     link = relation(last, middle)
