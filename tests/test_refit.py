@@ -52,7 +52,7 @@ def said(encoders: Path, head: Path) -> torch.Tensor:
 def test_the_head_says_behind_a_changed_bert_what_it_said(changed):
     wanted = said(ORIGINAL, ORIGINAL)
     before = F.mse_loss(said(changed, ORIGINAL), wanted)
-    refit.train(run(changed, 50))
+    refit.train(run(changed, 80))
     assert F.mse_loss(said(changed, changed), wanted) < 0.5 * before
     curve = list(csv.DictReader((changed.parent / "runs" / "refit" / "losses.csv").open()))
     assert float(curve[-1]["loss"]) < float(curve[0]["loss"])
