@@ -35,7 +35,9 @@ from training.scenes import (
     middle_item,
     relation,
     render,
+    sample_row,
     sample_scene,
+    says_between,
     spelled_out,
 )
 from twinbrush.engine import Engine
@@ -44,6 +46,7 @@ from twinbrush.onnx_runtime import LocalModels
 from twinbrush.request import GenerationRequest, InvalidArgument
 
 SEED = 90_000_000  # of the held-out scenes; picture k is painted from seed k
+BETWEEN_SEED = 91_000_000
 NAMES = {1: "one_object", 2: "two_objects", 3: "three_objects"}
 console = Console()
 
@@ -94,6 +97,18 @@ def tasks(n: int, held_out: bool = True) -> list[Task]:
     return made
 
 
+def between_tasks(n: int) -> list[Task]:
+    """Prompts that say of one object that it is between two others; none is held out."""
+    made = []
+    while len(made) < n:
+        rng = np.random.default_rng(BETWEEN_SEED + len(made))
+        scene = sample_row(rng)
+        while not says_between(prompt := describe(scene, rng)):
+            pass
+        made.append(Task(prompt, scene))
+    return made
+
+
 def score(task: Task, reading: Reading) -> Score:
     """Compares a picture with what its prompt says."""
     wanted, shown = task.scene.items, reading.items
@@ -135,7 +150,7 @@ def _related(task: Task, placed: dict[tuple[str, str], Item]) -> bool:
     ]
     if len(shown) < len(wanted):
         return False
-    if "between" in task.prompt:
+    if says_between(task.prompt):
         middle = middle_item(task.scene)
         assert middle is not None, "describe says between only where it is so"
         inner = shown.pop(middle)
@@ -256,6 +271,9 @@ def main(
     seen: Annotated[
         bool, typer.Option("--seen", help="Only combinations that training shows.")
     ] = False,
+    between: Annotated[
+        bool, typer.Option("--between", help="Only prompts that say it; of seen combinations.")
+    ] = False,
     steps: Annotated[int, typer.Option(help="Denoising steps; 0 is the checkpoint's.")] = 0,
     sampler: Annotated[str, typer.Option(help="Empty is the checkpoint's.")] = "",
     guidance: Annotated[float, typer.Option(help="Scale; negative is the checkpoint's.")] = -1,
@@ -264,7 +282,7 @@ def main(
     ),
 ) -> None:
     """Counts how well pictures follow their prompts."""
-    all_tasks = tasks(n, held_out=not seen)
+    all_tasks = between_tasks(n) if between else tasks(n, held_out=not seen)
     ceiling = reader_accuracy(all_tasks)
     console.print(f"reader: {ceiling}% of {n} true pictures read right")
     given: dict[str, str | float] = {"steps": steps} if steps else {}
@@ -280,7 +298,10 @@ def main(
         request = asdict(engine.config.defaults) | given
         checkpoint = engine.config.checkpoint
     table = table_of(all_tasks, scores)
-    left_open = (spelled_out(task.scene, task.prompt) != task.prompt for task in all_tasks)
+    left_open = (
+        spelled_out(task.scene, task.prompt) != task.prompt and not says_between(task.prompt)
+        for task in all_tasks
+    )
     table["same_side"] = row_of([*compress(scores, left_open)])
     summary: dict[str, object] = {"reader_accuracy": ceiling}
     for name in NAMES.values():
@@ -291,7 +312,7 @@ def main(
         out,
         "python -m benchmarks.quality",
         checkpoint=checkpoint,
-        prompts="seen" if seen else "held out",
+        prompts="between" if between else "seen" if seen else "held out",
         request=request,
         summary=summary,
         table=table,

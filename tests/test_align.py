@@ -24,6 +24,7 @@ from training.scenes import (
     Item,
     Scene,
     describe,
+    middle_item,
     sample_crowd,
     sample_request,
     sample_scene,
@@ -78,7 +79,7 @@ def test_crowds_hold_doubles_and_any_number():
 
 def test_requests_name_no_size_of_what_training_shows_in_one_alone():
     rng = np.random.default_rng(0)
-    asked = [sample_request(rng) for _ in range(300)]
+    asked = [sample_request(rng) for _ in range(400)]
     alone = {(colour, shape) for shape, colour, _ in HELD_OUT}
     shown = unsized = 0
     for scene, caption in asked:
@@ -95,6 +96,8 @@ def test_requests_name_no_size_of_what_training_shows_in_one_alone():
     assert 0.1 < unsized / (sum(len(scene.items) for scene, _ in asked) - shown) < 0.3
     counts = np.bincount([len(scene.items) for scene, _ in asked])
     assert 0 < counts[1] < counts[2] < counts[3]
+    in_a_row = [middle_item(scene) is not None for scene, _ in asked if len(scene.items) == 3]
+    assert 0.15 < np.mean(in_a_row) < 0.4
 
 
 def test_who_is_asked_for_requests_hears_what_they_are_true_of():

@@ -21,6 +21,7 @@ from training.scenes import (
     SHAPES,
     Item,
     Scene,
+    middle_item,
     render,
     sample_scene,
 )
@@ -133,6 +134,20 @@ def test_prompts_are_held_out_and_of_one_two_and_three_objects():
     assert not any(task.scene.held_out for task in seen)
 
 
+def test_prompts_of_one_between_two_are_true_and_not_held_out():
+    tasks = quality.between_tasks(40)
+    assert all(" between " in f" {task.prompt} " for task in tasks)
+    assert not any(task.scene.held_out for task in tasks)
+    assert len({task.prompt for task in tasks}) == 40
+    assert quality.between_tasks(5) == tasks[:5]
+    for task in tasks:
+        assert score(task, Reading(task.scene.background, task.scene.items)).all_correct
+        a, b = (i for k, i in enumerate(task.scene.items) if k != middle_item(task.scene))
+        traded = {a: replace(a, x=b.x, y=b.y), b: replace(b, x=a.x, y=a.y)}
+        turned = tuple(traded.get(item, item) for item in task.scene.items)
+        assert score(task, Reading(task.scene.background, turned)).relation
+
+
 def test_intervals_are_wilsons():
     assert interval(90, 100) == (82.6, 94.5)
     assert interval(0, 10) == (0.0, 27.8)
@@ -160,6 +175,11 @@ def test_the_command_ends_with_its_summary(repository, tmp_path, monkeypatch, ca
         "colour_binding", "steps", "n",
     ]  # fmt: skip
     assert (summary["steps"], summary["n"]) == (2, 6)
+    quality.main(repository, n=3, between=True, steps=2, sampler="", guidance=-1, out=out)
+    result = json.loads(out.read_text())
+    assert result["prompts"] == "between"
+    assert result["table"]["three_objects"]["all_correct"]["n"] == 3
+    assert result["summary"]["one_object"] is None
 
 
 def test_the_autoencoder_is_measured(tiny, tmp_path, capsys):

@@ -17,7 +17,17 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from training.data import MAX_TOKENS
-from training.scenes import COLOURS, OPPOSITE, SHAPES, SIZES, Item, Scene, middle_item, relation
+from training.scenes import (
+    COLOURS,
+    OPPOSITE,
+    SHAPES,
+    SIZES,
+    Item,
+    Scene,
+    middle_item,
+    relation,
+    says_between,
+)
 
 NOBODY = "nobody"  # is the partner of an object alone, and of one between two others
 # What is asked of each word of an object's name, and what can be answered.
@@ -37,7 +47,7 @@ def partner(scene: Scene, index: int, caption: str) -> Item | None:
     """The object that the caption names this one with; None for one alone or between two."""
     if len(scene.items) == 1:
         return None
-    if "between" in caption:
+    if says_between(caption):
         middle = middle_item(scene)
         assert middle is not None, "describe says between only where it is so"
         return None if index == middle else scene.items[middle]
@@ -49,7 +59,7 @@ def place(scene: Scene, index: int, caption: str) -> str:
     other = partner(scene, index, caption)
     if other is None:
         return "alone" if len(scene.items) == 1 else "between"
-    if "between" in caption:
+    if says_between(caption):
         return "outside"
     link = relation(scene.items[index], other)
     assert link is not None, "sample_scene chains its objects by clear relations"

@@ -1,16 +1,19 @@
-"""`python -m training.order`: BERT says how two objects stand of which captions say the same.
+"""`python -m training.order`: BERT says where objects stand of which captions leave it open.
 
 "A star left of a square; a ring is left of the square" leaves open where the ring is to the star,
 and a painter that has to decide it from noise often paints a mixture of both, twice. So of the
 object that is named last BERT learns to say what it says where the caption spells it out, "a ring
 is below the star" (context distillation, arXiv:2209.15189): the first named comes first, from above
-or from the left. All else it says as before, so the fusion head and the UNets stay as they are.
-Writes `text_encoder_2/`.
+or from the left. "A ring between a star and a square" may be a row or a column, and both are rare
+in training; BERT learns to say "a ring below a star; a square is below the ring". All else it says
+as before, so the fusion head and the UNets stay as they are. Writes `text_encoder_2/`.
 """
 
 from __future__ import annotations
 
 import copy
+import re
+from collections import Counter
 
 import torch
 from torch import Tensor
@@ -18,12 +21,16 @@ from transformers import BertModel, BertTokenizer
 
 from export.checkpoint import load_part
 from training.cli import stage_cli
-from training.data import BadInput, knows_truth, requests_of, token_ids
+from training.data import MAX_TOKENS, BadInput, Batch, knows_truth, requests_of, token_ids
+from training.diffusion import BERT_LAYERS
 from training.run import Run, check_trained, save_part
-from training.scenes import spelled_out
+from training.scenes import Scene, says_between, spelled_out
 
 STEPS, BATCH = 1000, 96
 LEARNING_RATE, EMA_DECAY = 1e-3, 0.99
+KEPT = 6.0  # weight of what stays: without it other captions are painted worse
+# Words around "between", and those in their place where it is spelled out.
+STANDS_FOR = {"between": "below", "and": ";", "them": "it"}
 
 
 def train(run: Run) -> None:
@@ -42,35 +49,87 @@ def train(run: Run) -> None:
     def loss_at(step: int) -> dict[str, Tensor]:
         drawn = batches.at(step)
         spelled = [*map(spelled_out, drawn.scenes, drawn.captions)]
-        ids, mask = token_ids(tokenizer, drawn.captions, run.device)
-        told, told_mask = token_ids(tokenizer, spelled, run.device)
-        wanted, begun = targets(before, (ids, mask), (told, told_mask))
-        error = (states(bert, ids, mask) - wanted).square().mean((0, 3))
-        said, kept = error[begun], error[~begun & mask.bool()]
-        means = {"said": said.sum() / max(1, len(said)), "kept": kept.mean()}
-        return {"loss": torch.cat([said, kept]).mean(), **means}
+        asked, told = (token_ids(tokenizer, c, run.device) for c in (drawn.captions, spelled))
+        sources, layers = same_words(tokenizer, drawn, spelled)
+        wanted, said = targets(before, asked, told, sources.to(run.device), layers.to(run.device))
+        error = (states(bert, *asked) - wanted).square().mean((0, 3))
+        there = asked[1].bool()
+        means = {
+            "said": error[said].sum() / max(1, int(said.sum())),
+            "kept": error[~said & there].mean(),
+        }
+        return {"loss": torch.where(said, error, KEPT * error)[there].mean(), **means}
 
     save_part(trainer.run(loss_at, batches), folder)
 
 
+def same_words(tokenizer: BertTokenizer, batch: Batch, spelled: list[str]) -> tuple[Tensor, Tensor]:
+    """Where captions are spelled out, which token there says what a token of a caption is to say.
+
+    Where two objects are on the same side, it is the same token, up to the last name: what comes
+    after is worded otherwise. One object between two others is named elsewhere, and of the words
+    beside the names each has one that stands for it. All that can be told there in the last layer
+    alone, as lower ones do not know yet whether a caption leaves anything open; the word "between"
+    they all see.
+
+    Returns:
+        Indices of tokens, -1 where a token is to say what it says: (B, `MAX_TOKENS`). And whether
+        a caption is to say it in every layer that the fusion head reads, (B,).
+    """
+    sources = torch.full((len(spelled), MAX_TOKENS), -1)
+    between = [says_between(caption) for caption in batch.captions]
+    for row, (scene, caption, told) in enumerate(
+        zip(batch.scenes, batch.captions, spelled, strict=True)
+    ):
+        if told == caption:
+            continue
+        here, there = (words(tokenizer, scene, text) for text in (caption, told))
+        if between[row]:
+            found = [there.index(word) if word in there else -1 for word in here]
+        else:
+            found = [*range(next(i for i, word in enumerate(here) if word != there[i]))]
+        sources[row, : len(found)] = torch.tensor(found)
+    return sources, torch.tensor(between)
+
+
+def words(tokenizer: BertTokenizer, scene: Scene, caption: str) -> list[tuple[int, str, int]]:
+    """Of every token: whose name it is in, -1 if in none, what it stands for, the how manieth."""
+    encoded = tokenizer(caption, return_offsets_mapping=True)
+    names = [
+        next(re.finditer(f"(an? )?({item.size} )?{item.colour} {item.shape}", caption)).span()
+        for item in scene.items
+    ]
+    seen: Counter[tuple[int, str]] = Counter()
+    found = []
+    for token, (start, end) in zip(encoded.tokens(), encoded["offset_mapping"], strict=True):
+        whose = [k for k, (first, past) in enumerate(names) if first <= start < end <= past]
+        word = (whose[0] if whose else -1, STANDS_FOR.get(token, token))
+        found.append((*word, seen[word]))
+        seen[word] += 1
+    return found
+
+
 @torch.no_grad()
 def targets(
-    bert: BertModel, caption: tuple[Tensor, Tensor], spelled: tuple[Tensor, Tensor]
+    bert: BertModel,
+    caption: tuple[Tensor, Tensor],
+    spelled: tuple[Tensor, Tensor],
+    sources: Tensor,
+    all_layers: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """What BERT is to say of captions, and the tokens of which it said something else: (B, L).
-
-    Up to where a caption that is spelled out says something else, after the last name, its last
-    hidden state is what BERT says of that one. All else is what BERT says of the caption: lower
-    layers cannot tell yet whether it leaves anything open.
+    """What BERT is to say of captions, in every layer, and which tokens change: (B, L).
 
     Args:
         caption, spelled: ids and mask, both (B, L).
+        sources, all_layers: as `same_words` has them.
     """
-    same = caption[0] == spelled[0]
-    begun = same.cumprod(1).bool() & ~same.all(1, keepdim=True)
-    wanted = states(bert, *caption)
-    wanted[-1][begun] = states(bert, *spelled)[-1][begun]
-    return wanted, begun
+    wanted, told = states(bert, *caption), states(bert, *spelled)
+    said = sources >= 0
+    rows = torch.arange(len(sources), device=sources.device)[:, None]
+    for layer in BERT_LAYERS:
+        here = said if layer == BERT_LAYERS[-1] else said & all_layers[:, None]
+        wanted[layer][here] = told[layer][rows, sources.clamp(min=0)][here]
+    return wanted, said
 
 
 def states(bert: BertModel, ids: Tensor, mask: Tensor) -> Tensor:

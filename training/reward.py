@@ -39,6 +39,7 @@ from training.scenes import (
     middle_item,
     relation,
     sample_crowd,
+    says_between,
 )
 
 STEPS, BATCH = 1000, 128
@@ -216,7 +217,7 @@ def _out_of_order(
     def late(before: int, after: int, axis: int) -> Tensor:
         return F.relu(APART - (places[after][axis] - places[before][axis])) / APART
 
-    if "between" in caption:
+    if says_between(caption):
         middle = middle_item(scene)
         assert middle is not None, "describe says between only where it is so"
         a, b = (i for i in range(3) if i != middle)

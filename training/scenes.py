@@ -37,6 +37,7 @@ BACKGROUNDS = {
 SIZES = {"small": 7.5, "large": 12.5}  # radius in pixels
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
+ROWS = 0.25  # of requests of three objects
 # One in eight (shape, colour, size) combinations is kept out of training, so that a prompt
 # about one of them asks for something never seen: twelve objects that are only ever large.
 # Every shape and colour loses some.
@@ -113,14 +114,38 @@ def sample_scene(
             return scene
 
 
+def sample_row(rng: np.random.Generator) -> Scene:
+    """Three objects in a row or a column, none of a held-out combination.
+
+    Of scenes of three objects that are drawn evenly one in fifty is such.
+    """
+    while True:
+        along = rng.uniform(26, 38) + rng.uniform(15, 25, 3) * rng.permutation([-1, 0, 1])
+        across = rng.uniform(0, SIDE) + rng.normal(0, 6, 3)
+        if rng.random() < 0.5:
+            along, across = across, along
+        items = []
+        for x, y in zip(along.tolist(), across.tolist(), strict=True):
+            size = _pick(rng, "small", "small", "small", "large")  # there is hardly room for large
+            items.append(Item(_pick(rng, *SHAPES), _pick(rng, *COLOURS), size, x, y))
+        if not (all(map(_inside, items)) and _apart(items)):
+            continue
+        scene = Scene(tuple(items), _pick(rng, *BACKGROUNDS))
+        if _sound(scene) and middle_item(scene) is not None and not scene.held_out:
+            return scene
+
+
 def sample_request(rng: np.random.Generator) -> tuple[Scene, str]:
     """A scene of the training world and a caption of it, to ask a painter for.
 
-    Rather of three objects, which are harder. No caption names the size of what training shows
-    in one size alone: whoever learns from such does not learn to heed it.
+    Rather of three objects, which are harder, and rather of such in a row, which are rare. No
+    caption names the size of what training shows in one size alone: whoever learns from such does
+    not learn to heed it.
     """
     while True:
-        scene = sample_scene(rng, int(rng.choice((1, 2, 3), p=(0.2, 0.3, 0.5))))
+        count = int(rng.choice((1, 2, 3), p=(0.2, 0.3, 0.5)))
+        row = count == 3 and rng.random() < ROWS
+        scene = sample_row(rng) if row else sample_scene(rng, count)
         caption = describe(scene, rng)
         if not any(f"large {colour} {shape}" in caption for shape, colour, _ in HELD_OUT):
             return scene, caption
@@ -312,11 +337,17 @@ def _related(a: Item, b: Item, rng: np.random.Generator) -> str:
 
 
 def spelled_out(scene: Scene, caption: str) -> str:
-    """The caption, with more said of two objects that stand on the same side of a third.
+    """The caption, with more said of who stands where, if it leaves that open.
 
-    It says how the last named stands to the first, which comes first, from above or from the left,
-    and no more how to the third. A caption that leaves nothing open stays.
+    Of two objects on the same side of a third it says how the last named stands to the first,
+    which comes first, from above or from the left, and no more how to the third. Of one between
+    two others it says that it is below the first named, and the other below it. A caption that
+    leaves nothing open stays.
     """
+    if says_between(caption):
+        for wording, spelled in _BETWEEN.items():
+            caption = re.sub(wording, spelled, caption)
+        return caption
     if len(scene.items) < 3:
         return caption
     first, middle, last = scene.items
@@ -330,6 +361,29 @@ def spelled_out(scene: Scene, caption: str) -> str:
         f"{place} the {first.colour} {first.shape}",
         caption,
     )
+
+
+def says_between(caption: str) -> bool:
+    """Whether a caption says of three objects that one is between two others."""
+    return "between" in caption
+
+
+def _named(name: str) -> str:
+    return rf"(?P<{name}>an? (?:(?:{'|'.join(SIZES)}) )?(?P<{name}_kind>\w+ \w+))"
+
+
+# Wordings of `describe`, and each with a word in the place of "between" that tells of two alone.
+_BETWEEN = {
+    f"{_named('x')} between {_named('a')} and {_named('b')}": (
+        r"\g<x> below \g<a>; \g<b> is below the \g<x_kind>"
+    ),
+    f"{_named('a')} and {_named('b')} with {_named('x')} between them": (
+        r"\g<a> with \g<x> below it; \g<b> is below the \g<x_kind>"
+    ),
+    f"between {_named('a')} and {_named('b')} there is {_named('x')}": (
+        r"below \g<a> there is \g<x>; \g<b> is below the \g<x_kind>"
+    ),
+}
 
 
 def _worded(link: str | None, rng: np.random.Generator) -> str:
