@@ -37,7 +37,8 @@ BACKGROUNDS = {
 SIZES = {"small": 7.5, "large": 12.5}  # radius in pixels
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
-ROWS = 0.25  # of requests of three objects
+ROWS = 0.25  # share of requests of three objects that are in a row or a column
+
 # One in eight (shape, colour, size) combinations is kept out of training, so that a prompt
 # about one of them asks for something never seen: twelve objects that are only ever large.
 # Every shape and colour loses some.
