@@ -93,7 +93,7 @@ def same_words(tokenizer: BertTokenizer, batch: Batch, spelled: list[str]) -> tu
 
 
 def words(tokenizer: BertTokenizer, scene: Scene, caption: str) -> list[tuple[int, str, int]]:
-    """Of every token: whose name it is in, -1 if in none, its word, and how often that came before."""
+    """Of every token: the name that it is in or -1, its word, how often both came before."""
     encoded = tokenizer(caption, return_offsets_mapping=True)
     names = [
         next(re.finditer(f"(an? )?({item.size} )?{item.colour} {item.shape}", caption)).span()
