@@ -120,6 +120,12 @@ def curve(checkpoint: Path) -> list[dict[str, float]]:
         return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
 
 
+def test_rows_are_rare_where_scenes_are_drawn_evenly():
+    rng = np.random.default_rng(5)
+    rows = [middle_item(sample_scene(rng, 3)) is not None for _ in range(3000)]
+    assert 0.015 < np.mean(rows) < 0.025
+
+
 @given(st.integers(0, 10**9))
 @settings(max_examples=100, deadline=None)
 def test_what_is_between_is_spelled_out_in_every_wording(seed):
@@ -226,13 +232,17 @@ def test_bert_learns_it(checkpoint, monkeypatch):
     BertModel(config, add_pooling_layer=False).save_pretrained(checkpoint / "text_encoder_2")
     at = data.SceneBatches.at
     monkeypatch.setattr(data.SceneBatches, "at", lambda batches, _: at(batches, 0))
+    monkeypatch.setattr(Run, "first", lambda *_: 0)
     order.train(run(checkpoint, 1))
     (before,) = curve(checkpoint)
     shutil.rmtree(checkpoint.parent / "runs")
-    order.train(run(checkpoint, 60))
+    order.train(run(checkpoint, 120))
     after = curve(checkpoint)[-1]
     assert after["said"] < 0.5 * before["said"]
     assert after["kept"] < 0.1 * before["said"]
+    share = before["loss"] / before["said"]  # of tokens; what stays is right at first
+    weighed = share * after["said"] + order.KEPT * (1 - share) * after["kept"]
+    assert after["loss"] == pytest.approx(weighed, rel=0.05)
 
 
 def test_the_checkpoints_bert_says_it(tokenizer):
