@@ -18,6 +18,7 @@ from export.checkpoint import load_part
 from training import data, order
 from training.run import Run
 from training.scenes import (
+    HELD_OUT,
     Item,
     Scene,
     describe,
@@ -27,6 +28,7 @@ from training.scenes import (
     sample_row,
     sample_scene,
     says_between,
+    sizes_named,
     spelled_out,
 )
 
@@ -35,6 +37,7 @@ WEIGHTS = Path("text_encoder_2", "model.safetensors")
 STAR = Item("star", "red", "small", 12, 20)
 SQUARE = Item("square", "blue", "large", 48, 32)
 RING = Item("ring", "green", "small", 12, 44)
+DISC = Item("circle", "orange", "large", 48, 50)
 
 
 def turned(item: Item) -> Item:
@@ -102,6 +105,28 @@ def test_only_what_is_open_is_spelled_out(seed, count):
     assert f"the {middle}" not in spelled[end:]
 
 
+@pytest.mark.parametrize(
+    ("items", "caption", "named"),
+    [
+        (
+            (STAR, SQUARE, DISC),
+            "a red star left of a blue square, and an orange circle left of the blue square",
+            "a small red star left of a blue square, and a small orange circle left of the blue "
+            "square",
+        ),
+        (
+            (STAR, RING, DISC),
+            "a large red star and a small green ring with an orange circle between them",
+            "a large red star and a small green ring with a small orange circle between them",
+        ),
+        ((STAR, DISC), "a red star over an orange circle", "a red star over an orange circle"),
+    ],
+)
+def test_three_objects_are_small_unless_their_caption_says_or_they_never_are(items, caption, named):
+    assert ("square", "blue", "small") in HELD_OUT
+    assert sizes_named(Scene(items, "gray"), caption) == named
+
+
 @pytest.fixture
 def checkpoint(tmp_path) -> Path:
     folder = tmp_path / "checkpoint"
@@ -149,16 +174,19 @@ CAPTIONS = [
     "a small red star left of a blue square, and a green ring to the left of the blue square",
     "a small red star left of a blue square",
     "on white, a small red star and a green ring with a blue square between them",
+    "a red star over a blue square; an orange circle is right of the blue square",
 ]
 SPELLED = [
     "a small red star left of a blue square, and a green ring below the red star",
     CAPTIONS[1],
     "on white, a small red star with a blue square below it; a green ring is below the blue square",
+    "a small red star over a blue square; a small orange circle is right of the blue square",
 ]
 SCENES = [
     Scene((STAR, SQUARE, RING), "gray"),
     Scene((STAR, SQUARE), "gray"),
     Scene((SQUARE, STAR, RING), "white"),
+    Scene((STAR, SQUARE, DISC), "white"),
 ]
 
 
@@ -170,17 +198,21 @@ def tokenizer() -> BertTokenizer:
 def test_every_word_says_what_its_like_says_where_it_is_spelled_out(tokenizer):
     batch = data.Batch(data.no_pictures(), CAPTIONS, SCENES)
     sources, all_layers = order.same_words(tokenizer, batch, SPELLED)
-    assert all_layers.tolist() == [False, False, True]
+    assert all_layers.tolist() == [False, False, True, False]
     (asked, _), (told, _) = (data.token_ids(tokenizer, texts) for texts in (CAPTIONS, SPELLED))
     said = tokenizer.decode(asked[0][sources[0] >= 0], skip_special_tokens=True)
     assert said == "a small red star left of a blue square, and a green ring"
     assert torch.equal(sources[0][sources[0] >= 0], torch.arange(int((sources[0] >= 0).sum())))
     assert (sources[1] == -1).all()
-    pairs = [
-        (tokenizer.decode([here]), tokenizer.decode([told[2][source]]))
-        for here, source in zip(asked[2].tolist(), sources[2].tolist(), strict=True)
-        if source >= 0
-    ]
+
+    def pairs_of(row: int) -> list[tuple[str, str]]:
+        return [
+            (tokenizer.decode([here]), tokenizer.decode([told[row][source]]))
+            for here, source in zip(asked[row].tolist(), sources[row].tolist(), strict=True)
+            if source >= 0
+        ]
+
+    pairs = pairs_of(2)
     assert [pair for pair in pairs if pair[0] != pair[1]] == [
         ("and", ";"), ("between", "below"), ("them", "it"),
     ]  # fmt: skip
@@ -188,6 +220,13 @@ def test_every_word_says_what_its_like_says_where_it_is_spelled_out(tokenizer):
     ring = asked[2].tolist().index(tokenizer.convert_tokens_to_ids("ring"))
     assert told[2][sources[2][ring]] == asked[2][ring]
     assert sources[2][ring] > ring  # of the ring's own name, which stands elsewhere
+    sized = pairs_of(3)
+    assert [pair for pair in sized if pair[0] != pair[1]] == [("an", "a")]
+    assert " ".join(here for here, _ in sized[1:]) == (
+        "a red star over a blue square ; an orange circle"
+    )
+    (disc,) = (told[3] == tokenizer.convert_tokens_to_ids("circle")).nonzero().flatten().tolist()
+    assert sources[3].max() == disc
     square = asked[2].tolist().index(tokenizer.convert_tokens_to_ids("square"))
     assert sources[2][square] == told[2].tolist().index(asked[2][square])  # named first
 
@@ -203,7 +242,7 @@ def test_bert_is_to_say_what_it_says_where_it_is_spelled_out(tokenizer):
         of_asked, of_told = order.states(bert, *asked), order.states(bert, *told)
     for layer in range(5):
         assert torch.equal(wanted[layer][~said], of_asked[layer][~said])
-        for row, layers in ((0, {4}), (2, {2, 4})):
+        for row, layers in ((0, {4}), (2, {2, 4}), (3, {4})):
             here = said[row]
             elsewhere = of_told[layer, row][sources[row][here]]
             own = of_asked[layer, row][here]
@@ -245,31 +284,52 @@ def test_bert_learns_it(checkpoint, monkeypatch):
     assert after["loss"] == pytest.approx(weighed, rel=0.05)
 
 
-def test_the_checkpoints_bert_says_it(tokenizer):
-    rng = np.random.default_rng(11)
-    drawn = [sample_request(rng) for _ in range(300)]
-    opened = [(scene, c, spelled_out(scene, c)) for scene, c in drawn if spelled_out(scene, c) != c]
-    scenes, captions, spelled = map(list, zip(*opened, strict=True))
-    between = torch.tensor([*map(says_between, captions)])
-    assert 10 < between.sum() < len(captions) - 10
-    against = [
-        told.replace("below", "above").replace("right of the", "left of the") for told in spelled
-    ]
+def nearer(tokenizer, scenes, captions, wanted, unwanted) -> torch.Tensor:
+    """Whether the checkpoint's BERT says of captions rather what it says of `wanted`."""
     bert = load_part(TRAINED / "text_encoder_2", BertModel, add_pooling_layer=False)
-    asked, *other = (data.token_ids(tokenizer, texts) for texts in (captions, spelled, against))
+    asked, *others = (data.token_ids(tokenizer, texts) for texts in (captions, wanted, unwanted))
     batch = data.Batch(data.no_pictures(), captions, scenes)
-    sources, all_layers = order.same_words(tokenizer, batch, spelled)
+    sources, all_layers = order.same_words(tokenizer, batch, wanted)
     with torch.no_grad():
         said = order.states(bert, *asked)[-1]
     to_wanted, to_unwanted = (
         ((said - order.targets(bert, asked, told, sources, all_layers)[0][-1]).square().mean(-1))
         .where(sources >= 0, 0)
         .sum(1)
-        for told in other
+        for told in others
     )
-    nearer = (to_wanted < to_unwanted).float()
-    assert nearer[~between].mean() > 0.95
-    assert nearer[between].mean() > 0.95
+    return (to_wanted < to_unwanted).float()
+
+
+def requests(seed: int, n: int = 300) -> list[tuple[Scene, str]]:
+    rng = np.random.default_rng(seed)
+    return [sample_request(rng) for _ in range(n)]
+
+
+def test_the_checkpoints_bert_says_it(tokenizer):
+    opened = [(s, c, spelled_out(s, c)) for s, c in requests(11) if spelled_out(s, c) != c]
+    scenes, captions, spelled = map(list, zip(*opened, strict=True))
+    spelled = [*map(sizes_named, scenes, spelled)]
+    against = [
+        told.replace("below", "above").replace("right of the", "left of the") for told in spelled
+    ]
+    between = torch.tensor([*map(says_between, captions)])
+    assert 10 < between.sum() < len(captions) - 10
+    found = nearer(tokenizer, scenes, captions, spelled, against)
+    assert found[~between].mean() > 0.95
+    assert found[between].mean() > 0.95
+
+
+def test_the_checkpoints_bert_says_that_three_are_small(tokenizer):
+    opened = [
+        (s, c, sizes_named(s, c))
+        for s, c in requests(12, 2000)
+        if "small" not in c and spelled_out(s, c) == c != sizes_named(s, c)
+    ]
+    scenes, captions, small = map(list, zip(*opened, strict=True))
+    assert len(captions) > 10
+    large = [told.replace("small", "large") for told in small]
+    assert nearer(tokenizer, scenes, captions, small, large).mean() > 0.95
 
 
 def test_who_does_not_know_what_is_in_pictures_cannot_tell_their_order(checkpoint):

@@ -5,8 +5,9 @@ and a painter that has to decide it from noise often paints a mixture of both, t
 object that is named last BERT learns to say what it says where the caption spells it out, "a ring
 is below the star" (context distillation, arXiv:2209.15189): the first named comes first, from above
 or from the left. "A ring between a star and a square" may be a row or a column, and both are rare
-in training; BERT learns to say "a ring below a star; a square is below the ring". All else it says
-as before, so the fusion head and the UNets stay as they are. Writes `text_encoder_2/`.
+in training; BERT learns to say "a ring below a star; a square is below the ring". For the same
+reason three objects are small where captions leave their size open. All else it says as before, so
+the fusion head and the UNets stay as they are. Writes `text_encoder_2/`.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ from training.cli import stage_cli
 from training.data import MAX_TOKENS, BadInput, Batch, knows_truth, requests_of, token_ids
 from training.diffusion import BERT_LAYERS
 from training.run import Run, check_trained, save_part
-from training.scenes import Scene, says_between, spelled_out
+from training.scenes import SIZES, Scene, says_between, sizes_named, spelled_out
 
 STEPS, BATCH = 1000, 96
 LEARNING_RATE, EMA_DECAY = 1e-3, 0.99
 KEPT = 6.0  # weight of what stays: without it other captions are painted worse
 # Words around "between", and those in their place where it is spelled out.
-STANDS_FOR = {"between": "below", "and": ";", "them": "it"}
+STANDS_FOR = {"between": "below", "and": ";", "them": "it", "an": "a"}
+LAST = 2  # index of the third object, which captions name last
 
 
 def train(run: Run) -> None:
@@ -48,7 +50,10 @@ def train(run: Run) -> None:
 
     def loss_at(step: int) -> dict[str, Tensor]:
         drawn = batches.at(step)
-        spelled = [*map(spelled_out, drawn.scenes, drawn.captions)]
+        spelled = [
+            sizes_named(scene, spelled_out(scene, caption))
+            for scene, caption in zip(drawn.scenes, drawn.captions, strict=True)
+        ]
         asked, told = (token_ids(tokenizer, c, run.device) for c in (drawn.captions, spelled))
         sources, layers = same_words(tokenizer, drawn, spelled)
         wanted, said = targets(before, asked, told, sources.to(run.device), layers.to(run.device))
@@ -66,11 +71,11 @@ def train(run: Run) -> None:
 def same_words(tokenizer: BertTokenizer, batch: Batch, spelled: list[str]) -> tuple[Tensor, Tensor]:
     """Where captions are spelled out, which token there says what a token of a caption is to say.
 
-    Where two objects are on the same side, it is the same token, up to the last name: what comes
-    after is worded otherwise. One object between two others is named elsewhere, and of the words
-    beside the names each has one that stands for it. All that can be told there in the last layer
-    alone, as lower ones do not know yet whether a caption leaves anything open; the word "between"
-    they all see.
+    It is the same word, of the same object if it is in a name; up to the last name, as what comes
+    after may be worded otherwise. One object between two others is named elsewhere, and of the
+    words beside the names each has one that stands for it. All that can be told there in the last
+    layer alone, as lower ones do not know yet whether a caption leaves anything open; the word
+    "between" they all see.
 
     Returns:
         Indices of tokens, -1 where a token is to say what it says: (B, `MAX_TOKENS`). And whether
@@ -84,19 +89,18 @@ def same_words(tokenizer: BertTokenizer, batch: Batch, spelled: list[str]) -> tu
         if told == caption:
             continue
         here, there = (words(tokenizer, scene, text) for text in (caption, told))
-        if between[row]:
-            found = [there.index(word) if word in there else -1 for word in here]
-        else:
-            found = [*range(next(i for i, word in enumerate(here) if word != there[i]))]
+        if not between[row]:
+            here = here[: 1 + max(i for i, (name, *_) in enumerate(here) if name == LAST)]
+        found = [there.index(word) if word in there else -1 for word in here]
         sources[row, : len(found)] = torch.tensor(found)
     return sources, torch.tensor(between)
 
 
 def words(tokenizer: BertTokenizer, scene: Scene, caption: str) -> list[tuple[int, str, int]]:
     """Of every token: the name that it is in or -1, its word, how often both came before."""
-    encoded = tokenizer(caption, return_offsets_mapping=True)
+    encoded, sizes = tokenizer(caption, return_offsets_mapping=True), f"(?:{'|'.join(SIZES)})"
     names = [
-        next(re.finditer(f"(an? )?({item.size} )?{item.colour} {item.shape}", caption)).span()
+        next(re.finditer(f"(an? )?({sizes} )?{item.colour} {item.shape}", caption)).span()
         for item in scene.items
     ]
     seen: Counter[tuple[int, str]] = Counter()

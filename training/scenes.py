@@ -364,6 +364,21 @@ def spelled_out(scene: Scene, caption: str) -> str:
     )
 
 
+def sizes_named(scene: Scene, caption: str) -> str:
+    """The caption, in which every one of three objects has a size.
+
+    Those that it leaves open become small, as most of three are. Kinds that training shows large
+    alone are left out.
+    """
+    if len(scene.items) < 3:
+        return caption
+    for item in scene.items:
+        if (item.shape, item.colour, "small") not in HELD_OUT:
+            name = f"{item.colour} {item.shape}"
+            caption = re.sub(f"an? {name}", f"a small {name}", caption)
+    return caption
+
+
 def says_between(caption: str) -> bool:
     """Whether a caption says of three objects that one is between two others."""
     return "between" in caption
