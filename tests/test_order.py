@@ -264,6 +264,20 @@ def test_only_bert_changes_and_only_what_is_open(checkpoint):
     assert {path for path in checkpoint.rglob("*") if path.is_file()} == set(before)
 
 
+def test_bert_is_told_of_order_and_of_sizes(checkpoint, monkeypatch):
+    heard, same_words = [], order.same_words
+
+    def hear(tokenizer, batch, spelled):
+        heard.extend(zip(batch.scenes, batch.captions, spelled, strict=True))
+        return same_words(tokenizer, batch, spelled)
+
+    monkeypatch.setattr(order, "same_words", hear)
+    order.train(run(checkpoint, 1))
+    assert all(told == sizes_named(s, spelled_out(s, caption)) for s, caption, told in heard)
+    assert any(told == spelled_out(s, caption) != caption for s, caption, told in heard)
+    assert any(told == sizes_named(s, caption) != caption for s, caption, told in heard)
+
+
 def test_bert_learns_it(checkpoint, monkeypatch):
     """One that has not yet, on the same captions in every step."""
     torch.manual_seed(0)

@@ -30,7 +30,7 @@ from training.scenes import SIZES, Scene, says_between, sizes_named, spelled_out
 STEPS, BATCH = 1000, 96
 LEARNING_RATE, EMA_DECAY = 1e-3, 0.99
 KEPT = 6.0  # weight of what stays: without it other captions are painted worse
-# Words around "between", and those in their place where it is spelled out.
+# Words around "between" and before names, and those in their place where it is spelled out.
 STANDS_FOR = {"between": "below", "and": ";", "them": "it", "an": "a"}
 LAST = 2  # index of the third object, which captions name last
 
