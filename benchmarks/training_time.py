@@ -2,7 +2,8 @@
 
 Every stage runs in its place twice: for few steps, and for as many more as lie between two
 saves. The difference is what so many steps and a save take; with it, the stage's own steps, and
-what every run needs beside them, its time is told.
+what every run needs beside them, its time is told. With `--runs` nothing runs: what a run of
+`training.all` that has ended took is told.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import time
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 
 from benchmarks.machine import write_result
 from training import data
-from training.all import STAGES
+from training.all import STAGES, stage_name
 from training.cli import SAVE_EVERY, pick_bf16, pick_device, scenes_for
 from training.run import Run
 
@@ -37,6 +39,9 @@ def main(
     bf16: Annotated[
         bool | None, typer.Option(help="bfloat16 products, as in training.all.")
     ] = None,
+    runs: Annotated[
+        Path | None, typer.Option(help="--runs of a training.all on this machine that has ended.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Result file.")] = Path(
         "benchmarks/results/training_time.json"
     ),
@@ -48,30 +53,7 @@ def main(
         sys.exit(f"error: {error}")
     saving = save_every or SAVE_EVERY[on.type]
     products = pick_bf16(bf16, on)
-    source = scenes_for(on)
-    stages = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        for stage in STAGES:
-            name = stage.__name__.rpartition(".")[-1]
-            seconds = []
-            for steps in (few, few + saving):
-                run = Run(
-                    Path(scratch, "made"), Path(scratch, f"runs-{steps}"), steps,
-                    batch or stage.BATCH, on, products, source, saving,
-                )  # fmt: skip
-                began = time.perf_counter()
-                stage.train(run)
-                seconds.append(time.perf_counter() - began)
-            step = (seconds[1] - seconds[0]) / saving
-            rest = max(0.0, seconds[0] - few * step)
-            stages[name] = {
-                "steps": stage.STEPS,
-                "batch": run.batch,
-                "seconds_a_step": round(step, 4),
-                "seconds_beside": round(rest, 1),
-                "minutes": round((rest + stage.STEPS * step) / 60, 1),
-            }
-            console.print(f"{name}: {json.dumps(stages[name])}")
+    stages = taken(runs) if runs else measured(few, saving, batch, on, products)
     summary = {
         "minutes": round(sum(found["minutes"] for found in stages.values()), 1),
         "goal": GOALS[on.type],
@@ -81,6 +63,46 @@ def main(
         save_every=saving, summary=summary, stages=stages,
     )  # fmt: skip
     print(json.dumps(summary))
+
+
+def taken(runs: Path) -> dict[str, dict[str, float]]:
+    """Minutes of every stage of a run that has ended."""
+    file = runs / "times.json"
+    times = json.loads(file.read_text()) if file.exists() else {}
+    names = [stage_name(stage) for stage in STAGES]
+    if missing := [name for name in names if name not in times]:
+        sys.exit(f"error: --runs: {file} has no {', '.join(missing)}: training.all has not ended")
+    return {name: {"minutes": round(times[name] / 60, 1)} for name in names}
+
+
+def measured(
+    few: int, saving: int, batch: int, device: torch.device, bf16: bool
+) -> dict[str, dict[str, float]]:
+    """Seconds a step of every stage and beside them, and the minutes of its own steps."""
+    source, stages = scenes_for(device), {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for stage in STAGES:
+            seconds = []
+            for steps in (few, few + saving):
+                run = Run(
+                    Path(scratch, "made"), Path(scratch, f"runs-{steps}"), steps,
+                    batch or stage.BATCH, device, bf16, source, saving,
+                )  # fmt: skip
+                began = time.perf_counter()
+                stage.train(run)
+                seconds.append(time.perf_counter() - began)
+            step = (seconds[1] - seconds[0]) / saving
+            rest = max(0.0, seconds[0] - few * step)
+            name = stage_name(stage)
+            stages[name] = {
+                "steps": stage.STEPS,
+                "batch": run.batch,
+                "seconds_a_step": round(step, 4),
+                "seconds_beside": round(rest, 1),
+                "minutes": round((rest + stage.STEPS * step) / 60, 1),
+            }
+            console.print(f"{name}: {json.dumps(stages[name])}")
+    return stages
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import tempfile
 import warnings
 from contextlib import ExitStack
@@ -106,6 +107,8 @@ def main(
         _stop(f"--precision {precision!r} is not allowed: {' or '.join(Precision)}")
     ratios = _ratios(prune, models, save_pruned)
     limits = Limits(gate_loss, gate_psnr, gate_prompts)
+    if not gate and (gate_against is not None or limits != Limits()):
+        _stop("--gate-against, -loss, -psnr and -prompts say what --gate does: it is not given")
     try:
         trt = load_tensorrt() if tensorrt else None
         with ExitStack() as stack:
@@ -157,6 +160,8 @@ def _check_report(report: Path | None) -> None:
         _stop(f"--report {report}: {report.parent} is no folder")
     if report is not None and report.is_dir():
         _stop(f"--report {report} is a folder: name a file")
+    if report is not None and not os.access(report if report.exists() else report.parent, os.W_OK):
+        _stop(f"--report {report} cannot be written")
 
 
 def _check_revision(flag: str, revision: str | None, source: str | None) -> None:

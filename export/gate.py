@@ -203,7 +203,10 @@ class AllCorrect:
 
 
 class Psnr:
-    """Mean peak signal-to-noise ratio in dB against the unoptimised pictures."""
+    """Peak signal-to-noise ratio in dB of all pictures together against the unoptimised.
+
+    A mean of each one's would let equal ones hide that others are broken.
+    """
 
     name, before = "psnr", IDENTICAL
 
@@ -216,8 +219,6 @@ class Psnr:
         self._wanted = pictures
 
     def score(self, pictures: list[np.ndarray]) -> float:
-        decibels = []
-        for picture, wanted in zip(pictures, self._wanted, strict=True):
-            error = np.square(picture.astype(float) - wanted).mean()
-            decibels.append(min(IDENTICAL, 10 * np.log10(255**2 / max(error, 1e-9))))
-        return float(np.mean(decibels))
+        pairs = zip(pictures, self._wanted, strict=True)
+        error = np.mean([np.square(picture.astype(float) - wanted).mean() for picture, wanted in pairs])
+        return float(min(IDENTICAL, 10 * np.log10(255**2 / max(error, 1e-9))))

@@ -22,7 +22,9 @@ from export.channel_groups import ChannelGroup, channel_groups, choose, importan
 from export.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from export.macs import count_macs, native_rows, positions
 from export.part import Part
+from export.precision import Precision
 from export.repository import SOURCE, load_parts
+from export.resources import check_disk, weight_count
 from export.shapes import (
     Pruning,
     attention_widths,
@@ -134,6 +136,7 @@ def prune_checkpoint(
     Raises:
         RatioError: a model cannot be pruned so.
         CheckpointError: the folder is there or cannot be written, or a model is pruned.
+        ResourceError: its disk has not enough room.
     """
     if folder.exists():
         raise CheckpointError(
@@ -142,6 +145,8 @@ def prune_checkpoint(
     for name in ratios:
         if pruning_of(checkpoint.folders[SOURCE[name]]):
             raise CheckpointError(f"--prune {name}: {checkpoint.name} has it pruned already")
+    weights = sum(map(weight_count, checkpoint.folders.values()))
+    check_disk(folder.parent, weights * Precision.FP32.bytes)
     parts, done = load_parts(checkpoint), {}
     for name, ratio in ratios.items():
         progress(name)
@@ -157,7 +162,9 @@ def prune_checkpoint(
                 save_part(checkpoint, parts[name], pruning, stage / SOURCE[name])
             os.replace(stage, folder)
     except OSError as error:
-        raise CheckpointError(f"cannot write {folder}: {error.strerror or error}") from error
+        # What cannot be copied comes as a list, with a reason for each file.
+        reason = error.args[0][0][-1] if isinstance(error, shutil.Error) else error.strerror
+        raise CheckpointError(f"cannot write {folder}: {reason or error}") from error
     return replace(open_checkpoint(folder), name=checkpoint.name, revisions=checkpoint.revisions)
 
 

@@ -40,15 +40,19 @@ def check_resources(
     """
     weights = {folder: weight_count(folder) for folder in {*parts, *built}}
     converted = [weights[folder] for folder in built]
-    disk = sum(converted) * precision.bytes
-    free = shutil.disk_usage(repository).free
-    if disk > free:
-        raise ResourceError(f"not enough disk at {repository}: {_needs(disk, free)}")
+    check_disk(repository, sum(converted) * precision.bytes)
     memory = BASE_BYTES + sum(weights[folder] for folder in parts) * Precision.FP32.bytes
     memory += max(converted, default=0) * CONVERSION_BYTES
     free = free_memory()
     if memory > free:
         raise ResourceError(f"not enough memory: {_needs(memory, free)}")
+
+
+def check_disk(folder: Path, needed: float) -> None:
+    """Raises ResourceError where a folder's disk has not `needed` bytes."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ResourceError(f"not enough disk at {folder}: {_needs(needed, free)}")
 
 
 def _needs(needed: float, free: float) -> str:
@@ -67,13 +71,13 @@ def weight_count(folder: Path) -> int:
 
 
 def _header(file: Path) -> dict:
-    """What a safetensors file says of its tensors; nothing of one that is broken."""
-    with file.open("rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        try:
+    """What a safetensors file says of its tensors; nothing of one that cannot be read."""
+    try:
+        with file.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
             return json.loads(stream.read(min(size, file.stat().st_size)))
-        except ValueError:
-            return {}  # loading it says what is wrong
+    except (OSError, ValueError):
+        return {}  # loading it says what is wrong
 
 
 def free_memory() -> int:

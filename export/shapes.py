@@ -44,7 +44,11 @@ class Pruning:
 
 
 def save_pruned(module: nn.Module, folder: Path, pruning: Pruning) -> None:
-    """Writes configuration, safetensors and `shapes.json`."""
+    """Writes configuration, safetensors and `shapes.json`.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     name = "model.safetensors"
     if isinstance(module, diffusers.ModelMixin):
@@ -52,7 +56,10 @@ def save_pruned(module: nn.Module, folder: Path, pruning: Pruning) -> None:
         name = "diffusion_pytorch_model.safetensors"
     else:
         module.config.save_pretrained(folder)
-    save_model(module, str(folder / f"{name}.part"))
+    try:
+        save_model(module, str(folder / f"{name}.part"))
+    except SafetensorError as error:  # also where the disk is full
+        raise OSError(str(error)) from error
     os.replace(folder / f"{name}.part", folder / name)
     shapes = {key: list(tensor.shape) for key, tensor in module.state_dict().items()}
     record = {"pruning": asdict(pruning), "shapes": shapes}

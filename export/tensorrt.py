@@ -67,7 +67,8 @@ def load_tensorrt() -> Any:
         trt = importlib.import_module("tensorrt")
     except ImportError as error:
         text = f"plans need TensorRT's Python package, which is not here ({error})"
-        raise TensorRTError(f"{text}: build them in NVIDIA's Triton container") from error
+        how = "with `pip install tensorrt==VERSION`, that of its libnvinfer, if it has none"
+        raise TensorRTError(f"{text}: build them in NVIDIA's Triton container, {how}") from error
     if this_machine().gpu is None:
         raise TensorRTError("plans are built on the GPU that serves them, and there is none here")
     return trt

@@ -23,7 +23,7 @@ from benchmarks import (
 )
 from benchmarks.reader import read
 from checkpoints import tiny_checkpoint
-from training import bert, data, diffusion
+from training import bert, clip, data, diffusion
 from training.grounding import UNASKED
 from training.run import digest
 from training.scenes import Item, Scene, render
@@ -121,6 +121,21 @@ def test_training_time_is_that_of_a_stages_own_steps(tmp_path, monkeypatch, caps
     assert found["minutes"] == pytest.approx(seconds / 60, abs=0.1)
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert summary == {"minutes": found["minutes"], "goal": 150.0}
+
+
+def test_training_time_is_what_a_run_of_all_took(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training_time, "STAGES", (clip, bert))
+    given = {"runs": tmp_path, "device": "cpu", "bf16": True, "out": tmp_path / "time.json"}
+    (tmp_path / "times.json").write_text('{"clip": 90.0}')
+    with pytest.raises(SystemExit, match=r"--runs: .*times.json has no bert: training.all has not"):
+        training_time.main(**given)
+    assert not given["out"].exists()
+    (tmp_path / "times.json").write_text('{"clip": 90.0, "bert": 60.0}')
+    training_time.main(**given)
+    found = json.loads(given["out"].read_text())
+    assert found["stages"] == {"clip": {"minutes": 1.5}, "bert": {"minutes": 1.0}}
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert summary == found["summary"] == {"minutes": 2.5, "goal": 150.0}
 
 
 def test_every_decoder_of_losses_is_trained_and_measured(tmp_path, capsys):

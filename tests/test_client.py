@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from test_wire import SLOW, wait_for_a_call, work_stops
+from test_wire import SLOW, unet_calls, wait_for_a_call, work_stops
 
 from twinbrush_client import Client, Picture, Preview, Progress, TwinbrushError
 
@@ -71,6 +71,25 @@ def test_what_does_not_fit_its_type_is_named(client, fields):
         client.generate("a red circle", **fields)
 
 
+def test_a_field_that_is_none_is_named(client):
+    with pytest.raises(TwinbrushError, match="step is no field: prompt, .*steps"):
+        client.generate("a red circle", step=4)
+
+
+@pytest.mark.parametrize("wanted", ["raw", "png_base64"])
+def test_a_format_that_is_no_picture_is_refused_before_it_is_painted(client, server, wanted):
+    before = unet_calls(server)
+    for ask in (client.generate, client.stream):
+        with pytest.raises(TwinbrushError, match=f"image_format='{wanted}' .*: png or jpeg are"):
+            ask("a red circle", image_format=wanted)
+    assert unet_calls(server) == before
+
+
+def test_a_jpeg_is_a_picture(client):
+    (image,) = client.generate("a red circle", steps=1, image_format="jpeg")
+    assert image.format == "JPEG"
+
+
 def test_a_server_that_is_not_there_is_an_error():
     with Client("127.0.0.1:1") as client:
         assert not client.ready()
@@ -109,6 +128,14 @@ def test_the_command_without_a_server_says_so(tmp_path):
     assert done.returncode == 1
     assert "Traceback" not in done.stdout + done.stderr
     assert "127.0.0.1:1" in done.stdout
+
+
+def test_the_command_stops_the_work_after_its_timeout(server, tmp_path):
+    with work_stops(server):
+        done = run(server, "a red circle", "-n", "16", "--steps", "50", "--width", "128",
+                   "--height", "128", "--timeout", "1", "--out", str(tmp_path))  # fmt: skip
+    assert done.returncode == 1
+    assert "not finished after the 1 s of --timeout" in done.stdout
 
 
 def _hears_ctrl_c() -> None:

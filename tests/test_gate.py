@@ -186,6 +186,15 @@ def test_psnr_is_what_its_formula_says():
     assert measure.score([np.full((4, 4, 3), 100, np.uint8)]) == measure.before
 
 
+def test_equal_pictures_do_not_hide_one_that_is_black():
+    measure = Psnr(Limits(prompts=4))
+    wanted = [np.full((4, 4, 3), 100, np.uint8)] * 4
+    measure.set_before(wanted)
+    black = np.zeros((4, 4, 3), np.uint8)
+    alone = 20 * np.log10(255 / 100)
+    assert measure.score([*wanted[:3], black]) == pytest.approx(alone + 10 * np.log10(4))
+
+
 def test_a_loss_up_to_the_limit_is_allowed():
     measure = AllCorrect(Limits(loss=50, prompts=2))
     true = [render(task.scene) for task in tasks(2)]

@@ -11,7 +11,9 @@ from conftest import contents, export_command
 from safetensors.torch import load_file
 
 from export import resources
-from export.resources import free_memory, weight_count
+from export.checkpoint import open_checkpoint
+from export.prune import prune_checkpoint
+from export.resources import ResourceError, free_memory, weight_count
 
 
 @pytest.fixture
@@ -44,6 +46,14 @@ def test_a_machine_that_is_too_small_is_told_so_at_once(
     assert message.format(repository=repository) in done.stdout
     assert len(done.stdout.strip().splitlines()) == 1
     assert contents(repository) == before
+
+
+def test_a_disk_without_room_for_the_pruned_checkpoint_is_told_at_once(huge, tmp_path):
+    folder = tmp_path / "there"
+    folder.mkdir()
+    with pytest.raises(ResourceError, match=f"not enough disk at {folder}: .* about 40000"):
+        prune_checkpoint(open_checkpoint(huge), {"clip_text": 0.25}, folder / "pruned")
+    assert not list(folder.iterdir())
 
 
 def test_weights_are_counted_without_reading_them(tiny):

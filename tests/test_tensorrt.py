@@ -217,7 +217,7 @@ def test_without_tensorrt_the_command_says_where_to_run_it(command, repository):
     assert done.returncode == 1
     said = (done.stdout + done.stderr).strip()
     assert "plans need TensorRT's Python package" in said
-    assert "build them in NVIDIA's Triton container" in said
+    assert "build them in NVIDIA's Triton container, with `pip install tensorrt==VER" in said
     assert len(said.splitlines()) == 1
     assert contents(repository) == before
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -33,12 +34,17 @@ def train(run: Run) -> None:
         stages = [one for one in STAGES if one not in TOLD or data.knows_truth(run.source)]
         task = bar.add_task("stages", total=len(stages))
         for stage in stages:
-            name = stage.__name__.rpartition(".")[-1]
+            name = stage_name(stage)
             bar.update(task, description=f"stages: {name}")
             steps, batch = run.steps or stage.STEPS, run.batch or stage.BATCH
             with timed(run.runs / "times.json", name):
                 stage.train(replace(run, steps=steps, batch=batch))
             bar.advance(task)
+
+
+def stage_name(stage: ModuleType) -> str:
+    """As the command names it, and the folder of its saves."""
+    return stage.__name__.rpartition(".")[-1]
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from training.grounding import UNASKED, Questions, cross_entropy, word_answers
 from training.run import Run, load_start, save_part, starting_from
 from training.tokenizers import trained_tokenizer
 
-STEPS, BATCH = 1200, 96
+STEPS, BATCH = 1000, 96
 WIDTH = 128
 
 

@@ -22,7 +22,7 @@ from training.run import Run, save_part
 from training.sheets import similarities
 from training.tokenizers import trained_tokenizer
 
-STEPS, BATCH = 900, 192
+STEPS, BATCH = 700, 192
 
 TOWER = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4}
 

@@ -27,7 +27,7 @@ from training.diffusion import BERT_LAYERS
 from training.run import Run, check_trained, save_part
 from training.scenes import SIZES, Scene, says_between, sizes_named, spelled_out
 
-STEPS, BATCH = 1000, 96
+STEPS, BATCH = 500, 96
 LEARNING_RATE, EMA_DECAY = 1e-3, 0.99
 KEPT = 6.0  # weight of what stays: without it other captions are painted worse
 # Words around "between" and before names, and those in their place where it is spelled out.

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from twinbrush_client.client import Client, Stream
+from twinbrush_client.client import TIMEOUT, Client, Stream
 from twinbrush_client.wire import Picture, TwinbrushError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -42,6 +42,9 @@ def generate(
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="Same bytes however busy the server is.")
     ] = False,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds that everything may take; then it is cancelled.")
+    ] = TIMEOUT,
     out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("output"),
     server: Annotated[
         str, typer.Option(envvar="TWINBRUSH_SERVER", help="Server's gRPC address.")
@@ -51,7 +54,7 @@ def generate(
     started = time.monotonic()
     try:
         out.mkdir(parents=True, exist_ok=True)
-        client = Client(server)
+        client = Client(server, timeout)
         stream = client.stream(
             prompt, num_images, seed=seed, steps=steps, guidance_scale=guidance_scale,
             negative_prompt=negative_prompt, sampler=sampler, width=width, height=height,
@@ -60,7 +63,10 @@ def generate(
         with stream:
             pictures = _paint(stream, num_images, out / _slug(prompt))
     except TwinbrushError as error:
-        console.print(f"[red]{_escaped(str(error))}[/]", soft_wrap=True)
+        text = str(error)
+        if error.code == "DEADLINE_EXCEEDED":
+            text = f"not finished after the {timeout:g} s of --timeout; the server has stopped"
+        console.print(f"[red]{_escaped(text)}[/]", soft_wrap=True)
         raise typer.Exit(1) from None
     except OSError as error:
         console.print(f"[red]cannot write into {out}: {error.strerror}[/]", soft_wrap=True)

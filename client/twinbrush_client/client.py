@@ -17,6 +17,8 @@ from twinbrush_client import wire
 from twinbrush_client.wire import Picture, Progress, TwinbrushError
 
 UNARY, STREAM = "text_to_image", "text_to_image_stream"
+TIMEOUT = 300.0  # seconds
+IMAGE_FORMATS = ("png", "jpeg")  # that come as a picture; servers also send what is none
 
 
 class Client:
@@ -27,11 +29,11 @@ class Client:
         timeout: seconds that a request may take in all; a server that hangs ends it too.
 
     The fields of a request are those of the server: `negative_prompt`, `seed`, `steps`,
-    `guidance_scale`, `width`, `height`, `sampler`, `deterministic`; what is left out takes
-    the served checkpoint's default.
+    `guidance_scale`, `width`, `height`, `sampler`, `deterministic`, and `image_format`, which is
+    png or jpeg here; what is left out takes the served checkpoint's default.
     """
 
-    def __init__(self, address: str = "127.0.0.1:8001", timeout: float = 300.0):
+    def __init__(self, address: str = "127.0.0.1:8001", timeout: float = TIMEOUT):
         self._address, self._timeout = address, timeout
         self._client = grpc.InferenceServerClient(address)
 
@@ -44,10 +46,11 @@ class Client:
         Raises:
             TwinbrushError: the server refused the request or could not finish it.
         """
+        inputs = _inputs(prompt, num_images, fields)
         answers: queue.SimpleQueue = queue.SimpleQueue()
         call: Any = self._client.async_infer(
             UNARY,
-            wire.inputs({"prompt": prompt, "num_images": num_images, **fields}),
+            inputs,
             lambda result, error: answers.put((result, error)),
             client_timeout=self._timeout,
         )
@@ -70,8 +73,7 @@ class Client:
         Raises:
             TwinbrushError: a value does not fit its field.
         """
-        inputs = wire.inputs({"prompt": prompt, "num_images": num_images, **fields})
-        return Stream(self._address, inputs, self._timeout)
+        return Stream(self._address, _inputs(prompt, num_images, fields), self._timeout)
 
     def ready(self) -> bool:
         """Whether the server takes requests."""
@@ -88,6 +90,14 @@ class Client:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _inputs(prompt: str, num_images: int, fields: dict[str, Any]) -> list[grpc.InferInput]:
+    """Raises TwinbrushError where a value does not fit its field, or no picture can come of it."""
+    if (wanted := fields.get("image_format")) not in (None, *IMAGE_FORMATS):
+        text = f"image_format={wanted!r} is not allowed: {' or '.join(IMAGE_FORMATS)} are"
+        raise TwinbrushError("INVALID_ARGUMENT", text)
+    return wire.inputs({"prompt": prompt, "num_images": num_images, **fields})
 
 
 class Stream:

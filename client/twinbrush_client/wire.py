@@ -79,12 +79,15 @@ def inputs(fields: Mapping[str, Any]) -> list[grpc.InferInput]:
     """Triton inputs of the fields that are given.
 
     Raises:
-        TwinbrushError: a value does not fit its field's type.
+        TwinbrushError: there is no such field, or a value does not fit its type.
     """
     tensors = []
     for name, value in fields.items():
         if value is None:
             continue
+        if name not in DATA_TYPES:
+            text = f"{name} is no field: {', '.join(DATA_TYPES)} are"
+            raise TwinbrushError("INVALID_ARGUMENT", text)
         data_type = DATA_TYPES[name]
         try:
             raw = value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value
