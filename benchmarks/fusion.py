@@ -54,6 +54,7 @@ from training.sheets import pixels_of
 
 ARMS = ("clip", "bert", "fusion")
 AT_ONCE = 100  # pictures
+MASKED_WORDS_STEPS = 1200  # of the BERT of masked words alone
 console = Console()
 
 
@@ -160,7 +161,7 @@ def with_masked_words(checkpoint: Path, folder: Path, device: torch.device, bf16
     """A copy of a checkpoint, whose BERT learnt from masked words and nothing else."""
     copy, told_nothing = folder / checkpoint.name, data.SceneWorld(told=False)
     shutil.copytree(checkpoint, copy, dirs_exist_ok=True)
-    bert.train(Run(copy, folder, bert.STEPS, bert.BATCH, device, bf16, told_nothing))
+    bert.train(Run(copy, folder, MASKED_WORDS_STEPS, bert.BATCH, device, bf16, told_nothing))
     return copy
 
 

@@ -18,6 +18,7 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
+from safetensors import safe_open
 
 from benchmarks.machine import write_result
 from training import data
@@ -40,7 +41,8 @@ def main(
         bool | None, typer.Option(help="bfloat16 products, as in training.all.")
     ] = None,
     runs: Annotated[
-        Path | None, typer.Option(help="--runs of a training.all on this machine that has ended.")
+        Path | None,
+        typer.Option(help="--runs of a training.all here that has ended; --bf16 if it had that."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Result file.")] = Path(
         "benchmarks/results/training_time.json"
@@ -66,13 +68,20 @@ def main(
 
 
 def taken(runs: Path) -> dict[str, dict[str, float]]:
-    """Minutes of every stage of a run that has ended."""
-    file = runs / "times.json"
-    times = json.loads(file.read_text()) if file.exists() else {}
-    names = [stage_name(stage) for stage in STAGES]
-    if missing := [name for name in names if name not in times]:
-        sys.exit(f"error: --runs: {file} has no {', '.join(missing)}: training.all has not ended")
-    return {name: {"minutes": round(times[name] / 60, 1)} for name in names}
+    """Minutes of every stage of a run that has ended, with the stages' own steps."""
+    last = runs / stage_name(STAGES[-1]) / "state.safetensors"
+    done = 0
+    if last.exists():
+        with safe_open(last, "pt") as file:
+            done = int(file.metadata()["step"])
+    if done < STAGES[-1].STEPS:
+        sys.exit(f"error: --runs: {last} has {done} steps of {STAGES[-1].STEPS}: it has not ended")
+    times = json.loads((runs / "times.json").read_text())
+    return {
+        name: {"steps": stage.STEPS, "batch": stage.BATCH, "minutes": round(times[name] / 60, 1)}
+        for stage in STAGES
+        for name in [stage_name(stage)]
+    }
 
 
 def measured(

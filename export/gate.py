@@ -220,5 +220,7 @@ class Psnr:
 
     def score(self, pictures: list[np.ndarray]) -> float:
         pairs = zip(pictures, self._wanted, strict=True)
-        error = np.mean([np.square(picture.astype(float) - wanted).mean() for picture, wanted in pairs])
+        error = np.mean(
+            [np.square(picture.astype(float) - wanted).mean() for picture, wanted in pairs]
+        )
         return float(min(IDENTICAL, 10 * np.log10(255**2 / max(error, 1e-9))))

@@ -312,6 +312,12 @@ def test_a_picture_of_too_many_pixels_is_not_decoded(monkeypatch):
         Preparation().picture(encoded(), np.random.default_rng(0))
 
 
+def test_a_picture_of_a_kind_that_pillow_does_not_decode_is_broken():
+    dds = b"DDS " + bytes([124]) + bytes(123)
+    with pytest.raises(LeftOut, match="broken"):
+        Preparation().picture(dds, np.random.default_rng(0))
+
+
 def test_a_file_of_too_many_bytes_is_not_read(tmp_path):
     (tmp_path / "x").write_bytes(bytes(2000))
     with pytest.raises(LeftOut, match="too large"):
@@ -341,6 +347,11 @@ def test_reading_goes_on_from_any_place(kind, tmp_path):
         kept = Place(**json.loads(json.dumps(vars(places[k]))))
         after = [row["text"] for row, _ in islice(source.rows(3, kept), 49 - k)]
         assert after == list(texts[k + 1 :]), k
+        for m in range(k + 1, min(k + 9, 49)):  # stopped again, soon after it went on
+            *_, (_, again) = islice(source.rows(3, kept), m - k)
+            assert again.stream is not None
+            after = [row["text"] for row, _ in islice(source.rows(3, again), 49 - m)]
+            assert after == list(texts[m + 1 :]), (k, m)
 
 
 def test_batches_go_on_with_their_pictures_and_counts(tmp_path):
@@ -376,6 +387,24 @@ def broken_tar(folder: Path) -> None:
     (folder / "x.tar").write_bytes(b"no tar at all" * 100)
 
 
+def cut_tar(folder: Path) -> None:
+    """Where a header would begin, as a download may end."""
+    write_tar(folder / "x.tar", many(6), as_json=False)
+    whole = (folder / "x.tar").read_bytes()
+    with tarfile.open(folder / "x.tar") as tar:
+        offset = tar.getmembers()[5].offset
+    (folder / "x.tar").write_bytes(whole[:offset])
+
+
+def tar_with_a_broken_header(folder: Path) -> None:
+    write_tar(folder / "x.tar", many(6), as_json=False)
+    with tarfile.open(folder / "x.tar") as tar:
+        offset = tar.getmembers()[5].offset
+    with (folder / "x.tar").open("r+b") as file:
+        file.seek(offset)
+        file.write(b"?" * 512)
+
+
 def other_columns(folder: Path) -> None:
     pyarrow.parquet.write_table(pa.table({"url": ["x"], "title": ["y"]}), folder / "x.parquet")
 
@@ -387,6 +416,8 @@ BAD = {
     "has the columns url, title; needed are text or caption, and url or image": other_columns,
     "is not parquet": lambda folder: (folder / "x.parquet").write_bytes(b"x" * 100),
     "is not a whole tar": broken_tar,
+    "is not a whole tar: it is cut": cut_tar,
+    "is not a whole tar: it is cut or broken": tar_with_a_broken_header,
     "metadata.jsonl cannot be read": lambda f: (f / "metadata.jsonl").write_text("{'a': 1}"),
     "metadata.csv cannot be read: .*quote commas": lambda f: (f / "metadata.csv").write_text(
         "file_name,text\na.jpg,a red circle, on white\n"
@@ -476,5 +507,8 @@ def test_scenes_and_data_never_go_on_from_each_others_saves(tmp_path):
             other.batches(0, 2, data.CPU).resume(position)
     patient = replace(source, preparation=Preparation(timeout=99))
     patient.batches(0, 2, data.CPU).resume(position)
+    write("jsonl", tmp_path / "x" / "more")
+    with pytest.raises(ValueError, match="--data: the run's save was trained on other data"):
+        replace(source).batches(0, 2, data.CPU).resume(position)
     with pytest.raises(ValueError, match="--data: none is given"):
         data.SCENES.batches(0, 2, data.CPU).resume({"place": {}, "counts": {}})

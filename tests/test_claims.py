@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFilter
+from safetensors.torch import save_file
 
 from benchmarks import (
     diversity,
@@ -51,7 +52,7 @@ def test_every_arm_of_fusion_is_trained_and_measured(tmp_path, monkeypatch, caps
 
 def test_fusion_can_be_measured_behind_a_bert_of_masked_words(tmp_path, monkeypatch):
     monkeypatch.setattr(diffusion, "SCENES", 100)
-    monkeypatch.setattr(bert, "STEPS", 2)
+    monkeypatch.setattr(fusion, "MASKED_WORDS_STEPS", 2)
     out, runs = tmp_path / "fusion.json", tmp_path / "runs"
     given = {"steps": 1, "batch": 4, "seeds": 1, "device": "cpu", "bf16": False, "n": 3}
     with pytest.raises(SystemExit, match="--arm: vae is not one of clip, bert, fusion"):
@@ -125,15 +126,22 @@ def test_training_time_is_that_of_a_stages_own_steps(tmp_path, monkeypatch, caps
 
 def test_training_time_is_what_a_run_of_all_took(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(training_time, "STAGES", (clip, bert))
+    monkeypatch.setattr(bert, "STEPS", 7)
     given = {"runs": tmp_path, "device": "cpu", "bf16": True, "out": tmp_path / "time.json"}
-    (tmp_path / "times.json").write_text('{"clip": 90.0}')
-    with pytest.raises(SystemExit, match=r"--runs: .*times.json has no bert: training.all has not"):
+    (tmp_path / "times.json").write_text('{"clip": 90.0, "bert": 60.0}')
+    last = tmp_path / "bert" / "state.safetensors"
+    with pytest.raises(SystemExit, match=r"bert/state.safetensors has 0 steps of 7: it has not"):
+        training_time.main(**given)
+    last.parent.mkdir()
+    save_file({}, last, {"step": "6"})
+    with pytest.raises(SystemExit, match=r"has 6 steps of 7"):
         training_time.main(**given)
     assert not given["out"].exists()
-    (tmp_path / "times.json").write_text('{"clip": 90.0, "bert": 60.0}')
+    save_file({}, last, {"step": "7"})
     training_time.main(**given)
     found = json.loads(given["out"].read_text())
-    assert found["stages"] == {"clip": {"minutes": 1.5}, "bert": {"minutes": 1.0}}
+    assert found["stages"]["bert"] == {"steps": 7, "batch": bert.BATCH, "minutes": 1.0}
+    assert found["stages"]["clip"] == {"steps": clip.STEPS, "batch": clip.BATCH, "minutes": 1.5}
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert summary == found["summary"] == {"minutes": 2.5, "goal": 150.0}
 
@@ -218,7 +226,7 @@ def test_a_probe_tells_what_tokens_tell():
 
 
 def test_the_tokens_of_every_encoder_are_probed(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bert, "STEPS", 2)
+    monkeypatch.setattr(fusion, "MASKED_WORDS_STEPS", 2)
     out = tmp_path / "tokens.json"
     given = {"steps": 2, "n": 6, "device": "cpu", "bf16": False, "threads": 1}
     tokens.main(CHECKPOINT, tmp_path / "runs", **given, out=out)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import itertools
 import random
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -261,6 +263,56 @@ def test_a_failing_call_fails_its_own_requests_only(repository, watched, caplog)
     engine.close()
 
 
+def test_a_picture_that_is_not_finite_fails_its_own_request_only(repository, watched, caplog):
+    engine = open_engine(repository, watched)
+    run, hold = watched.models.run, threading.Event()
+
+    def spoil(model, inputs, output):
+        result = run(model, inputs, output)
+        if model == "vqgan_decoder":
+            result = np.array(result)
+            result[0, 0, 0, 0] = np.nan
+        return result
+
+    watched.models.run = spoil  # type: ignore[method-assign]
+    watched.before_unet = lambda inputs: hold.wait(10)
+    clients = [Client(engine, request(engine, seed=i)) for i in range(2)]
+    hold.set()
+    codes = [client.error and client.error.code for client in clients]
+    assert "INTERNAL" in codes
+    assert "not finite" in caplog.text
+    watched.models.run = run  # type: ignore[method-assign]
+    assert Client(engine, request(engine)).error is None
+    engine.close()
+
+
+def test_what_a_network_says_of_a_shutdown_is_what_clients_are_told(repository, watched, caplog):
+    engine = open_engine(repository, watched)
+
+    def end(inputs):
+        raise EngineError.of_shutdown()
+
+    watched.before_unet = end
+    error = Client(engine, request(engine)).error
+    assert (error.code, str(error)) == ("UNAVAILABLE", "the server is shutting down")
+    assert not caplog.text
+    engine.close()
+
+
+def test_what_has_ended_is_freed_at_once(engine):
+    gc.collect()
+    gc.disable()
+    try:
+        client = Client(engine, request(engine, num_images=2, steps=2)).wait()
+        generation = weakref.ref(client.generation)
+        del client.generation
+        Client(engine, request(engine, steps=1)).wait()  # what the threads hold is of this one
+        Client(engine, request(engine, steps=1)).wait()
+        assert generation() is None
+    finally:
+        gc.enable()
+
+
 def test_a_client_that_cannot_be_answered_harms_nobody(engine):
     def break_off(client, event):
         if isinstance(event, Progress):
@@ -278,6 +330,29 @@ def test_closing_ends_every_request(repository):
     assert {client.error.code for client in clients} == {"UNAVAILABLE"}
     with pytest.raises(EngineError, match="shutting down"):
         Client(engine, request(engine))
+
+
+def test_closing_loses_no_end_that_is_on_its_way(repository):
+    engine = open_engine(repository)
+    client = Client(engine, request(engine, steps=50))
+    replies, begun = engine._to_reply, threading.Event()
+
+    class Slow:
+        get = replies.get
+
+        def put(self, item):
+            if item and item[1].func is End:
+                begun.set()
+                time.sleep(0.3)
+            replies.put(item)
+
+    engine._to_reply = Slow()
+    cancel = threading.Thread(target=client.generation.cancel)
+    cancel.start()
+    assert begun.wait(10)
+    engine.close()
+    cancel.join()
+    assert client.ended.is_set()
 
 
 def test_prompts_are_encoded_once(repository, watched):

@@ -17,6 +17,14 @@ def test_the_ends_of_the_range_are_black_and_white():
     assert images.to_pixels(picture)[0, 0].tolist() == [0, 128, 255]
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_is_no_picture(value):
+    picture = np.zeros((3, 2, 2), np.float32)
+    picture[1, 0, 1] = value
+    with pytest.raises(ValueError, match="not finite"):
+        images.to_pixels(picture)
+
+
 @pytest.mark.parametrize("image_format", ["png", "png_base64", "raw"])
 def test_lossless_formats_keep_every_pixel(image_format):
     data = images.encode(PIXELS, image_format)

@@ -264,6 +264,12 @@ def test_only_bert_changes_and_only_what_is_open(checkpoint):
     assert {path for path in checkpoint.rglob("*") if path.is_file()} == set(before)
 
 
+def test_it_does_not_go_on_from_a_save_of_another_bert(checkpoint):
+    order.train(run(checkpoint, 1))
+    with pytest.raises(data.BadInput, match=r"--runs: .*order.* from a run on other weights"):
+        order.train(run(checkpoint, 2))
+
+
 def test_bert_is_told_of_order_and_of_sizes(checkpoint, monkeypatch):
     heard, same_words = [], order.same_words
 

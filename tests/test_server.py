@@ -19,6 +19,7 @@ import tritonclient.grpc as grpc
 from conftest import free_ports
 from tritonclient.utils import InferenceServerException
 
+from twinbrush import server as launcher
 from twinbrush.manifest import ManifestError, verify
 
 STUB = "triton_python_backend_stub"
@@ -102,6 +103,48 @@ def test_it_ends_with_its_launcher_even_when_that_is_killed(repository, start_se
     while any(alive(pid) for pid in family):
         assert time.monotonic() < until, "the server outlived its launcher"
         time.sleep(0.1)
+
+
+def test_a_request_that_a_stop_ends_is_told_so_as_another_server_can_be_asked(
+    repository, start_server
+):
+    server = start_server(repository)
+    server.wait_for("ready in")
+    codes = []
+
+    def wait_for_many():
+        try:
+            ask(server, steps=50, num_images=16, width=128, height=128)
+        except InferenceServerException as error:
+            codes.append((error.status(), error.message()))
+
+    waiting = threading.Thread(target=wait_for_many)
+    waiting.start()
+    time.sleep(0.5)
+    assert server.stop() == 0
+    waiting.join(5)
+    assert codes == [("StatusCode.UNAVAILABLE", "the server is shutting down")]
+    assert "Traceback" not in server.text()
+
+
+class Ends(Exception):
+    """Of a test's server."""
+
+
+@pytest.mark.parametrize("deaths", [1, 5])
+def test_deaths_leave_a_start_that_gives_up_its_other_tries(monkeypatch, repository, deaths):
+    died = launcher.ServerError("a stub died", worth_another_try=True)
+    gave_up = launcher.ServerError("a stub gave up", worth_another_try=False, passing=True)
+    ends = iter([*[died] * deaths, *[gave_up] * (launcher.STARTS - 1), Ends()])
+
+    def serve(*_):
+        raise next(ends)
+
+    monkeypatch.setattr(launcher, "serve", serve)
+    monkeypatch.setattr(launcher, "pause", lambda _: None)
+    with pytest.raises(Ends):
+        launcher.main(repository, None, "127.0.0.1", 0, 0, 0, restart=True, then=None,
+                      no_verify=True, verbose=False)  # fmt: skip
 
 
 def victim_of(server, model: str) -> int:

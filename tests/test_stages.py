@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -312,6 +313,21 @@ def test_a_folder_of_the_teachers_name_is_not_deleted(tmp_path):
     with pytest.raises(data.BadInput, match=r"--checkpoint: .*made-teacher is not a teacher that"):
         distill.teacher_of(tmp_path / "made")
     assert mine.exists()
+
+
+def test_a_teacher_that_was_half_made_is_made_anew(tmp_path, monkeypatch):
+    for part in (*distill.FROZEN, *distill.OWN_PARTS):
+        (tmp_path / "made" / part).mkdir(parents=True)
+    (tmp_path / "made" / "model_index.json").write_text("{}")
+    tiny_unet().save_config(tmp_path / "made" / "unet")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "symlink_to", Mock(side_effect=KeyboardInterrupt))
+        distill.teacher_of(tmp_path / "made")
+    folder = distill.teacher_of(tmp_path / "made")
+    assert {path.name for path in folder.iterdir()} == {
+        "model_index.json", *distill.FROZEN, *distill.OWN_PARTS,
+    }  # fmt: skip
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "made-teacher"]
 
 
 def test_stages_that_need_others_say_which(tmp_path):

@@ -27,7 +27,8 @@ from export.checkpoint import open_checkpoint
 from training import all as every_stage
 from training import data, diffusion, distill, reward, sheets, vqgan
 from training.captioned import Captioned
-from training.cli import pick_device
+from training.cli import pick_device, stage_cli
+from training.preparation import BOUNDS
 from training.run import Run
 
 ROOT = Path(__file__).parent.parent
@@ -170,6 +171,22 @@ def test_a_killed_stage_ends_with_the_weights_of_an_undisturbed_one(tmp_path, st
 )  # fmt: skip
 def test_a_command_with_bad_data_says_so_and_writes_nothing(refused, tmp_path, flags, message):
     assert refused("bert", *(f.format(tmp_path) for f in flags)) == message.format(tmp_path)
+
+
+def test_bounds_of_one_column_all_count_and_take_the_place_of_its_default(tmp_path, monkeypatch):
+    runs, (default, *others) = [], BOUNDS
+    asked = [f"{default.column}>=0.1", f"{default.column}<=0.3"]
+    flags = [word for text in asked for word in ("--keep", text)]
+    folder = write("jsonl", tmp_path / "data", many(3))
+    monkeypatch.setattr(sys, "argv", ["stage", "--data", str(folder), *flags])
+
+    def train(run):
+        runs.append(run)
+
+    with pytest.raises(SystemExit) as ended:
+        stage_cli(train, 1, 1)
+    assert ended.value.code == 0
+    assert [*map(str, runs[0].source.preparation.bounds)] == [*map(str, others), *asked]
 
 
 def test_every_stage_trains_on_captioned_pictures(tmp_path):

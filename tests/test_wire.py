@@ -57,8 +57,9 @@ def stream(server, request_id="", on_answer=None, raw=None, **fields):
 
 
 def post(server, path, **fields):
-    body = json.dumps({"prompt": "a red circle", **fields}).encode()
-    request = urllib.request.Request(f"{server.url}/v2/models/{path}", body)
+    fields = {"prompt": "a red circle"} | fields
+    body = json.dumps({name: value for name, value in fields.items() if value is not None})
+    request = urllib.request.Request(f"{server.url}/v2/models/{path}", body.encode())
     with urllib.request.urlopen(request, timeout=60) as answer:
         return answer.read().decode()
 
@@ -298,6 +299,23 @@ def test_a_live_request_can_be_cancelled_by_its_id(server):
     assert (events, error) == ([{"event": b"cancelled"}], None)
     start.join(10)
     assert answers[0][1] == "the request was cancelled"
+
+
+def test_a_live_request_over_http_can_be_cancelled_by_its_id(server):
+    answers = []
+
+    def slow():
+        fields = {**SLOW, "id": "over http", "image_format": "png_base64"}
+        answers.append(post(server, f"{STREAM}/generate_stream", **fields))
+
+    with work_stops(server) as before:
+        start = threading.Thread(target=slow)
+        start.start()
+        wait_for_a_call(server, before)
+        said = post(server, f"{STREAM}/generate_stream", prompt=None, cancel="over http")
+        assert '"event":"cancelled"' in said
+        start.join(10)
+    assert "the request was cancelled" in answers[0]
 
 
 def test_an_id_stops_all_live_requests_that_bear_it(server):

@@ -44,7 +44,7 @@ from training.reward import LEVELS, SceneReader, faults, nearest_codes
 from training.run import Run, check_trained, load_start
 from training.sampling import Sampler
 
-STEPS, BATCH = 600, 32
+STEPS, BATCH = 400, 32
 FINER = 5  # of the teacher's steps in one of the student's
 TAUGHT = 4  # one in so many pictures is compared with the teacher, where there is a reward too
 REWARD = 0.1  # weight of the faults beside the error of v

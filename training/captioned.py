@@ -8,6 +8,7 @@ position, a block and a row, and a run goes on from there with nothing repeated 
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -69,7 +70,9 @@ class Captioned:
         """Another wherever the rows, their order or what becomes of them may be another."""
         chosen = asdict(self.preparation).items()
         kept = {name: value for name, value in chosen if name not in OF_LOADING}
-        return f"{self.path.resolve()}, {self.shuffle} shuffled, {kept}"
+        files = [(str(f), f.stat().st_size if f.is_file() else 0) for f in self.format.files]
+        held = hashlib.sha256(repr(files).encode()).hexdigest()
+        return f"{self.path.resolve()}, files {held}, {self.shuffle} shuffled, {kept}"
 
     def corpus(self, seed: int, count: int) -> list[str]:
         """Clean captions of rows that pass, from one epoch."""
@@ -117,14 +120,15 @@ class Captioned:
                 stream.load_state_dict(start)
             read = iter(stream)
             while True:
-                start = copy.deepcopy(stream.state_dict())
+                # A stream that was put somewhere does not say so before it has read.
+                start = start or copy.deepcopy(stream.state_dict())
                 held = list(islice(read, self.shuffle))
                 if not held:
                     break
                 mixed = np.random.default_rng((seed, epoch, block)).permutation(len(held))
                 for k in range(done, len(held)):
                     yield held[mixed[k]], Place(epoch, block, k + 1, start)
-                block, done = block + 1, 0
+                block, done, start = block + 1, 0, None
             epoch, block, start = epoch + 1, 0, None
 
     def _check_bounds(self) -> None:

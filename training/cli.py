@@ -97,9 +97,11 @@ def stage_cli(
             chosen = pick_device(device)
             source: Source = scenes_for(chosen)
             if path is not None:
-                bounds = {bound.column: bound for bound in (*BOUNDS, *map(Bound.parse, keep))}
+                asked = [Bound.parse(text) for text in keep]
+                named = {bound.column for bound in asked}
+                bounds = (*(bound for bound in BOUNDS if bound.column not in named), *asked)
                 preparation = Preparation(
-                    side, crop, tuple(bounds.values()), max_aspect, min_caption, max_caption,
+                    side, crop, bounds, max_aspect, min_caption, max_caption,
                     timeout, fetchers=fetchers,
                 )  # fmt: skip
                 source = Captioned(path, preparation, shuffle)

@@ -35,7 +35,7 @@ from training.run import Run, save_part
 from training.vqgan import SHOWN, compared
 from training.vqgan_losses import psnr, reconstruction
 
-STEPS, BATCH = 400, 32
+STEPS, BATCH = 300, 32
 PAINTED = 2  # of the UNet's steps at most: more would paint something else than the true picture
 LEARNING_RATE, EMA_DECAY = 5e-4, 0.99
 

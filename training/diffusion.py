@@ -39,7 +39,7 @@ from training.run import Run, check_trained, digest, load_start, save_part
 from training.sampling import Sampler
 from training.scenes import Scene, describe
 
-STEPS, BATCH = 3700, 64
+STEPS, BATCH = 3000, 64
 LATENT_CELL = 8  # pixels a side
 SCENES = 40_000  # distinct pictures; each gets a new caption every time it is drawn
 FROZEN = ("text_encoder", "text_encoder_2", "vae")

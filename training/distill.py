@@ -32,7 +32,7 @@ from training.run import Run, check_trained, load_start, save_part
 from training.sampling import Sampler
 from twinbrush.samplers import guidance_embedding
 
-STEPS, BATCH = 1000, 64
+STEPS, BATCH = 700, 64
 PHASES = 4  # parts of the noise levels, and steps of the student
 PHASE = scheduler().config["num_train_timesteps"] // PHASES
 SOLVER_STEPS = 20  # of the DDIM solver; truth travels one a time, so fewer are learnt sooner
@@ -69,13 +69,16 @@ def teacher_of(checkpoint: Path) -> Path:
             if not (folder / "vae").is_symlink():
                 raise BadInput(f"--checkpoint: {folder} is not a teacher that was made here")
             shutil.rmtree(folder)
-        folder.mkdir()
-        shutil.copy(checkpoint / "model_index.json", folder)
+        made = folder.with_name(f"{folder.name}.part")
+        shutil.rmtree(made, ignore_errors=True)
+        made.mkdir()
+        shutil.copy(checkpoint / "model_index.json", made)
         for part in filter(Path.is_dir, checkpoint.iterdir()):
             if part.name in OWN_PARTS:
-                shutil.copytree(part, folder / part.name)
+                shutil.copytree(part, made / part.name)
             else:
-                (folder / part.name).symlink_to(Path("..", checkpoint.name, part.name))
+                (made / part.name).symlink_to(Path("..", checkpoint.name, part.name))
+        made.rename(folder)
     elif not folder.is_dir():
         raise BadInput(f"--checkpoint: {checkpoint} is distilled, and its teacher {folder} is gone")
     return folder

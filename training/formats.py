@@ -92,6 +92,10 @@ def _tar_rows(files: list[str]) -> Iterator[Row]:
                     parts[f".{extension.lower()}"] = tar.extractfile(member).read()
                 if parts:
                     yield _sample(parts)
+                # Past its first member tarfile takes what it cannot read for the end.
+                tar.fileobj.seek(tar.offset)
+                if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    raise tarfile.ReadError("it is cut or broken behind its first samples")
         except tarfile.ReadError as error:
             raise BadInput(f"--data: {path} is not a whole tar: {error}")
 

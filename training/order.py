@@ -43,7 +43,8 @@ def train(run: Run) -> None:
     tokenizer = BertTokenizer.from_pretrained(run.checkpoint / "tokenizer_2")
     bert = load_part(folder, BertModel, add_pooling_layer=False).to(run.device)
     before = copy.deepcopy(bert).requires_grad_(False)
-    trainer = run.trainer(bert.requires_grad_(True), "order", LEARNING_RATE, EMA_DECAY)
+    bert.requires_grad_(True)
+    trainer = run.trainer(bert, "order", LEARNING_RATE, EMA_DECAY, [folder])
     batches = requests_of(run.source).batches(
         87_000_000 + run.first([folder]), run.batch, run.device, captions_only=True
     )

@@ -29,8 +29,8 @@ CROPS = ("center", "random")
 MAX_PIXELS = 100_000_000  # of a picture before it is made small; more is taken for a bomb
 # What pillow's plugins raise for files that are not what they say.
 BROKEN = (
-    OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, struct.error, zlib.error,
-    Image.DecompressionBombError,
+    OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, RuntimeError, struct.error,
+    zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
 _OPERATORS = {">=": operator.ge, "<=": operator.le}
 _TAG = re.compile(r"<[^<>]*>")

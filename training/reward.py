@@ -42,7 +42,7 @@ from training.scenes import (
     says_between,
 )
 
-STEPS, BATCH = 1000, 128
+STEPS, BATCH = 800, 128
 PICTURES = 30_000
 ATTRIBUTES = {"shape": SHAPES, "colour": tuple(COLOURS), "size": tuple(SIZES)}
 CHOICES = [1, *map(len, ATTRIBUTES.values()), len(BACKGROUNDS)]

@@ -37,7 +37,7 @@ from training.vqgan_losses import (
     rgb,
 )
 
-STEPS, BATCH = 3400, 32
+STEPS, BATCH = 3000, 32
 DECODER = 0.25  # share of the steps that the decoder learns alone
 WARM_UP = 0.5  # share of the others before the codebook is used
 SHOWN = 39_999_998  # seed of the pictures of samples.png

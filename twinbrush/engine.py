@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import sys
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -110,7 +111,7 @@ class Engine:
         generation = Generation(request, warnings, reply, self._end)
         with self._work:
             if self._closing:
-                raise EngineError("UNAVAILABLE", "the server is shutting down")
+                raise EngineError.of_shutdown()
             if len(self._live) >= self._queue_size:
                 text = f"the queue is full ({self._queue_size} requests): try again later"
                 raise EngineError("UNAVAILABLE", text)
@@ -125,7 +126,7 @@ class Engine:
             live = list(self._live)
             self._work.notify_all()
         for generation in live:
-            self._end(generation, EngineError("UNAVAILABLE", "the server is shutting down"))
+            self._end(generation, EngineError.of_shutdown())
         for waiting in (self._to_encode, self._to_decode, self._to_reply):
             waiting.put(None)
         for thread in self._threads:
@@ -279,11 +280,14 @@ class Engine:
             self._live.discard(generation)
             for job in generation.jobs:
                 self._batcher.remove(job)
-        self._to_reply.put((generation, partial(End, error)))
+            generation.jobs.clear()  # which hold it in turn, and the latents of whole calls
+            self._to_reply.put((generation, partial(End, error)))  # before `close` stops the queue
 
     def _fail(self, generations: Iterable[Generation], doing: str) -> None:
-        log.exception("%s failed", doing)
-        error = EngineError("INTERNAL", f"{doing} failed: the server's log says why")
+        error = sys.exception()
+        if not isinstance(error, EngineError):
+            log.exception("%s failed", doing)
+            error = EngineError("INTERNAL", f"{doing} failed: the server's log says why")
         for generation in generations:
             self._end(generation, error)
 

@@ -29,6 +29,11 @@ class EngineError(Exception):
         log.error("taking a request failed", exc_info=error)
         return cls("INTERNAL", "the server's log says why")
 
+    @classmethod
+    def of_shutdown(cls) -> EngineError:
+        """Another server can be asked the same."""
+        return cls("UNAVAILABLE", "the server is shutting down")
+
 
 @dataclass(frozen=True)
 class Progress:

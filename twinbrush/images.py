@@ -10,7 +10,13 @@ from PIL import Image
 
 
 def to_pixels(image: np.ndarray) -> np.ndarray:
-    """A picture (3, H, W) in [-1, 1] as uint8 (H, W, 3)."""
+    """A picture (3, H, W) in [-1, 1] as uint8 (H, W, 3).
+
+    Raises:
+        ValueError: a number is not finite, as where FP16 is too narrow for a network.
+    """
+    if not np.isfinite(image).all():
+        raise ValueError("the picture has numbers that are not finite")
     scaled = np.rint((np.clip(image, -1, 1) + 1) * 127.5)
     return np.ascontiguousarray(scaled.astype(np.uint8).transpose(1, 2, 0))
 

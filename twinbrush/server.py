@@ -139,7 +139,7 @@ def main(
                 raise typer.Exit(1) from None
             except ServerError as error:
                 print(f"twinbrush: {error}", file=sys.stderr, flush=True)
-                starts_left -= 1
+                starts_left = starts_left - 1 if error.passing else STARTS
                 again = starts_left > 0 if error.passing else restart and error.worth_another_try
                 if not again:
                     raise typer.Exit(1) from None

@@ -23,6 +23,8 @@ from twinbrush.relay import RelayClient, RelayServer, relay_address
 from twinbrush.request import GenerationRequest, InvalidArgument
 
 log = logging.getLogger(__name__)
+# What the networks of a server answer that has been told to end while requests live.
+SHUTDOWN = ("Server not ready", "Server is stopping")
 DTYPES = {"index": np.int32, "step": np.int32, "total_steps": np.int32, "seed": np.int64}
 
 
@@ -38,7 +40,10 @@ class TritonModels:
         )
         response = request.exec()
         if response.has_error():
-            raise RuntimeError(f"{model}: {response.error().message()}")
+            reason = response.error().message()
+            if any(text in reason for text in SHUTDOWN):
+                raise EngineError.of_shutdown()
+            raise RuntimeError(f"{model}: {reason}")
         return pb_utils.get_output_tensor_by_name(response, output).as_numpy()
 
 
@@ -196,10 +201,10 @@ def _fields(request: Any, names: tuple[str, ...]) -> dict[str, np.ndarray]:
 
     Raises:
         InvalidArgument: a JSON body had a member that is no input; the server makes such
-            members parameters of the request.
+            members parameters of the request, and `id`, which it takes for the request's, too.
     """
     for name, value in json.loads(request.parameters() or "{}").items():
-        if not name.startswith("triton_"):
+        if name != "id" and not name.startswith("triton_"):
             raise InvalidArgument(name, value, f"inputs are {', '.join(names)}")
     tensors = {name: pb_utils.get_input_tensor_by_name(request, name) for name in names}
     return {name: t.as_numpy().copy() for name, t in tensors.items() if t is not None}
