@@ -72,7 +72,7 @@ def test_what_does_not_fit_its_type_is_named(client, fields):
 
 
 def test_a_field_that_is_none_is_named(client):
-    with pytest.raises(TwinbrushError, match="step is no field: prompt, .*steps"):
+    with pytest.raises(TwinbrushError, match=r"step is no field: prompt, .*steps"):
         client.generate("a red circle", step=4)
 
 

@@ -154,8 +154,8 @@ def teach(
         batches,
         lambda averaged: sampler.sheet(averaged, fusion, ddim_scheduler(), DEFAULTS),
     )
-    save_part(taught.half(), run.checkpoint / "unet")
     write_index(run.checkpoint, ddim_scheduler(), DEFAULTS, run.source)
+    save_part(taught.half(), run.checkpoint / "unet")  # last: saves of this run were made on others
 
 
 def check_distilled(checkpoint: Path) -> None:
