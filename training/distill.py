@@ -32,7 +32,7 @@ from training.run import Run, check_trained, load_start, save_part
 from training.sampling import Sampler
 from twinbrush.samplers import guidance_embedding
 
-STEPS, BATCH = 700, 64
+STEPS, BATCH = 600, 64
 PHASES = 4  # parts of the noise levels, and steps of the student
 PHASE = scheduler().config["num_train_timesteps"] // PHASES
 SOLVER_STEPS = 20  # of the DDIM solver; truth travels one a time, so fewer are learnt sooner
