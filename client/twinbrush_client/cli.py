@@ -65,7 +65,7 @@ def generate(
     except TwinbrushError as error:
         text = str(error)
         if error.code == "DEADLINE_EXCEEDED":
-            text = f"not finished after the {timeout:g} s of --timeout; the server has stopped"
+            text = f"not finished after the {timeout:g} s of --timeout; the server ends its work"
         console.print(f"[red]{_escaped(text)}[/]", soft_wrap=True)
         raise typer.Exit(1) from None
     except OSError as error:
