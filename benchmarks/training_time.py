@@ -79,8 +79,7 @@ def taken(runs: Path) -> dict[str, dict[str, float]]:
     times = json.loads((runs / "times.json").read_text())
     return {
         name: {"steps": stage.STEPS, "batch": stage.BATCH, "minutes": round(times[name] / 60, 1)}
-        for stage in STAGES
-        for name in [stage_name(stage)]
+        for name, stage in zip(map(stage_name, STAGES), STAGES, strict=True)
     }
 
 

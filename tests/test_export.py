@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import resource
 import shutil
 import signal
@@ -535,6 +537,28 @@ def refused(tiny, old):
 def test_flags_that_cannot_be_followed_are_refused(refused, tmp_path, flags, message):
     flags = [flag.format(here=tmp_path) for flag in flags]
     assert message.format(here=tmp_path) in refused(*flags)
+
+
+def test_a_report_that_cannot_be_written_is_told_before_anything_is_built(
+    refused, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # to root everything can be written
+    assert f"--report {tmp_path}/x.json cannot be written" in refused(
+        "--report", tmp_path / "x.json"
+    )
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "unet/config.json"])
+def test_a_file_that_cannot_be_read_is_named(refused, tiny, monkeypatch, name):
+    read = Path.read_text
+
+    def denied(path, *given, **named):
+        if path == Path(tiny, name):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return read(path, *given, **named)
+
+    monkeypatch.setattr(Path, "read_text", denied)
+    assert f"{Path(tiny, name)} cannot be read: Permission denied" in refused()
 
 
 @pytest.mark.parametrize("model", ["unet", "text_to_image"])

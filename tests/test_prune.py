@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import contents, export_command
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from checkpoints import stable_diffusion, text_model
+from export import shapes
 from export.channel_groups import ChannelGroup, channel_groups, choose, importances, units
 from export.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from export.convert import parity_error, to_onnx
@@ -299,6 +301,26 @@ def test_weights_of_another_pruning_are_named(copy):
     save_file(tensors, file)
     with pytest.raises(CheckpointError, match=r"size mismatch for conv_in\.bias"):
         load_parts(open_checkpoint(copy))
+
+
+@pytest.mark.parametrize("failing", ["weights", "copies"])
+def test_a_disk_that_fills_while_pruning_is_one_sentence(tiny, tmp_path, monkeypatch, failing):
+    text = "No space left on device"
+
+    def weights(*_):
+        raise SafetensorError(text)
+
+    def copies(source, target, **_):
+        raise shutil.Error([(str(source), str(target), text)])
+
+    if failing == "weights":
+        monkeypatch.setattr(shapes, "save_model", weights)
+    else:
+        monkeypatch.setattr(shutil, "copytree", copies)
+    folder = tmp_path / "pruned"
+    with pytest.raises(CheckpointError, match=f"^cannot write {folder}: {text}$"):
+        prune_checkpoint(open_checkpoint(tiny), {"clip_text": 0.25}, folder)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ class Captioned:
     def side(self) -> int:
         return self.preparation.side
 
-    @property
+    @cached_property
     def identity(self) -> str:
         """Another wherever the rows, their order or what becomes of them may be another."""
         chosen = asdict(self.preparation).items()
