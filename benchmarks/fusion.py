@@ -24,14 +24,14 @@ from typing import Annotated, Any, cast
 import numpy as np
 import torch
 import typer
-from diffusers import VQModel
+from diffusers import UNet2DConditionModel, VQModel
 from rich.console import Console
 from torch import Tensor
 
 from benchmarks.machine import write_result
 from benchmarks.quality import NAMES, Score, Task, read, score, table_of, tasks
 from benchmarks.steps import points_lost
-from export.checkpoint import CheckpointError, open_checkpoint
+from export.checkpoint import CheckpointError, load_part, open_checkpoint
 from training import bert, data
 from training.cli import pick_device
 from training.diffusion import (
@@ -93,6 +93,13 @@ def main(
         int,
         typer.Option(help="Of each UNet's first level, a multiple of 32; the second has twice."),
     ] = 96,
+    init: Annotated[
+        Path | None,
+        typer.Option(
+            help="Undistilled checkpoint whose UNet every arm starts from, of --channels, with "
+            "attention to text that is drawn anew; without it all is."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     bf16: Annotated[bool, typer.Option(help="bfloat16 products in training.")] = False,
     masked_words: Annotated[
@@ -129,8 +136,12 @@ def main(
         for seed, name in itertools.product(range(seeds), arms):
             encoders, seeded = Arm(checkpoint, name, on), replace(run, seed=seed)
             torch.manual_seed(seed)
-            painter = Painter(channels=channels).to(on)
+            painter = Painter(channels=channels)
             reads = [checkpoint / part for part in FROZEN]
+            if init:
+                start(painter.unet, init)
+                reads.append(init / "unet")
+            painter.to(on)
             trainer = seeded.trainer(painter, f"{name}-{seed}", LEARNING_RATE, EMA_DECAY, reads)
             loss_at = velocity_loss(painter, encoders, batches, seeded.first())
             trained = trainer.run(loss_at, batches)
@@ -150,11 +161,27 @@ def main(
     }
     write_result(
         out, "python -m benchmarks.fusion", checkpoint=opened.name,
-        steps=steps, batch=batch, seeds=seeds, channels=channels, masked_words=masked_words, n=n,
+        steps=steps, batch=batch, seeds=seeds, channels=channels, init=init and init.name,
+        masked_words=masked_words, n=n,
         summary=summary, results=results,
     )  # fmt: skip
     plot(results, out.with_suffix(".png"))
     print(json.dumps(summary))
+
+
+def start(unet: UNet2DConditionModel, init: Path) -> None:
+    """Gives a UNet all weights of a checkpoint's but those of its attention to text.
+
+    Raises:
+        BadInput: that UNet has other tensors.
+    """
+    weights = load_part(init / "unet", UNet2DConditionModel).state_dict()
+    own = {key: value for key, value in unet.state_dict().items() if ".attn2." in key}
+    try:
+        unet.load_state_dict(weights | own)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise data.BadInput(f"--init: {init} is no UNet to start from: {reason}")
 
 
 def with_masked_words(checkpoint: Path, folder: Path, device: torch.device, bf16: bool) -> Path:

@@ -47,6 +47,7 @@ OPTIONS = {
     "timestep_scaling": 10.0,
 }
 DISTILLED = {"steps": 4, "guidance_scale": 8.0}
+FUSED = {"steps": 4, "guidance_scale": 1.0}  # an LCM-LoRA in a UNet that is told no guidance
 UNDISTILLED = {"steps": 20, "guidance_scale": 7.5}
 
 
@@ -66,7 +67,7 @@ def write(checkpoint: Checkpoint, parts: dict[str, Part], folder: Path) -> None:
     pipeline = {
         "checkpoint": checkpoint.name,
         "schedule": _schedule(checkpoint),
-        "defaults": _defaults(checkpoint) | index.get("defaults", {}),
+        "defaults": defaults(checkpoint),
         "native_side": unet.config.sample_size * scale,
         "side_multiple": side_multiple(unet) * scale,
         "scale_factor": scale,
@@ -133,8 +134,11 @@ def _schedule(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _defaults(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What suits checkpoints of this kind."""
-    distilled = checkpoint.config("unet").get("time_cond_proj_dim")
-    sampler = SAMPLER_OF[checkpoint.classes["scheduler"]]
-    return {"sampler": sampler, **(DISTILLED if distilled else UNDISTILLED)}
+def defaults(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Of requests: what the checkpoint says, and where it does not, what suits its kind."""
+    sampler = SAMPLER_OF.get(checkpoint.classes["scheduler"])
+    if checkpoint.config("unet").get("time_cond_proj_dim"):
+        usual = DISTILLED
+    else:
+        usual = FUSED if sampler == "lcm" else UNDISTILLED
+    return {"sampler": sampler, **usual, **checkpoint.index.get("defaults", {})}

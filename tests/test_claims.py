@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image, ImageFilter
 from safetensors.torch import save_file
 
@@ -71,6 +72,22 @@ def test_fusion_can_be_measured_behind_a_bert_of_masked_words(tmp_path, monkeypa
     assert heading == "step,loss,words,accuracy"  # no question was asked
     made = digest([learnt / "scenes-64" / "text_encoder_2"])
     assert digest([CHECKPOINT / "text_encoder_2"]) == before != made
+
+
+def test_arms_start_from_a_unet_that_has_yet_to_learn_to_read(tmp_path):
+    saved = UNet2DConditionModel.from_pretrained("checkpoints/scenes-64-teacher", subfolder="unet")
+    started = diffusion.Painter().unet
+    fresh = {key: value.clone() for key, value in started.state_dict().items()}
+    fusion.start(started, Path("checkpoints/scenes-64-teacher"))
+    for key, value in started.state_dict().items():
+        expected = fresh if ".attn2." in key else saved.state_dict()
+        assert torch.equal(value, expected[key]), key
+    with pytest.raises(
+        data.BadInput, match=r"--init: .*scenes-64 is no UNet to start from: .*cond_proj"
+    ):
+        fusion.start(started, CHECKPOINT)
+    with pytest.raises(data.BadInput, match=r"--init: .* is no UNet to start from: size mismatch"):
+        fusion.start(diffusion.Painter(channels=32).unet, Path("checkpoints/scenes-64-teacher"))
 
 
 def test_every_arm_of_fusion_sees_what_it_says():

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from test_captioned import write
 
-from checkpoints import tiny_checkpoint
+from checkpoints import stable_diffusion, text_model, tiny_checkpoint
 from export.checkpoint import open_checkpoint
 from export.prune import prune_checkpoint
 from export.repository import SOURCE, load_parts
 from export.shapes import pruning_of
 from training import diffusion
+from training.captioned import Captioned
 from training.loop import Trainer
-from training.recover import Teacher, recover
+from training.preparation import Preparation
+from training.recover import Teacher, main, recover
 from training.run import Run
 
 RATIOS = {"clip_text": 0.25, "bert": 0.25, "unet": 0.3, "vqgan_decoder": 0.25}
@@ -42,14 +46,21 @@ def copy(pruned, tmp_path, monkeypatch) -> Path:
     return Path(shutil.copytree(pruned, tmp_path / "student"))
 
 
+def killed(trainer: Trainer, position: dict | None, save=Trainer._save) -> None:
+    """A save, after which the run ends where it has steps left."""
+    save(trainer, position)
+    if trainer.step < trainer.steps:
+        raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("model", RATIOS)
 def test_recovery_lowers_the_distillation_error(teacher, copy, tmp_path, model):
     runs = tmp_path / "runs"
     ((name, (before, after)),) = recover(Run(copy, runs, 30, 8), teacher, [model]).items()
     assert name == model
     assert after < 0.9 * before
-    opened, taught = open_checkpoint(copy), Teacher(open_checkpoint(teacher), runs, 8)
-    inputs = taught.inputs(model, 10**6)
+    opened, taught = open_checkpoint(copy), Teacher(open_checkpoint(teacher))
+    inputs = taught.inputs(model, taught.batches(Run(copy, runs, 1, 8), model).at(10**6), 10**6)
     with torch.no_grad():
         on_disk = taught.error(load_parts(opened)[model], inputs).item()
     assert on_disk == pytest.approx(after, rel=1e-5)
@@ -66,13 +77,6 @@ def test_recovery_changes_what_was_named_and_keeps_its_shape(teacher, copy, prun
 def test_a_recovery_that_was_killed_goes_on(teacher, copy, pruned, tmp_path, monkeypatch):
     whole = recover(Run(copy, tmp_path / "whole", 6, 4), teacher, ["clip_text"])
     again = Path(shutil.copytree(pruned, tmp_path / "again" / "student"))
-    save = Trainer._save
-
-    def killed(trainer, position):
-        save(trainer, position)
-        if trainer.step < trainer.steps:
-            raise KeyboardInterrupt
-
     monkeypatch.setattr(Trainer, "_save", killed)
     run = Run(again, tmp_path / "killed", 6, 4, save_every=2)
     for _ in range(2):
@@ -87,10 +91,10 @@ def test_several_models_go_on_from_where_they_were_killed(teacher, copy, tmp_pat
     with monkeypatch.context() as patched:
         train = Trainer.run
 
-        def killed(trainer, loss_at):
+        def killed(trainer, loss_at, batches):
             if "bert" in trainer.folder.name:
                 raise KeyboardInterrupt
-            return train(trainer, loss_at)
+            return train(trainer, loss_at, batches)
 
         patched.setattr(Trainer, "run", killed)
         with pytest.raises(KeyboardInterrupt):
@@ -100,9 +104,10 @@ def test_several_models_go_on_from_where_they_were_killed(teacher, copy, tmp_pat
 
 
 def test_inputs_of_a_step_never_change(teacher, copy, tmp_path):
-    taught = [Teacher(open_checkpoint(teacher), tmp_path / "runs", 4) for _ in range(2)]
+    run = Run(copy, tmp_path / "runs", 1, 4)
+    taught = [Teacher(open_checkpoint(teacher)) for _ in range(2)]
     for model in RATIOS:
-        first, second = (one.inputs(model, 5) for one in taught)
+        first, second = (t.inputs(model, t.batches(run, model).at(5), 5) for t in taught)
         assert first.keys() == taught[0].parts[model].inputs.keys()
         assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -117,6 +122,47 @@ def test_the_teacher_gets_the_text_model_that_its_export_got(teacher, copy, tmp_
     (without / "model_index.json").write_text(json.dumps(index))
     run = Run(copy, tmp_path / "runs", 1, 4)
     assert recover(run, without, ["bert"], str(bert)).keys() == {"bert"}
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory) -> tuple[Path, str, Path]:
+    """A distilled Stable Diffusion, a text model for it, and the two pruned."""
+    folder = tmp_path_factory.mktemp("foreign")
+    whole = stable_diffusion(folder / "lcm", distilled=True)
+    bert = str(text_model(folder / "bert", "bert"))
+    prune_checkpoint(open_checkpoint(whole, bert), RATIOS, folder / "pruned")
+    return whole, bert, folder / "pruned"
+
+
+@pytest.mark.parametrize("model", RATIOS)
+def test_a_checkpoint_of_another_world_learns_from_its_own_pictures(
+    foreign, tmp_path, monkeypatch, capsys, model
+):
+    whole, bert, pruned = foreign
+    student = Path(shutil.copytree(pruned, tmp_path / "student"))
+    pictures, runs = write("jsonl", tmp_path / "pictures"), tmp_path / "runs"
+    given = {"bert": bert, "models": model, "batch": 4, "device": "cpu"}
+    with pytest.raises(SystemExit, match=r"error: --data: lcm, whose vae is an AutoencoderKL, kno"):
+        main(student, whole, runs=runs, steps=1, **given)
+    main(student, whole, runs=runs, steps=40, path=pictures, **given)
+    said = capsys.readouterr().out
+    before, after = json.loads(said.splitlines()[-1])[model]
+    assert after < 0.9 * before
+    read = any("broken" in line for line in said.splitlines() if line.startswith("recover-"))
+    assert read == (model in ("unet", "vqgan_decoder"))  # others learn from captions alone
+
+    again = Path(shutil.copytree(pruned, tmp_path / "again"))
+    run = Run(again, runs, 40, 4, source=Captioned(pictures, Preparation(32)), save_every=20)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Trainer, "_save", killed)
+        recover(replace(run, runs=tmp_path / "killed"), whole, [model], bert)
+    resumed = recover(replace(run, runs=tmp_path / "killed"), whole, [model], bert)
+    assert resumed[model][1] == after
+
+
+def test_guidance_is_taught_up_to_twice_what_requests_have(foreign, teacher):
+    for whole, bert, most in ((foreign[0], foreign[1], 16), (teacher, None, 6)):
+        assert Teacher(open_checkpoint(whole, bert))._most_guidance == most
 
 
 def test_a_checkpoint_that_is_whole_has_nothing_to_recover(teacher, tmp_path):

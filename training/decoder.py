@@ -19,7 +19,7 @@ from export.checkpoint import load_part
 from export.fusion_head import FusionHead
 from training.cli import stage_cli
 from training.data import Batch, on_device
-from training.diffusion import FROZEN, Encoders
+from training.diffusion import FROZEN, Encoders, encoded
 from training.distill import (
     GUIDANCE,
     PHASE,
@@ -83,7 +83,7 @@ class CodePainter:
         """
         pictures, device = batch.pictures, batch.pictures.device
         with torch.autocast(device.type, enabled=False):
-            x_t = self.vae.encode(pictures).latents * self.vae.config.scaling_factor
+            x_t = encoded(self.vae, pictures)
         left = torch.arange(len(x_t), device=device) % (PAINTED + 1)
         noise = torch.randn(x_t.shape, generator=draw).to(device)
         scales = torch.empty(len(x_t)).uniform_(*GUIDANCE, generator=draw)

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from diffusers import (
+    AutoencoderKL,
     DPMSolverMultistepScheduler,
     SchedulerMixin,
     UNet2DConditionModel,
@@ -42,6 +43,7 @@ from training.scenes import Scene, describe
 STEPS, BATCH = 3000, 64
 LATENT_CELL = 8  # pixels a side
 SCENES = 40_000  # distinct pictures; each gets a new caption every time it is drawn
+FIRST_DRAW = 60_000_000  # the seed of what the first step draws
 FROZEN = ("text_encoder", "text_encoder_2", "vae")
 BERT_LAYERS = (2, 4)
 CAPTION_DROP = 0.1
@@ -126,13 +128,21 @@ def latents(checkpoint: Path, runs: Path, truth: list[Scene], device: torch.devi
     parts = []
     for start in range(0, len(truth), 100):
         pictures = data.pictures(truth[start : start + 100]).to(device)
-        parts.append(vae.encode(pictures).latents * vae.config.scaling_factor)
+        parts.append(encoded(vae, pictures))
     runs.mkdir(parents=True, exist_ok=True)
-    encoded = torch.cat(parts).contiguous()  # as it is read back: another layout rounds otherwise
+    whole = torch.cat(parts).contiguous()  # as it is read back: another layout rounds otherwise
     part = path.with_suffix(".part.npy")
-    np.save(part, encoded.cpu().numpy())
+    np.save(part, whole.cpu().numpy())
     os.replace(part, path)
-    return encoded
+    return whole
+
+
+@torch.no_grad()
+def encoded(vae: VQModel | AutoencoderKL, pictures: Tensor) -> Tensor:
+    """Latents as the UNet knows them, (B, C, h, w), of pictures in [-1, 1], (B, 3, H, W)."""
+    said = vae.encode(pictures)
+    found = said.latents if isinstance(vae, VQModel) else said.latent_dist.mode()
+    return (found - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor
 
 
 class LatentBatch(NamedTuple):
@@ -166,7 +176,7 @@ class Batches:
         data.check_no_position(position)
 
     def at(self, step: int) -> LatentBatch:
-        rng = np.random.default_rng(60_000_000 + step)
+        rng = np.random.default_rng(FIRST_DRAW + step)
         chosen = rng.integers(SCENES, size=self.batch)
         scenes = [self._truth[i] for i in chosen]
         return LatentBatch(
@@ -181,11 +191,13 @@ class Batches:
 
 
 class EncodedBatches:
-    """Latents of batches of pictures, encoded as they come, and their captions."""
+    """Latents of batches of pictures, encoded as they come, and their captions.
 
-    def __init__(self, checkpoint: Path, batches: data.Batches, device: torch.device):
-        self._batches = batches
-        self._vae = load_part(checkpoint / "vae", VQModel).to(device)
+    Of batches that have no pictures there are no latents.
+    """
+
+    def __init__(self, vae: VQModel | AutoencoderKL, batches: data.Batches):
+        self._vae, self._batches = vae, batches
 
     @property
     def position(self) -> dict | None:
@@ -194,12 +206,13 @@ class EncodedBatches:
     def resume(self, position: dict | None) -> None:
         self._batches.resume(position)
 
-    @torch.no_grad()
     def at(self, step: int) -> LatentBatch:
         drawn = self._batches.at(step)
-        with torch.autocast(drawn.pictures.device.type, enabled=False):
-            clean = self._vae.encode(drawn.pictures).latents * self._vae.config.scaling_factor
-        rng = np.random.default_rng(60_000_000 + step)
+        clean = drawn.pictures
+        if len(clean):
+            with torch.autocast(clean.device.type, enabled=False):
+                clean = encoded(self._vae, clean)
+        rng = np.random.default_rng(FIRST_DRAW + step)
         return LatentBatch(clean, drawn.captions, rng, drawn.scenes)
 
     def report(self) -> str:
@@ -216,8 +229,8 @@ def latent_batches(run: Run, first: int) -> Batches | EncodedBatches:
     """
     if isinstance(run.source, data.SceneWorld):
         return Batches(run.checkpoint, run.runs, run.batch, run.device)
-    batches = run.source.batches(60_000_000 + first, run.batch, run.device)
-    return EncodedBatches(run.checkpoint, batches, run.device)
+    batches = run.source.batches(FIRST_DRAW + first, run.batch, run.device)
+    return EncodedBatches(load_part(run.checkpoint / "vae", VQModel).to(run.device), batches)
 
 
 def noised(x0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
@@ -294,7 +307,7 @@ def latent_to_rgb(checkpoint: Path, source: data.Source = data.SCENES) -> list[l
     """The map of previews, fitted on true pictures."""
     vae = load_part(checkpoint / "vae", VQModel)
     pictures = source.sample(59_999_999, 512).pictures
-    return fit_preview(vae.encode(pictures).latents * vae.config.scaling_factor, pictures)
+    return fit_preview(encoded(vae, pictures), pictures)
 
 
 def write_index(

@@ -2,8 +2,9 @@
 
 Distillation (arXiv:1503.02531) of each pruned model by itself: it gets what the unpruned model
 gets, and learns to give the same. The encoders get captions and match hidden states, the UNet
-noisy latents at random timesteps, the decoder latents of pictures. `python -m export --prune
---save-pruned` makes the pruned checkpoint; its pruned parts are written anew.
+noisy latents at random timesteps, the decoder latents of pictures. They come from scenes or, for
+checkpoints of another world, from `--data`. `python -m export --prune --save-pruned` makes the
+pruned checkpoint; its pruned parts are written anew.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from __future__ import annotations
 import inspect
 import json
 import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import diffusers
 import numpy as np
 import torch
 import typer
@@ -23,14 +26,24 @@ from torch import Tensor
 
 from export.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from export.part import Part
+from export.pipeline import defaults
 from export.prune import save_part
 from export.repository import SOURCE, load_parts
 from export.shapes import pruning_of
 from export.tokenizer import load_tokenizer
+from export.vqgan_decoder import scale_factor
 from training import data
+from training.captioned import Captioned
 from training.cli import pick_device
-from training.diffusion import CAPTION_DROP, Batches, noised
-from training.distill import GUIDANCE
+from training.diffusion import (
+    CAPTION_DROP,
+    FIRST_DRAW,
+    Batches,
+    EncodedBatches,
+    LatentBatch,
+    noised,
+)
+from training.preparation import Preparation
 from training.run import Run, digest
 from twinbrush.samplers import guidance_embedding
 
@@ -41,10 +54,8 @@ HELD_OUT = 1_000_000  # the step whose captions and noise the distillation error
 class Teacher:
     """The unpruned checkpoint: what its models are given at a step, and what they say."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, runs: Path, batch: int, device: torch.device = data.CPU
-    ):
-        self.device = device
+    def __init__(self, checkpoint: Checkpoint, device: torch.device = data.CPU):
+        self._checkpoint, self.device = checkpoint, device
         self.parts = load_parts(checkpoint)
         for part in self.parts.values():
             part.module.requires_grad_(False).to(device)
@@ -53,12 +64,32 @@ class Teacher:
         }
         schedule = DDIMScheduler.from_config(checkpoint.config("scheduler"))
         self._alphas_cumprod = schedule.alphas_cumprod.to(device)
-        self._batches = Batches(checkpoint.folders["unet"].parent, runs, batch, device)
+        self._most_guidance = 2 * defaults(checkpoint)["guidance_scale"]
+
+    def batches(self, run: Run, model: str, first: int = 0) -> Batches | EncodedBatches:
+        """What a model learns from; from a run's `--data` in an order of the draws from `first`.
+
+        Raises:
+            BadInput: scenes shall be shown to a model that knows none.
+        """
+        opened = self._checkpoint
+        vae_class = opened.classes["vae"]
+        if isinstance(run.source, data.SceneWorld):
+            if vae_class != "VQModel":
+                raise data.BadInput(
+                    f"--data: {opened.name}, whose vae is an {vae_class}, knows no scenes: name"
+                    " captioned pictures of its own world"
+                )
+            return Batches(opened.folders["vae"].parent, run.runs, run.batch, self.device)
+        vae = opened.load("vae", getattr(diffusers, vae_class)).to(self.device)
+        texts_alone = model in ("clip_text", "bert")
+        drawn = run.source.batches(FIRST_DRAW + first, run.batch, self.device, texts_alone)
+        return EncodedBatches(vae, drawn)
 
     @torch.no_grad()
-    def inputs(self, model: str, step: int) -> dict[str, Tensor]:
-        """A batch of a model's inputs: a pure function of the step."""
-        x0, texts, rng, _ = self._batches.at(step)
+    def inputs(self, model: str, batch: LatentBatch, step: int) -> dict[str, Tensor]:
+        """A model's inputs of a batch: the same for the same step."""
+        x0, texts, rng, _ = batch
         texts = ["" if rng.random() < CAPTION_DROP else text for text in texts]
         match model:
             case "clip_text":
@@ -74,7 +105,7 @@ class Teacher:
         hidden = self._fused(texts)
         inputs = {"sample": x_t, "timestep": t, "encoder_hidden_states": hidden}
         if embedding := self.parts["unet"].inputs.get("timestep_cond"):
-            scales = rng.uniform(*GUIDANCE, size=len(x0))
+            scales = rng.uniform(1, self._most_guidance, size=len(x0))
             rows = [guidance_embedding(scale, embedding.axes[0]) for scale in scales]
             inputs["timestep_cond"] = torch.from_numpy(np.stack(rows)).to(self.device)
         return inputs
@@ -121,35 +152,44 @@ def recover(
         the distillation error of each, before and after.
 
     Raises:
-        ValueError: a checkpoint cannot be opened, or a model is not pruned.
+        ValueError: a checkpoint cannot be opened, a model is not pruned, or what it is to learn
+            from cannot be used.
     """
     opened, original = open_checkpoint(run.checkpoint), open_checkpoint(teacher, bert)
     models = _pruned(opened, original, models)
     parts = load_parts(opened)
-    taught = Teacher(original, run.runs, run.batch, run.device)
+    taught = Teacher(original, run.device)
     errors, recovered = {}, []
     for name in models:
         part = parts[name]
         part.module.to(run.device)
-        held_out = taught.inputs(name, HELD_OUT)
+        with closing(taught.batches(run, name, HELD_OUT)) as measured:
+            held_out = taught.inputs(name, measured.at(HELD_OUT), HELD_OUT)
         with torch.no_grad():
             before = taught.error(part, held_out).item()
+        batches = taught.batches(run, name)
 
-        def loss_at(step: int, part: Part = part) -> dict[str, Tensor]:
-            return {"loss": taught.error(part, taught.inputs(part.name, step))}
+        def loss_at(step: int, part: Part = part, batches: Any = batches) -> dict[str, Tensor]:
+            given = taught.inputs(part.name, batches.at(step), step)
+            return {"loss": taught.error(part, given)}
 
         place = opened.folders[SOURCE[name]]
         # Named by the weights that it starts from: never goes on from another's save.
         folder = f"recover-{name}-{digest([place])[:12]}"
         reads = [original.folders[SOURCE[name]]]
         trainer = run.trainer(part.module, folder, LEARNING_RATE, EMA_DECAY, reads)
-        learnt = replace(part, module=trainer.run(loss_at))
+        learnt = replace(part, module=trainer.run(loss_at, batches))
         with torch.no_grad():
             errors[name] = (before, taught.error(learnt, held_out).item())
         recovered.append((learnt, pruning_of(place), place))
     for written in recovered:  # all at the end: what a model starts from names its save
         save_part(opened, *written)
     return errors
+
+
+def native_side(opened: Checkpoint) -> int:
+    """Side of the pictures that a checkpoint's UNet learnt, in pixels."""
+    return opened.config("unet")["sample_size"] * scale_factor(opened)
 
 
 def _pruned(opened: Checkpoint, original: Checkpoint, models: list[str] | None) -> list[str]:
@@ -178,7 +218,18 @@ def main(
     ] = None,
     runs: Annotated[Path, typer.Option(help="Folder of saves and loss curves.")] = Path("runs"),
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each model.")] = 2000,
-    batch: Annotated[int, typer.Option(min=1, help="Scenes a step.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Captions or pictures a step.")] = 64,
+    path: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            help="What the teacher knows: a folder of pictures and captions, WebDataset tars, or"
+            " parquet with COYO-700M's columns; without it scenes.",
+        ),
+    ] = None,
+    side: Annotated[
+        int | None, typer.Option(help="Of --data's pictures in pixels: the teacher's own.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     bf16: Annotated[
         bool, typer.Option(help="bfloat16 products; pays on GPUs, on CPUs with AMX or AVX512-BF16.")
@@ -189,7 +240,11 @@ def main(
         torch.set_num_threads(threads)
     names = [name.strip() for name in models.split(",")] if models else None
     try:
-        run = Run(checkpoint, runs, steps, batch, pick_device(device), bf16)
+        source: data.Source = data.SCENES
+        if path is not None:
+            side = side or native_side(open_checkpoint(teacher, bert))
+            source = Captioned(path, Preparation(side))
+        run = Run(checkpoint, runs, steps, batch, pick_device(device), bf16, source)
         errors = recover(run, teacher, names, bert)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
