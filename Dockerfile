@@ -16,5 +16,5 @@ USER 10001
 EXPOSE 8000 8001 8002
 HEALTHCHECK --interval=10s --timeout=3s --start-period=300s \
     CMD ["python3", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/v2/health/ready', timeout=2)"]
-ENTRYPOINT ["python3", "-m", "twinbrush.server"]
-CMD ["--repository", "/opt/twinbrush/model_repository", "--address", "0.0.0.0", "--restart"]
+# What follows the image's name is added: `--config-name tensorrt`.
+ENTRYPOINT ["python3", "-m", "twinbrush.server", "--repository", "/opt/twinbrush/model_repository", "--address", "0.0.0.0", "--restart"]

@@ -65,13 +65,17 @@ def test_plans_can_be_built_with_what_is_copied(tmp_path):
 
 
 def test_its_command_is_one_that_the_server_takes():
-    module = listed("ENTRYPOINT")
-    assert module == ["python3", "-m", "twinbrush.server"]
-    usage = subprocess.check_output([sys.executable, *module[1:], "--help"], text=True)
-    flags = [word for word in listed("CMD") if word.startswith("--")]
-    assert flags
+    interpreter, *module = listed("ENTRYPOINT")[:3]
+    assert (interpreter, *module) == ("python3", "-m", "twinbrush.server")
+    usage = subprocess.check_output([sys.executable, *module, "--help"], text=True)
+    flags = [word for word in listed("ENTRYPOINT") if word.startswith("--")]
+    assert {"--repository", "--address", "--restart"} == set(flags)
     for flag in flags:
         assert flag in usage
+
+
+def test_arguments_of_a_container_take_nothing_from_its_command():
+    assert not [line for line in INSTRUCTIONS if line.startswith("CMD")]
 
 
 def test_the_base_is_new_enough_and_the_user_is_not_root():

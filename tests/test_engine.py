@@ -292,6 +292,25 @@ def test_a_picture_that_is_not_finite_fails_its_own_request_only(repository, wat
     engine.close()
 
 
+def test_a_decoder_is_given_few_pictures_at_a_time(repository, watched):
+    engine = open_engine(repository, watched, max_rows=16)
+    run, sizes = watched.models.run, []
+
+    def watch(model, inputs, output):
+        if model == "vqgan_decoder":
+            sizes.append(len(inputs["latent"]))
+        return run(model, inputs, output)
+
+    watched.models.run = watch  # type: ignore[method-assign]
+    for side, most in ((32, 2), (64, 1)):
+        sizes.clear()
+        asked = request(engine, num_images=5, steps=1, width=side, height=side)
+        assert Client(engine, asked).error is None
+        assert sum(sizes) == 5
+        assert max(sizes) <= most
+    engine.close()
+
+
 def test_what_a_network_says_of_a_shutdown_is_what_clients_are_told(repository, watched, caplog):
     engine = open_engine(repository, watched)
 

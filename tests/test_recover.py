@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -152,11 +151,13 @@ def test_a_checkpoint_of_another_world_learns_from_its_own_pictures(
     assert read == (model in ("unet", "vqgan_decoder"))  # others learn from captions alone
 
     again = Path(shutil.copytree(pruned, tmp_path / "again"))
-    run = Run(again, runs, 40, 4, source=Captioned(pictures, Preparation(32)), save_every=20)
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    source = Captioned(pictures, Preparation(32))
+    run = Run(again, tmp_path / "killed", 40, 4, source=source, save_every=20)
+    with monkeypatch.context() as patched:
         patched.setattr(Trainer, "_save", killed)
-        recover(replace(run, runs=tmp_path / "killed"), whole, [model], bert)
-    resumed = recover(replace(run, runs=tmp_path / "killed"), whole, [model], bert)
+        with pytest.raises(KeyboardInterrupt):
+            recover(run, whole, [model], bert)
+    resumed = recover(run, whole, [model], bert)
     assert resumed[model][1] == after
 
 

@@ -1,5 +1,7 @@
 """Every rule about what a client may ask for, without a server."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -29,6 +31,11 @@ def parse(**fields):
             dtype = np.int64 if name == "seed" else TYPES[type(value)]
             tensors[name] = np.array([value], dtype)
     return GenerationRequest.parse(tensors, CONFIG)
+
+
+@pytest.mark.parametrize(("native", "most"), [(64, 256), (512, 2048), (768, 2048), (4096, 4096)])
+def test_sides_end_where_networks_do(native, most):
+    assert replace(CONFIG, native_side=native).max_side == most
 
 
 def test_silence_takes_the_checkpoints_defaults():

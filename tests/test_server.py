@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from tritonclient.utils import InferenceServerException
 
 from twinbrush import server as launcher
 from twinbrush.manifest import ManifestError, verify
+from twinbrush.triton_process import ServerOptions, TritonProcess
 
 STUB = "triton_python_backend_stub"
 
@@ -145,6 +148,16 @@ def test_deaths_leave_a_start_that_gives_up_its_other_tries(monkeypatch, reposit
     with pytest.raises(Ends):
         launcher.main(repository, None, "127.0.0.1", 0, 0, 0, restart=True, then=None,
                       no_verify=True, verbose=False)  # fmt: skip
+
+
+def test_a_log_that_nobody_can_be_shown_is_read_on(monkeypatch, repository):
+    process = TritonProcess(None, ServerOptions(repository, verbose=True))
+    process._process = SimpleNamespace(stdout=[b"first\n", b"second\n"])
+    with open(os.open("/dev/full", os.O_WRONLY), "wb", buffering=0) as full:
+        monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(full, write_through=True))
+        process._read_log()
+        monkeypatch.undo()
+    assert list(process._log) == ["first", "second"]
 
 
 def victim_of(server, model: str) -> int:

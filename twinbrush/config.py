@@ -14,6 +14,7 @@ from typing import Any
 from twinbrush.samplers import NoiseSchedule
 
 MAX_SIDE_FACTOR = 4  # a side may be this many times the side that the model was trained on
+MAX_SIDE = 2048  # pixels; past 2,896 a decoder of 256 channels has tensors that cuDNN does not take
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class PipelineConfig:
 
     @property
     def max_side(self) -> int:
-        return MAX_SIDE_FACTOR * self.native_side
+        return max(self.native_side, min(MAX_SIDE_FACTOR * self.native_side, MAX_SIDE))
 
     @classmethod
     def load(cls, path: Path) -> PipelineConfig:

@@ -30,6 +30,8 @@ from twinbrush.request import GenerationRequest
 from twinbrush.samplers import guidance_embedding, trajectory
 
 log = logging.getLogger(__name__)
+# A decoder works at the picture's own size: what it holds of one is more than the UNet of a row.
+ROWS_A_PICTURE = 8
 
 
 @dataclass(eq=False)
@@ -237,7 +239,8 @@ class Engine:
             for job in batch:
                 groups.setdefault(job.group, []).append(job)
             for jobs in groups.values():
-                most = 1 if jobs[0].generation.request.deterministic else jobs[0].capacity
+                shared = jobs[0].capacity // ROWS_A_PICTURE
+                most = 1 if jobs[0].generation.request.deterministic else max(1, shared)
                 for i in range(0, len(jobs), most):
                     self._decode(jobs[i : i + most])
 

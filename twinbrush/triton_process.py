@@ -206,7 +206,8 @@ class TritonProcess:
             self._log.append(line)
             worth_showing = self._was_ready and not CHATTER.match(line)
             if self._options.verbose or worth_showing:
-                print(line, file=sys.stderr, flush=True)
+                with contextlib.suppress(OSError, ValueError):  # a full disk, a reader that left
+                    print(line, file=sys.stderr, flush=True)
 
     def _dead_stub(self) -> str | None:
         """A sentence on a Python stub that has ended, or None."""
