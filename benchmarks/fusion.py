@@ -7,7 +7,8 @@ arm has as many parameters and looks at as many layers; CLIP's own are seen whol
 padding that Stable Diffusion's UNet sees too, BERT's where there are words. Held-out prompts
 are then painted from the same noise and read back. The encoders are the checkpoint's: where
 BERT was asked what the words of a scene's caption name and CLIP was not, as in `scenes-64`,
-that is part of what is compared; `--masked-words` takes a BERT that was not asked. Learning rate,
+that is part of what is compared; `--masked-words` takes a BERT that was not asked. With `--init`
+the UNets can paint before they learn to read. Learning rate,
 timesteps and guidance were chosen on the fusion. Each training goes on from its last save.
 """
 
@@ -47,7 +48,7 @@ from training.diffusion import (
     velocity_loss,
 )
 from training.grounding import word_answers
-from training.run import Run
+from training.run import Run, starting_from
 from training.sampling import sample
 from training.scenes import Scene
 from training.sheets import pixels_of
@@ -173,15 +174,12 @@ def start(unet: UNet2DConditionModel, init: Path) -> None:
     """Gives a UNet all weights of a checkpoint's but those of its attention to text.
 
     Raises:
-        BadInput: that UNet has other tensors.
+        BadInput: there is no UNet, or it has other tensors.
     """
-    weights = load_part(init / "unet", UNet2DConditionModel).state_dict()
     own = {key: value for key, value in unet.state_dict().items() if ".attn2." in key}
-    try:
+    with starting_from(init / "unet", "UNet"):
+        weights = load_part(init / "unet", UNet2DConditionModel).state_dict()
         unet.load_state_dict(weights | own)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise data.BadInput(f"--init: {init} is no UNet to start from: {reason}")
 
 
 def with_masked_words(checkpoint: Path, folder: Path, device: torch.device, bf16: bool) -> Path:

@@ -68,7 +68,7 @@ def write(checkpoint: Checkpoint, parts: dict[str, Part], folder: Path) -> None:
         "checkpoint": checkpoint.name,
         "schedule": _schedule(checkpoint),
         "defaults": defaults(checkpoint),
-        "native_side": unet.config.sample_size * scale,
+        "native_side": native_side(checkpoint),
         "side_multiple": side_multiple(unet) * scale,
         "scale_factor": scale,
         "latent_channels": unet.config.in_channels,
@@ -92,6 +92,11 @@ def _check(checkpoint: Checkpoint, folder: Path) -> None:
     except ValueError as error:
         text = str(error).replace(f"{folder}/", "")
         raise CheckpointError(f"{checkpoint.name} cannot be served: {text}") from error
+
+
+def native_side(checkpoint: Checkpoint) -> int:
+    """Side of the pictures that the UNet learnt, in pixels."""
+    return checkpoint.config("unet")["sample_size"] * scale_factor(checkpoint)
 
 
 def _padding(checkpoint: Checkpoint, part: str, file: Path) -> int:

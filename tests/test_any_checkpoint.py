@@ -19,6 +19,7 @@ from benchmarks.quality import paint
 from checkpoints import TEXT_MODELS, stable_diffusion, text_model
 from export.checkpoint import CheckpointError, open_checkpoint
 from export.convert import parity_error, to_onnx
+from export.pipeline import defaults
 from export.prune import prune_checkpoint
 from export.repository import MODELS, RepositoryError, build, load_parts
 
@@ -54,6 +55,15 @@ def draws():
     """The noise of an image of seed 0, in the order in which the engine draws it."""
     rng = np.random.default_rng(0)
     return lambda *_, **__: torch.from_numpy(rng.standard_normal((1, 4, 8, 8), np.float32))
+
+
+def test_a_consistency_lora_in_a_plain_unet_gets_its_own_defaults(foreign, bert, tmp_path):
+    source = Path(shutil.copytree(foreign[0], tmp_path / "fused"))
+    index = json.loads((source / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "LCMScheduler"]
+    (source / "model_index.json").write_text(json.dumps(index))
+    wanted = {"sampler": "lcm", "steps": 4, "guidance_scale": 1.0}
+    assert defaults(open_checkpoint(source, bert)) == wanted
 
 
 @pytest.mark.parametrize(

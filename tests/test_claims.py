@@ -83,7 +83,7 @@ def test_arms_start_from_a_unet_that_has_yet_to_learn_to_read(tmp_path):
         expected = fresh if ".attn2." in key else saved.state_dict()
         assert torch.equal(value, expected[key]), key
     with pytest.raises(
-        data.BadInput, match=r"--init: .*scenes-64 is no UNet to start from: .*cond_proj"
+        data.BadInput, match=r"--init: .*scenes-64/unet is no UNet to start from: .*cond_proj"
     ):
         fusion.start(started, CHECKPOINT)
     with pytest.raises(data.BadInput, match=r"--init: .* is no UNet to start from: size mismatch"):

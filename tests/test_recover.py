@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from test_captioned import write
 
 from checkpoints import stable_diffusion, text_model, tiny_checkpoint
@@ -15,6 +16,7 @@ from export.checkpoint import open_checkpoint
 from export.prune import prune_checkpoint
 from export.repository import SOURCE, load_parts
 from export.shapes import pruning_of
+from export.vqgan_decoder import Decoder
 from training import diffusion
 from training.captioned import Captioned
 from training.loop import Trainer
@@ -159,6 +161,17 @@ def test_a_checkpoint_of_another_world_learns_from_its_own_pictures(
             recover(run, whole, [model], bert)
     resumed = recover(run, whole, [model], bert)
     assert resumed[model][1] == after
+
+
+def test_latents_are_encoded_as_the_served_decoder_takes_them():
+    torch.manual_seed(0)
+    vae = AutoencoderKL(latent_channels=4, norm_num_groups=4, block_out_channels=(8,),
+                        scaling_factor=0.3, shift_factor=0.2).eval()  # fmt: skip
+    pictures = torch.rand(2, 3, 16, 16) * 2 - 1
+    latents = diffusion.encoded(vae, pictures)
+    with torch.no_grad():
+        wanted = vae.decode(vae.encode(pictures).latent_dist.mode()).sample
+        torch.testing.assert_close(Decoder(vae, 0.3, 0.2)(latents), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_guidance_is_taught_up_to_twice_what_requests_have(foreign, teacher):

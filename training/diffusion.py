@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -196,8 +197,8 @@ class EncodedBatches:
     Of batches that have no pictures there are no latents.
     """
 
-    def __init__(self, vae: VQModel | AutoencoderKL, batches: data.Batches):
-        self._vae, self._batches = vae, batches
+    def __init__(self, encode: Callable[[Tensor], Tensor], batches: data.Batches):
+        self._encode, self._batches = encode, batches
 
     @property
     def position(self) -> dict | None:
@@ -211,7 +212,7 @@ class EncodedBatches:
         clean = drawn.pictures
         if len(clean):
             with torch.autocast(clean.device.type, enabled=False):
-                clean = encoded(self._vae, clean)
+                clean = self._encode(clean)
         rng = np.random.default_rng(FIRST_DRAW + step)
         return LatentBatch(clean, drawn.captions, rng, drawn.scenes)
 
@@ -230,7 +231,8 @@ def latent_batches(run: Run, first: int) -> Batches | EncodedBatches:
     if isinstance(run.source, data.SceneWorld):
         return Batches(run.checkpoint, run.runs, run.batch, run.device)
     batches = run.source.batches(FIRST_DRAW + first, run.batch, run.device)
-    return EncodedBatches(load_part(run.checkpoint / "vae", VQModel).to(run.device), batches)
+    vae = load_part(run.checkpoint / "vae", VQModel).to(run.device)
+    return EncodedBatches(partial(encoded, vae), batches)
 
 
 def noised(x0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import json
 import sys
 from contextlib import closing
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,17 +22,16 @@ import diffusers
 import numpy as np
 import torch
 import typer
-from diffusers import DDIMScheduler
+from diffusers import AutoencoderKL, DDIMScheduler, VQModel
 from torch import Tensor
 
 from export.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from export.part import Part
-from export.pipeline import defaults
+from export.pipeline import defaults, native_side
 from export.prune import save_part
 from export.repository import SOURCE, load_parts
 from export.shapes import pruning_of
 from export.tokenizer import load_tokenizer
-from export.vqgan_decoder import scale_factor
 from training import data
 from training.captioned import Captioned
 from training.cli import pick_device
@@ -41,6 +41,7 @@ from training.diffusion import (
     Batches,
     EncodedBatches,
     LatentBatch,
+    encoded,
     noised,
 )
 from training.preparation import Preparation
@@ -72,8 +73,7 @@ class Teacher:
         Raises:
             BadInput: scenes shall be shown to a model that knows none.
         """
-        opened = self._checkpoint
-        vae_class = opened.classes["vae"]
+        opened, vae_class = self._checkpoint, self._checkpoint.classes["vae"]
         if isinstance(run.source, data.SceneWorld):
             if vae_class != "VQModel":
                 raise data.BadInput(
@@ -81,10 +81,15 @@ class Teacher:
                     " captioned pictures of its own world"
                 )
             return Batches(opened.folders["vae"].parent, run.runs, run.batch, self.device)
-        vae = opened.load("vae", getattr(diffusers, vae_class)).to(self.device)
         texts_alone = model in ("clip_text", "bert")
         drawn = run.source.batches(FIRST_DRAW + first, run.batch, self.device, texts_alone)
-        return EncodedBatches(vae, drawn)
+        return EncodedBatches(lambda pictures: encoded(self._vae, pictures), drawn)
+
+    @cached_property
+    def _vae(self) -> VQModel | AutoencoderKL:
+        """With its encoder, which is not served; loaded where pictures are encoded."""
+        vae_class = getattr(diffusers, self._checkpoint.classes["vae"])
+        return self._checkpoint.load("vae", vae_class).to(self.device)
 
     @torch.no_grad()
     def inputs(self, model: str, batch: LatentBatch, step: int) -> dict[str, Tensor]:
@@ -185,11 +190,6 @@ def recover(
     for written in recovered:  # all at the end: what a model starts from names its save
         save_part(opened, *written)
     return errors
-
-
-def native_side(opened: Checkpoint) -> int:
-    """Side of the pictures that a checkpoint's UNet learnt, in pixels."""
-    return opened.config("unet")["sample_size"] * scale_factor(opened)
 
 
 def _pruned(opened: Checkpoint, original: Checkpoint, models: list[str] | None) -> list[str]:

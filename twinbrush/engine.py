@@ -30,8 +30,7 @@ from twinbrush.request import GenerationRequest
 from twinbrush.samplers import guidance_embedding, trajectory
 
 log = logging.getLogger(__name__)
-# A decoder works at the picture's own size: what it holds of one is more than the UNet of a row.
-ROWS_A_PICTURE = 8
+ROWS_A_PICTURE = 8  # of the UNet: a decoder, at the pictures' own size, holds more of one at a time
 
 
 @dataclass(eq=False)
@@ -239,8 +238,7 @@ class Engine:
             for job in batch:
                 groups.setdefault(job.group, []).append(job)
             for jobs in groups.values():
-                shared = jobs[0].capacity // ROWS_A_PICTURE
-                most = 1 if jobs[0].generation.request.deterministic else max(1, shared)
+                most = max(1, jobs[0].capacity // ROWS_A_PICTURE)  # 1 where calls are not shared
                 for i in range(0, len(jobs), most):
                     self._decode(jobs[i : i + most])
 
