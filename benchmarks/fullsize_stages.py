@@ -96,8 +96,8 @@ def compile_unet(repository: Path, stage: Path, target: str) -> None:
     """A plan of the UNet by TensorRT-RTX, ahead of time for GPUs of a compute capability."""
     import tensorrt_rtx
 
-    from export.tensorrt import engine_limits, stage_plan
+    from export.tensorrt import stage_plan, wanted_by_engine
 
-    limits = engine_limits(repository, repository / "text_to_image_stream/1/pipeline.json")
+    wanted = wanted_by_engine(repository, repository / "text_to_image_stream/1/pipeline.json")
     onnx = repository / "unet" / "1" / "model.onnx"
-    stage_plan(tensorrt_rtx, onnx, repository, stage, limits, [target])
+    stage_plan(tensorrt_rtx, onnx, repository, stage, wanted, [target])

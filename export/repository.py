@@ -19,7 +19,7 @@ from export.precision import Precision
 from export.resources import check_resources
 from export.shapes import Pruning, pruning_of
 from export.staging import put_in_place, staging
-from export.tensorrt import Limits, engine_limits, stage_plan
+from export.tensorrt import Wanted, stage_plan, wanted_by_engine
 from export.triton_config import with_tensors
 from twinbrush.manifest import NAME as MANIFEST
 from twinbrush.manifest import sha256_of
@@ -127,7 +127,7 @@ def build(
         (stage / ENGINE).mkdir(parents=True)
         pipeline.write(checkpoint, parts, stage / ENGINE)
         _check_tokenizers(kept, repository, stage)
-        limits = engine_limits(repository, stage / ENGINE / "pipeline.json") if trt else None
+        wanted = wanted_by_engine(repository, stage / ENGINE / "pipeline.json") if trt else None
         parts = {name: parts[name] for name in only}
         reports = []
         for name in only:
@@ -137,8 +137,8 @@ def build(
             report = _build_model(
                 checkpoint, parts.pop(name), pruning, precision, repository, stage
             )
-            if limits:
-                report = _with_plan(report, trt, limits, repository, stage)
+            if wanted:
+                report = _with_plan(report, trt, wanted, repository, stage)
             reports.append(report)
         built = {report.model: asdict(report) for report in reports}
         manifest = {
@@ -238,9 +238,9 @@ def _build_model(
 
 
 def _with_plan(
-    report: ModelReport, trt: Any, limits: Limits, repository: Path, stage: Path
+    report: ModelReport, trt: Any, wanted: Wanted, repository: Path, stage: Path
 ) -> ModelReport:
     folder = stage / report.model / "1"
-    made_for = stage_plan(trt, folder / "model.onnx", repository, stage, limits)
+    made_for = stage_plan(trt, folder / "model.onnx", repository, stage, wanted)
     hashes = report.sha256 | {PLAN: sha256_of(folder / PLAN)}
     return replace(report, sha256=hashes, plan=asdict(made_for))

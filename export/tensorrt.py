@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,11 +18,11 @@ import typer
 
 from export.staging import put_in_place, staging
 from export.triton_config import MARKER
+from twinbrush.capacity import Capacity, decoder_pictures
 from twinbrush.config import PipelineConfig
 from twinbrush.manifest import NAME, ManifestError, reading, sha256_of
-from twinbrush.tensorrt import CONFIG_NAME, PLAN, Target, this_machine
+from twinbrush.tensorrt import CONFIG_NAME, ENGINE, PLAN, Plan, engine_calls, this_machine
 
-ENGINE = "text_to_image_stream"
 LOG_TAIL = 10  # lines of the builder's log that an error tells
 CONFIG = """\
 # Written with the plan. Everything but the tensors may be changed, and lasts until the next.
@@ -31,7 +30,7 @@ name: "{model}"
 backend: "tensorrt"
 default_model_filename: "{plan}"
 max_batch_size: 0
-instance_group [ {{ count: 1 kind: KIND_GPU }} ]
+instance_group [ {{ count: 1 kind: KIND_GPU profile: [ {profiles} ] }} ]
 
 """
 
@@ -51,10 +50,38 @@ class Range:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the engine sends: rows of a call, and sides of a latent."""
+    """Of one optimisation profile: rows of a call, and sides of a latent."""
 
     rows: Range
     side: Range
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What plans are to take.
+
+    Attributes:
+        calls: of the engine, by ascending side.
+        pipeline: the checkpoint that it serves.
+    """
+
+    calls: tuple[Capacity, ...]
+    pipeline: PipelineConfig
+
+    def profiles(self, model: str) -> list[Limits]:
+        """One for each size of calls; kernels are chosen for its largest pictures.
+
+        One for all would have to take as many of the largest as of the smallest, where tensors
+        have more elements than convolutions take.
+        """
+        cells = self.pipeline.scale_factor
+        found = []
+        for call in self.calls:
+            most = decoder_pictures(call.rows) if model == "vqgan_decoder" else call.rows
+            usual = max(1, most // 4)  # between one client and many
+            low, high = self.pipeline.side_multiple // cells, call.side // cells
+            found.append(Limits(Range(1, usual, most), Range(low, high, high)))
+        return found
 
 
 def load_tensorrt() -> Any:
@@ -74,30 +101,18 @@ def load_tensorrt() -> Any:
     return trt
 
 
-def engine_limits(repository: Path, pipeline: Path) -> Limits:
+def wanted_by_engine(repository: Path, pipeline: Path) -> Wanted:
     """From the engine's `config.pbtxt` and a `pipeline.json`.
 
     Raises:
         TensorRTError: one of them is not there or does not say it.
     """
-    file = repository / ENGINE / "config.pbtxt"
-    pattern = r'key: "(max_rows|row_buckets)" value: \{ string_value: "([\d, ]*)" \}'
-    given = dict(re.findall(pattern, _existing(file).read_text()))
+    config = _existing(repository / ENGINE / "config.pbtxt")
     try:
-        buckets = [int(size) for size in given["row_buckets"].split(",") if size.strip()]
-        most = max([int(given["max_rows"]), *buckets])
-    except (KeyError, ValueError):
-        text = "max_rows, a whole number, and row_buckets, whole numbers with commas"
-        raise TensorRTError(f"{file} must have the parameters {text}") from None
-    try:
-        config = PipelineConfig.load(pipeline)
+        loaded = PipelineConfig.load(pipeline)
+        return Wanted(engine_calls(config, loaded), loaded)
     except ValueError as error:
         raise TensorRTError(str(error)) from error
-    sides = (config.side_multiple, config.native_side, config.max_side)
-    return Limits(
-        rows=Range(1, max(1, most // 4), most),  # between one client and many
-        side=Range(*(side // config.scale_factor for side in sides)),
-    )
 
 
 def _existing(file: Path) -> Path:
@@ -107,8 +122,8 @@ def _existing(file: Path) -> Path:
 
 
 def stage_plan(
-    trt: Any, onnx: Path, repository: Path, stage: Path, limits: Limits, targets: Sequence[str] = ()
-) -> Target:
+    trt: Any, onnx: Path, repository: Path, stage: Path, wanted: Wanted, targets: Sequence[str] = ()
+) -> Plan:
     """Builds the plan of `…/MODEL/1/model.onnx` and its `configs/tensorrt.pbtxt` into `stage`.
 
     The builder's log and timing cache lie beside the plan.
@@ -127,8 +142,9 @@ def stage_plan(
         made.mkdir(parents=True, exist_ok=True)
     cache = repository / model / "1" / "timing.cache"
     log = _log(trt)
-    plan, timings = _build(
-        trt, log, onnx, limits, cache.read_bytes() if cache.is_file() else b"", targets
+    profiles = wanted.profiles(model)
+    plan, timings, count = _build(
+        trt, log, onnx, profiles, cache.read_bytes() if cache.is_file() else b"", targets
     )
     if plan is None:
         text = f"TensorRT cannot build {model}: {log.first_error}; its log ends"
@@ -140,30 +156,35 @@ def stage_plan(
     staged = stage / model / "config.pbtxt"
     if staged.is_file():
         tensors = staged.read_text().partition(MARKER)[2]
-    text = CONFIG.format(model=model, plan=PLAN) + MARKER + tensors
+    names = ", ".join(f'"{number}"' for number in range(count))
+    text = CONFIG.format(model=model, plan=PLAN, profiles=names) + MARKER + tensors
     (configs / f"{CONFIG_NAME}.pbtxt").write_text(text)
-    return Target(trt.__version__, ",".join(targets) or this_machine().gpu)
+    return Plan(trt.__version__, ",".join(targets) or this_machine().gpu, wanted.calls)
 
 
 def _build(
-    trt: Any, log: Any, onnx: Path, limits: Limits, cache: bytes, targets: Sequence[str]
-) -> tuple[Any, Any]:
-    """The serialised plan, None where it cannot be built, and the timing cache."""
+    trt: Any, log: Any, onnx: Path, profiles: Sequence[Limits], cache: bytes, targets: Sequence[str]
+) -> tuple[Any, Any, int]:
+    """The serialised plan, None where it cannot be built, the timing cache, and its profiles."""
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(onnx)):
-        return None, None
+        return None, None, 0
     _let_attention_decompose(trt, network)
     config = builder.create_builder_config()
-    config.add_optimization_profile(_profile(builder, network, limits))
+    shapes = [tuple(network.get_input(i).shape) for i in range(network.num_inputs)]
+    if not any(-1 in shape[1:] for shape in shapes):  # texts: the first takes the most rows
+        profiles = profiles[:1]
+    for limits in profiles:
+        config.add_optimization_profile(_profile(builder, network, limits))
     config.set_timing_cache(config.create_timing_cache(cache), True)  # True: also of another GPU
     if targets:
         config.num_compute_capabilities = len(targets)
         for i, target in enumerate(targets):
             config.set_compute_capability(getattr(trt.ComputeCapability, target), i)
     plan = builder.build_serialized_network(network, config)
-    return plan, config.get_timing_cache().serialize()
+    return plan, config.get_timing_cache().serialize(), len(profiles)
 
 
 def _log(trt: Any) -> Any:
@@ -216,21 +237,20 @@ def add_plans(trt: Any, repository: Path, targets: Sequence[str] = ()) -> list[s
         ManifestError: the manifest cannot be read.
         OSError: the disk is full, or the repository cannot be written.
     """
-    manifest_file = repository / NAME
-    if not manifest_file.is_file():
+    if not (repository / NAME).is_file():
         raise TensorRTError(f"{repository} has no {NAME}: run `python -m export CHECKPOINT` first")
-    with reading(manifest_file):
-        manifest = json.loads(manifest_file.read_text())
-        models = {line["model"]: (line, line["sha256"]) for line in manifest["models"]}
-    for model in models:
-        for name in ("config.pbtxt", "1/model.onnx"):
-            _existing(repository / model / name)
-    limits = engine_limits(repository, repository / ENGINE / "1" / "pipeline.json")
-    with staging(repository) as stage:
+    with staging(repository) as stage:  # from here on no export changes what is read
+        with reading(repository / NAME):
+            manifest = json.loads((repository / NAME).read_text())
+            models = {line["model"]: (line, line["sha256"]) for line in manifest["models"]}
+        for model in models:
+            for name in ("config.pbtxt", "1/model.onnx"):
+                _existing(repository / model / name)
+        wanted = wanted_by_engine(repository, repository / ENGINE / "1" / "pipeline.json")
         for model, (line, sha256) in models.items():
             version = Path(model, "1")
             onnx = repository / version / "model.onnx"
-            line["plan"] = asdict(stage_plan(trt, onnx, repository, stage, limits, targets))
+            line["plan"] = asdict(stage_plan(trt, onnx, repository, stage, wanted, targets))
             sha256[PLAN] = sha256_of(stage / version / PLAN)
         (stage / NAME).write_text(json.dumps(manifest, indent=2) + "\n")
         put_in_place(stage, repository)

@@ -9,16 +9,18 @@ import random
 import threading
 import time
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import open_engine
+from conftest import ROOT, open_engine
 from PIL import Image
 
-from twinbrush.config import whole_numbers
+from twinbrush.capacity import capacities
+from twinbrush.config import MAX_SIDE, PipelineConfig, read_parameters, whole_numbers
 from twinbrush.engine import Engine
 from twinbrush.generation import End, EngineError, Finished, Generation, Progress
-from twinbrush.onnx_runtime import LocalModels
+from twinbrush.onnx_runtime import LocalModels, read_config
 from twinbrush.request import GenerationRequest
 
 PROMPTS = ["a red circle", "a blue square left of a green star", "two rings", "on white, a cross"]
@@ -311,6 +313,68 @@ def test_a_decoder_is_given_few_pictures_at_a_time(repository, watched):
     engine.close()
 
 
+@pytest.mark.parametrize("rows", [2, 6, 32, 100])
+@pytest.mark.parametrize("native_side", [64, 512, 768, 1024, 4096])
+def test_calls_of_larger_pictures_have_a_quarter_of_the_rows(repository, native_side, rows):
+    config = PipelineConfig.load(repository / "text_to_image_stream" / "1" / "pipeline.json")
+    sized = replace(config, native_side=native_side)
+    found = capacities(sized, rows)
+    assert found[0].side == native_side
+    assert found[0].rows == rows
+    assert found[-1].side == sized.max_side == max(native_side, min(4 * native_side, MAX_SIDE))
+    for smaller, larger in itertools.pairwise(found):
+        assert smaller.side < larger.side <= 2 * smaller.side
+        assert larger.rows == max(2, smaller.rows // 4)
+
+
+def test_larger_pictures_share_smaller_calls_and_no_bucket_pads_past_them(repository, watched):
+    engine = open_engine(repository, watched, max_rows=16, buckets=(1, 3, 8))
+    for side, calls in ((32, [8]), (48, [4, 3]), (64, [4, 3]), (80, [2, 2, 2, 1])):
+        watched.calls.clear()
+        asked = request(engine, num_images=7, steps=1, guidance_scale=1.0, height=side)
+        assert Client(engine, asked).error is None
+        assert watched.calls == calls
+    engine.close()
+
+
+def test_what_waits_has_drawn_no_noise(repository, watched):
+    engine = open_engine(repository, watched, max_rows=2)
+    reached, hold = threading.Event(), threading.Event()
+    watched.before_unet = lambda inputs: (reached.set(), hold.wait(10))
+    client = Client(engine, request(engine, num_images=4, steps=1, guidance_scale=1.0))
+    assert reached.wait(10)
+    drawn = [hasattr(job, "x") for job in client.generation.jobs]
+    hold.set()
+    assert client.error is None
+    assert drawn == [True, True, False, False]
+    engine.close()
+
+
+@pytest.mark.parametrize("broken", [1, 4])
+def test_a_failing_encoder_call_fails_only_who_fails_alone(repository, watched, caplog, broken):
+    engine = open_engine(repository, watched)
+    run, reached, hold = watched.models.run, threading.Event(), threading.Event()
+
+    def refuse(model, inputs, output):
+        if model == "clip_text":
+            reached.set()
+            hold.wait(10)
+            if len(inputs["input_ids"]) > 1 or broken == 4:
+                raise RuntimeError("too many texts")
+        return run(model, inputs, output)
+
+    watched.models.run = refuse  # type: ignore[method-assign]
+    fields = {"guidance_scale": 1.0, "steps": 1}
+    clients = [Client(engine, request(engine, PROMPTS[0], **fields))]
+    assert reached.wait(10)
+    clients += [Client(engine, request(engine, prompt, **fields)) for prompt in PROMPTS[1:]]
+    hold.set()
+    codes = [client.error and client.error.code for client in clients]
+    assert codes == ([None] * 4 if broken == 1 else ["INTERNAL"] * 4)
+    assert "too many texts" in caplog.text or broken == 1
+    engine.close()
+
+
 def test_what_a_network_says_of_a_shutdown_is_what_clients_are_told(repository, watched, caplog):
     engine = open_engine(repository, watched)
 
@@ -437,6 +501,29 @@ def test_a_parameter_that_is_no_number_is_named(name, text):
     config = {"parameters": {} if text is None else {name: {"string_value": text}}}
     with pytest.raises(ValueError, match=f"parameter {name} of config.pbtxt is .*over 0"):
         whole_numbers(config, name, None if name == "row_buckets" else 1)
+
+
+PARAMETERS = """
+# parameters { key: "max_rows" value: { string_value: "1" } }
+parameters { key: "max_rows" value: { string_value: "7" } }  # key: "max_rows"
+parameters {
+  key: 'row_buckets'
+  value { string_value: '1, 2' }
+}
+parameters: [ { key: "a", value: { string_value: "" } }, { key: "b" value: { string_value: "x" } } ]
+"""
+
+
+def test_parameters_are_read_as_protobuf_reads_them(tmp_path):
+    file = tmp_path / "config.pbtxt"
+    file.write_text(PARAMETERS)
+    assert len(read_config(file)["parameters"]) == 4
+    for path in (file, *ROOT.glob("model_repository/*/config.pbtxt")):
+        found, expected = read_parameters(path), read_config(path).get("parameters", {})
+        assert found["parameters"] == {
+            name: {"string_value": entry.get("string_value", "")}
+            for name, entry in expected.items()
+        }
 
 
 def test_row_buckets_may_be_empty():

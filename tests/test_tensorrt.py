@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -18,10 +18,11 @@ from export.checkpoint import open_checkpoint
 from export.precision import Precision
 from export.repository import ENGINE, MODELS, build, load_parts
 from export.staging import put_in_place
-from export.tensorrt import Limits, Range, TensorRTError, add_plans, engine_limits, main
+from export.tensorrt import Limits, Range, TensorRTError, add_plans, main, wanted_by_engine
+from twinbrush.capacity import Capacity
 from twinbrush.manifest import ManifestError, verify
 from twinbrush.onnx_runtime import read_config
-from twinbrush.tensorrt import PLAN, Target, check_plans, library_version
+from twinbrush.tensorrt import PLAN, Plan, Target, check_plans, library_version
 
 TARGETS = ("SM80", "SM89")
 
@@ -72,7 +73,10 @@ def test_a_plan_comes_with_its_config_log_and_record(trt, planned, model):
     assert (folder / "timing.cache").is_file()
     lines = json.loads((planned / "MANIFEST.json").read_text())["models"]
     (line,) = [line for line in lines if line["model"] == model]
-    assert line["plan"] == {"tensorrt": trt.__version__, "gpu": "SM80,SM89"}
+    calls = [{"side": side, "rows": rows} for side, rows in ((32, 32), (64, 8), (128, 2))]
+    assert line["plan"] == {"tensorrt": trt.__version__, "gpu": "SM80,SM89", "calls": calls}
+    sized = model in ("unet", "vqgan_decoder")
+    assert config["instance_group"][0]["profile"] == (["0", "1", "2"] if sized else ["0"])
     assert PLAN in line["sha256"]
     verify(planned)
 
@@ -111,7 +115,7 @@ def unplanned(tmp_path):
         ("MANIFEST.json", '{"models": [{}]}', "MANIFEST.json cannot be read"),
         ("unet/config.pbtxt", None, "unet/config.pbtxt is not there"),
         ("unet/1/model.onnx", None, "unet/1/model.onnx is not there"),
-        (f"{ENGINE.parent}/config.pbtxt", "", "config.pbtxt must have the parameters max_rows"),
+        (f"{ENGINE.parent}/config.pbtxt", "", "parameter max_rows of config.pbtxt is not there"),
         (f"{ENGINE}/pipeline.json", "{}", "is not a pipeline.json of this version"),
         ("text_to_image_stream/.building", "no folder", "cannot write into"),
     ],
@@ -133,18 +137,29 @@ def test_what_plans_cannot_be_built_from_is_one_sentence(
     assert len(said.splitlines()) == 1
 
 
-def test_the_profile_spans_what_the_engine_sends(repository, tmp_path):
-    pipeline = repository / ENGINE / "pipeline.json"
-    limits = engine_limits(repository, pipeline)
-    assert limits == Limits(rows=Range(1, 8, 32), side=Range(2, 8, 32))
-    folder = skeleton(tmp_path / "model_repository")
-    config = folder / "text_to_image_stream" / "config.pbtxt"
-    padded = config.read_text().replace('string_value: ""', 'string_value: "1, 8,64"')
-    config.write_text(padded)
-    assert engine_limits(folder, pipeline).rows == Range(1, 16, 64)
+def test_profiles_take_what_the_engine_sends_and_no_more_pixels_for_larger_pictures(repository):
+    wanted = wanted_by_engine(repository, repository / ENGINE / "pipeline.json")
+    assert wanted.profiles("unet") == [
+        Limits(rows=Range(1, 8, 32), side=Range(2, 8, 8)),
+        Limits(rows=Range(1, 2, 8), side=Range(2, 16, 16)),
+        Limits(rows=Range(1, 1, 2), side=Range(2, 32, 32)),
+    ]
+    pictures = [limits.rows.high for limits in wanted.profiles("vqgan_decoder")]
+    assert pictures == [4, 1, 1]
 
 
+CALLS = Capacity(32, 32), Capacity(64, 8), Capacity(128, 2)  # of the tiny checkpoint
 HERE = Target("10.14.1.48", "NVIDIA L4, 8.9")
+MADE = Plan(HERE.tensorrt, HERE.gpu, CALLS)
+
+
+@pytest.fixture
+def served(repository, tmp_path):
+    """What is read of a repository that is to serve plans; its manifest is the test's."""
+    for file in (ENGINE.parent / "config.pbtxt", ENGINE / "pipeline.json"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(repository / file, tmp_path / file)
+    return tmp_path
 
 
 def write_manifest(folder, *lines):
@@ -162,15 +177,35 @@ def write_manifest(folder, *lines):
         (Target(HERE.tensorrt, None), "GPU NVIDIA L4, 8.9, this machine has none: run `python3 -m"),
     ],
 )
-def test_a_plan_of_another_tensorrt_or_gpu_is_refused(tmp_path, machine, message):
-    write_manifest(tmp_path, {"model": "unet", "plan": asdict(HERE)})
-    check_plans(tmp_path, HERE)
+def test_a_plan_of_another_tensorrt_or_gpu_is_refused(served, machine, message):
+    write_manifest(served, {"model": "unet", "plan": asdict(MADE)})
+    check_plans(served, HERE)
     with pytest.raises(ManifestError, match=f"the plan of unet was .*{message}"):
-        check_plans(tmp_path, machine)
+        check_plans(served, machine)
+
+
+@pytest.mark.parametrize("calls", [(), CALLS[:1]])
+def test_a_plan_for_other_calls_than_the_engines_is_refused(served, calls):
+    write_manifest(served, {"model": "unet", "plan": asdict(replace(MADE, calls=calls))})
+    takes = "32 rows to 32 pixels" if calls else "nothing"
+    message = f"plan of unet takes {takes}, the engine asks for 32 rows .* 2 rows to 128 pixels, by"
+    with pytest.raises(ManifestError, match=message):
+        check_plans(served, HERE)
+
+
+def test_a_changed_max_rows_needs_new_plans(served):
+    write_manifest(served, {"model": "unet", "plan": asdict(MADE)})
+    config = served / ENGINE.parent / "config.pbtxt"
+    config.write_text(config.read_text().replace('"32"', '"64"'))
+    with pytest.raises(ManifestError, match=r"the engine asks for 64 rows to 32 pixels, 16 rows"):
+        check_plans(served, HERE)
+    config.unlink()
+    with pytest.raises(ManifestError, match=r"No such file.*config\.pbtxt"):
+        check_plans(served, HERE)
 
 
 def test_models_without_a_plan_are_named(tmp_path):
-    lines = [{"model": "bert"}, {"model": "unet", "plan": asdict(HERE)}, {"model": "fusion"}]
+    lines = [{"model": "bert"}, {"model": "unet", "plan": asdict(MADE)}, {"model": "fusion"}]
     write_manifest(tmp_path, *lines)
     with pytest.raises(ManifestError, match=r"no TensorRT plan of bert, fusion: run `python3 -m"):
         check_plans(tmp_path, HERE)

@@ -6,6 +6,7 @@ The first is written by `export/`, beside the two tokenizers. This module only r
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,23 @@ class PipelineConfig:
             raise ValueError(f"{path} is not there: run `python -m export CHECKPOINT`") from None
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a pipeline.json of this version: {error}") from error
+
+
+PARAMETER = re.compile(
+    r"""key\s*:\s*["']([^"']+)["'][\s,;]*value\s*:?\s*\{\s*string_value\s*:\s*["']([^"']*)["']"""
+)
+
+
+def read_parameters(path: Path) -> dict[str, Any]:
+    """The parameters of a `config.pbtxt` in Triton's JSON form; needs no protobuf.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    text = re.sub(r"#.*", "", path.read_text())
+    return {
+        "parameters": {name: {"string_value": value} for name, value in PARAMETER.findall(text)}
+    }
 
 
 def whole_numbers(config: Mapping[str, Any], name: str, count: int | None = None) -> list[int]:

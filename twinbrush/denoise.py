@@ -31,7 +31,7 @@ class ImageJob(Job):
         guidance_scale: weight of the first row against the second.
         noise: draws of this image alone.
         shape: of the latent, (C, h, w).
-        x: the latent now, (C, h, w).
+        x: the latent now, (C, h, w); drawn at the first step, so that what waits is small.
         clean: the last prediction of the finished latent, (C, h, w).
     """
 
@@ -44,7 +44,7 @@ class ImageJob(Job):
     x: np.ndarray = field(init=False)
     clean: np.ndarray = field(init=False)
 
-    def __post_init__(self) -> None:
+    def begin(self) -> None:
         self.x = self.draw() * np.float32(self.trajectory.initial_scale)
         self.clean = np.zeros_like(self.x)
 
@@ -59,6 +59,9 @@ def denoise_step(models: Models, jobs: Sequence[ImageJob], buckets: Sequence[int
         jobs: as the batcher chose them: all latents of one shape, `job.step` already counted.
         buckets: ascending row counts that the call is padded up to; none pads nothing.
     """
+    for job in jobs:
+        if job.step == 1:
+            job.begin()
     rows = np.array([job.rows for job in jobs])
     first = np.cumsum(rows) - rows  # each job's first row
     sample = np.repeat(np.stack([job.x for job in jobs]), rows, axis=0)  # (B, C, h, w)

@@ -21,6 +21,7 @@ import numpy as np
 
 from twinbrush import images
 from twinbrush.batcher import StepBatcher
+from twinbrush.capacity import Capacity, capacities, decoder_pictures
 from twinbrush.conditioning import Conditioner, Text
 from twinbrush.config import PipelineConfig, whole_numbers
 from twinbrush.denoise import ImageJob, Models, denoise_step
@@ -30,7 +31,6 @@ from twinbrush.request import GenerationRequest
 from twinbrush.samplers import guidance_embedding, trajectory
 
 log = logging.getLogger(__name__)
-ROWS_A_PICTURE = 8  # of the UNet: a decoder, at the pictures' own size, holds more of one at a time
 
 
 @dataclass(eq=False)
@@ -46,8 +46,9 @@ class Engine:
         models: the served networks.
         config: the checkpoint.
         tokenizer: its tokenizers.
-        max_rows: rows of a UNet call at the native size; fewer for larger pictures.
-        buckets: row counts that UNet calls are padded up to, for runtimes that compile shapes.
+        max_rows: rows of a UNet call at the native size; fewer for larger pictures, see `capacity`.
+        buckets: row counts that UNet calls are padded up to where so many are allowed, for
+            runtimes that compile shapes.
         queue_size: requests that may live at once; one more is refused.
     """
 
@@ -60,11 +61,10 @@ class Engine:
         buckets: Sequence[int] = (),
         queue_size: int = 128,
     ):
-        if max_rows < 2:
-            raise ValueError(f"max_rows={max_rows} is not allowed: at least 2")
         self.config = config
         self._models, self._tokenizer = models, tokenizer
-        self._max_rows, self._buckets, self._queue_size = max_rows, buckets, queue_size
+        self._capacities = capacities(config, max_rows)
+        self._buckets, self._queue_size = buckets, queue_size
         self._latent_to_rgb = np.array(config.latent_to_rgb, np.float32)
         self._batcher: StepBatcher[_Job] = StepBatcher()
         self._work = threading.Condition()  # guards the batcher, _live and every `ended`
@@ -138,23 +138,27 @@ class Engine:
 
     def _encode_loop(self) -> None:
         for batch in _batches(self._to_encode):
-            generations = [g for g in batch if not g.ended]
-            try:
-                hidden = self._conditioner([self._texts(g.request) for g in generations])
-                jobs = [
-                    job
-                    for g, h in zip(generations, hidden, strict=True)
-                    for job in self._jobs(g, h)
-                ]
-            except Exception:
+            self._encode([generation for generation in batch if not generation.ended])
+
+    def _encode(self, generations: Sequence[Generation]) -> None:
+        try:
+            hidden = self._conditioner([self._texts(g.request) for g in generations])
+            jobs = [
+                job for g, h in zip(generations, hidden, strict=True) for job in self._jobs(g, h)
+            ]
+        except Exception as error:
+            if len(generations) > 1 and not isinstance(error, EngineError):
+                for generation in generations:  # whose fault it is
+                    self._encode([generation])
+            else:
                 self._fail(generations, "encoding the prompt")
-                continue
-            with self._work:
-                for job in jobs:
-                    if not job.generation.ended:
-                        job.generation.jobs.append(job)
-                        self._batcher.add(job)
-                self._work.notify()
+            return
+        with self._work:
+            for job in jobs:
+                if not job.generation.ended:
+                    job.generation.jobs.append(job)
+                    self._batcher.add(job)
+            self._work.notify()
 
     def _texts(self, request: GenerationRequest) -> list[Text]:
         """What conditions the rows: the prompt and, with two, what guidance leads away from."""
@@ -173,14 +177,13 @@ class Engine:
             told = request.guidance_scale if rows == 1 else 1.0
             embedding = np.tile(guidance_embedding(told, config.timestep_cond), (rows, 1))
         height, width = request.height // config.scale_factor, request.width // config.scale_factor
-        area = request.height * request.width / config.native_side**2
-        capacity = max(2, min(self._max_rows, int(self._max_rows / area)))
+        capacity = rows if request.deterministic else self._capacity(request).rows
         return [
             _Job(
                 group=(height, width, rows if request.deterministic else 0),
                 rows=rows,
                 steps=request.steps,
-                capacity=rows if request.deterministic else capacity,
+                capacity=capacity,
                 trajectory=trajectory(request.sampler, config.schedule, request.steps),
                 hidden=hidden,
                 timestep_cond=embedding,
@@ -193,6 +196,10 @@ class Engine:
             for index in range(request.num_images)
         ]
 
+    def _capacity(self, request: GenerationRequest) -> Capacity:
+        side = max(request.height, request.width)
+        return next(capacity for capacity in self._capacities if side <= capacity.side)
+
     # Denoise ----------------------------------------------------------------------------
 
     def _denoise_loop(self) -> None:
@@ -202,8 +209,9 @@ class Engine:
                 if self._closing:
                     return
                 jobs = self._batcher.next_batch()
+            most = self._capacity(jobs[0].generation.request).rows
             try:
-                denoise_step(self._models, jobs, self._buckets)
+                denoise_step(self._models, jobs, [b for b in self._buckets if b <= most])
             except Exception:
                 self._fail([job.generation for job in jobs], "denoising")
                 continue
@@ -238,7 +246,7 @@ class Engine:
             for job in batch:
                 groups.setdefault(job.group, []).append(job)
             for jobs in groups.values():
-                most = max(1, jobs[0].capacity // ROWS_A_PICTURE)  # 1 where calls are not shared
+                most = decoder_pictures(jobs[0].capacity)  # 1 where calls are not shared
                 for i in range(0, len(jobs), most):
                     self._decode(jobs[i : i + most])
 
