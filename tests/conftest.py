@@ -153,6 +153,7 @@ class Server:
     output: Path
     http: int
     grpc: int
+    metrics: int
 
     @property
     def address(self) -> str:
@@ -206,7 +207,7 @@ def start_server(tmp_path_factory) -> Iterator[StartServer]:
         ]  # fmt: skip
         with output.open("w") as file:
             process = subprocess.Popen(command, stdout=file, stderr=file, env=env)
-        server = Server(process, output, http, grpc)
+        server = Server(process, output, http, grpc, metrics)
         started.append(server)
         return server
 

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tritonclient.grpc as grpc
-from conftest import free_ports
+from conftest import ROOT, START_SECONDS, free_ports
 from tritonclient.utils import InferenceServerException
 
 from twinbrush import server as launcher
@@ -78,7 +78,7 @@ def ask(server, **fields):
 
 
 @pytest.mark.parametrize(
-    "signals", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGINT, signal.SIGTERM]]
+    "signals", [[signal.SIGINT], [signal.SIGHUP], [signal.SIGINT, signal.SIGTERM]]
 )
 def test_it_starts_serves_and_stops_without_leftovers(repository, start_server, signals):
     before = leftovers()
@@ -341,3 +341,35 @@ def test_a_command_runs_while_the_server_lives_and_gives_the_exit_code(repositor
     done = subprocess.run([*command, *ports, "--then", then], env=env, timeout=60)
     assert done.returncode == 7
     assert [path.name for path in tmp_path.iterdir()] == ["a-red-circle-3.png"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_ends_all_that_the_command_has_started(repository, start_server, tmp_path, number):
+    before, told = leftovers(), tmp_path / "pid"
+    server = start_server(repository, "--then", f"sleep 300 & echo $! > {told}; wait; echo late")
+    until = time.monotonic() + START_SECONDS
+    while not (told.is_file() and told.read_text().endswith("\n")):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    family = processes(server.process.pid)
+    assert alive(int(told.read_text()))
+    server.process.send_signal(number)
+    assert server.process.wait(30) == 128 + number
+    assert not alive(int(told.read_text()))
+    assert "late" not in server.text()
+    assert_gone(server, before, family)
+
+
+def test_a_command_that_a_signal_ends_gives_the_code_of_a_shell(repository, start_server):
+    server = start_server(repository, "--then", "kill -KILL $$")
+    assert server.process.wait(60) == 128 + signal.SIGKILL
+    server = start_server(repository, "--then", "trap '' TERM; kill -TERM $PPID; sleep 300")
+    assert server.process.wait(60) == 128 + signal.SIGTERM
+
+
+def test_under_nohup_it_outlives_its_terminal(repository):
+    command = [sys.executable, "-m", "twinbrush.server", "--repository", str(repository)]
+    ports = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
+    then = ["--then", "kill -HUP $PPID; sleep 1; exit 7"]
+    done = subprocess.run(["nohup", *command, *ports, *then], timeout=60, cwd=ROOT)
+    assert done.returncode == 7

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import itertools
 import json
 import queue
 import random
@@ -281,6 +282,48 @@ def test_a_client_that_is_killed_stops_the_work(server, ask):
         wait_for_a_call(server, before)
         process.kill()
         process.wait()
+
+
+def metrics(server) -> dict[str, float]:
+    """Twinbrush's own of `/metrics`: values by name and labels."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics}/metrics", timeout=10) as answer:
+        lines = [line for line in answer.read().decode().splitlines() if line[:9] == "twinbrush"]
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+
+
+def test_metrics_tell_how_requests_ended_and_how_many_live(server):
+    def live(model):
+        return metrics(server)[f'twinbrush_requests_live{{model="{model}"}}']
+
+    def ended():
+        found = metrics(server)
+        codes = itertools.product((UNARY, STREAM), ("OK", "INVALID_ARG", "CANCELLED"))
+        names = [f'{{code="{code}",model="{model}"}}' for model, code in codes]
+        return [found.get(f"twinbrush_requests_ended_total{name}", 0) for name in names]
+
+    assert [live(UNARY), live(STREAM)] == [0, 0]
+    before = ended()
+    infer(server)
+    stream(server)
+    stream(server)
+    for ask in (infer, infer, infer):
+        with pytest.raises(InferenceServerException, match="steps"):
+            ask(server, steps=0)
+    assert "steps" in stream(server, steps=0)[1]
+    answers: queue.SimpleQueue = queue.SimpleQueue()
+    client = grpc.InferenceServerClient(server.address)
+    slow = inputs({"prompt": "a red circle", **SLOW})
+    calls = unet_calls(server)
+    call = client.async_infer(UNARY, slow, lambda result, error: answers.put(error))
+    wait_for_a_call(server, calls)
+    assert [live(UNARY), live(STREAM)] == [1, 0]
+    call.cancel()
+    answers.get(timeout=60)
+    until = time.monotonic() + 10
+    while live(UNARY):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    assert [now - then for now, then in zip(ended(), before, strict=True)] == [1, 3, 1, 2, 1, 0]
 
 
 def cancel(server, request_id):

@@ -8,6 +8,7 @@ memory it leaves. Knows nothing of diffusion.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -26,9 +27,11 @@ from twinbrush.triton_process import ServerError, ServerOptions, TritonProcess
 POLL_SECONDS = 0.25
 STARTS = 3  # tries, where a stub gives up without a reason while the server starts
 RESTART_PAUSE = 2.0  # seconds between the end of a server and the start of the next
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGNALLED = 128  # a shell's exit code for a signal is that much more
+COMMAND_SECONDS = 5.0  # that a command has to end when it is told to
 
-
-_signals: list[int] = []  # SIGINT and SIGTERM that have come
+_signals: list[int] = []  # of `ENDING` that have come
 
 
 class Stopped(Exception):
@@ -69,16 +72,25 @@ def _run(command: str, process: TritonProcess, address: str) -> int:
     """Runs a shell command while the server lives; gives its exit code."""
     host = address.rpartition(":")[0]
     environment = os.environ | {"TWINBRUSH_SERVER": address, "no_grpc_proxy": host}
-    running = subprocess.Popen(command, shell=True, env=environment)
+    running = subprocess.Popen(command, shell=True, env=environment, start_new_session=True)
     try:
         while (code := running.poll()) is None:
             process.check()
             pause(POLL_SECONDS)
-        return code
+        return code if code >= 0 else SIGNALLED - code
     finally:
-        if running.poll() is None:
-            running.terminate()
-            running.wait()
+        _end_group(running)
+
+
+def _end_group(command: subprocess.Popen) -> None:
+    """Ends a command and what it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(command.pid, signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        command.wait(COMMAND_SECONDS)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(command.pid, signal.SIGKILL)
+    command.wait()
 
 
 def pause(seconds: float) -> None:
@@ -89,7 +101,7 @@ def pause(seconds: float) -> None:
     """
     time.sleep(seconds)
     if _signals:
-        raise Stopped(0)
+        raise Stopped(SIGNALLED + _signals[0])
 
 
 def say(text: str) -> None:
@@ -126,8 +138,9 @@ def main(
         repository, config_name, address, *chosen_ports(http_port, grpc_port, metrics_port),
         verbose=verbose,
     )  # fmt: skip
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: _signals.append(number))
+    for number in ENDING:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
+            signal.signal(number, lambda number, frame: _signals.append(number))
     starts_left = STARTS
     try:
         _check(options, verify=not no_verify)
@@ -151,6 +164,7 @@ def main(
     except Stopped as stopped:
         if then is None:
             say("stopped")
+            raise typer.Exit from None
         raise typer.Exit(stopped.exit_code) from None
 
 

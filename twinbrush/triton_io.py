@@ -47,27 +47,68 @@ class TritonModels:
         return pb_utils.get_output_tensor_by_name(response, output).as_numpy()
 
 
+class RequestMetrics:
+    """What `/metrics` tells of a model's requests; Triton itself counts each as a success.
+
+    Without metrics in the server it tells nothing.
+    """
+
+    def __init__(self, model: str):
+        self._model, self._ended = model, {}
+        self._lock = threading.Lock()  # the server dies of two changes at once
+        kinds = pb_utils.MetricFamily
+        try:
+            self._families = {  # which must outlive their metrics
+                "live": kinds(
+                    "twinbrush_requests_live", "Requests that have no end yet", kinds.GAUGE
+                ),
+                "ended": kinds(
+                    "twinbrush_requests_ended_total", "Requests by how they ended", kinds.COUNTER
+                ),
+            }
+            self._live = self._families["live"].Metric({"model": model})
+        except pb_utils.TritonModelException:
+            self._live = None
+
+    def began(self) -> None:
+        if self._live is not None:
+            with self._lock:
+                self._live.increment(1)
+
+    def ended(self, code: str) -> None:
+        if self._live is None:
+            return
+        with self._lock:
+            if code not in self._ended:
+                labels = {"model": self._model, "code": code}
+                self._ended[code] = self._families["ended"].Metric(labels)
+            self._ended[code].increment(1)
+            self._live.increment(-1)
+
+
 class Answer:
     """How one request is answered, by responses and exactly one end."""
 
-    def __init__(self, request: Any):
+    def __init__(self, request: Any, metrics: RequestMetrics):
         self._sender = request.get_response_sender()
         self._open = True
         self._lock = threading.Lock()
+        self._metrics = metrics
+        metrics.began()
 
     def send(self, outputs: Mapping[str, Any], final: bool = False) -> None:
         tensors = [
             pb_utils.Tensor(name, np.array(value, DTYPES.get(name, object)).reshape(-1))
             for name, value in outputs.items()
         ]
-        self._respond(pb_utils.InferenceResponse(tensors), final)
+        self._respond(pb_utils.InferenceResponse(tensors), "OK" if final else None)
 
     def fail(self, error: EngineError) -> None:
         failure = pb_utils.TritonError(str(error), getattr(pb_utils.TritonError, error.code))
-        self._respond(pb_utils.InferenceResponse(error=failure), final=True)
+        self._respond(pb_utils.InferenceResponse(error=failure), error.code)
 
     def end(self) -> None:
-        self._respond(None, final=True)
+        self._respond(None, "OK")
 
     def cancelled(self) -> bool:
         """Whether the client has cancelled; False once answered.
@@ -77,11 +118,13 @@ class Answer:
         with self._lock:
             return self._open and self._sender.is_cancelled()
 
-    def _respond(self, response: Any, final: bool) -> None:
-        flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0
+    def _respond(self, response: Any, ends_with: str | None) -> None:
+        flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if ends_with else 0
         with self._lock:
-            self._open = not final
+            self._open = not ends_with
             self._sender.send(response, flags=flags)
+        if ends_with:
+            self._metrics.ended(ends_with)
 
 
 class StreamModel:
@@ -89,6 +132,7 @@ class StreamModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         _log_to_the_server(args["model_name"])
+        self._metrics = RequestMetrics(args["model_name"])
         folder = Path(args["model_repository"]) / args["model_version"]
         config = json.loads(args["model_config"])
         self._inputs = _input_names(config)
@@ -99,7 +143,7 @@ class StreamModel:
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
-            answer = Answer(request)
+            answer = Answer(request, self._metrics)
             try:
                 self._start(request, answer)
             except Exception as error:
@@ -154,13 +198,14 @@ class UnaryModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         _log_to_the_server(args["model_name"])
+        self._metrics = RequestMetrics(args["model_name"])
         self._inputs = _input_names(json.loads(args["model_config"]))
         self._relay = RelayClient(relay_address())
         self._watch = CancelWatch()
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
-            answer = Answer(request)
+            answer = Answer(request, self._metrics)
             try:
                 self._start(_fields(request, self._inputs), answer)
             except Exception as error:
