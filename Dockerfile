@@ -1,6 +1,6 @@
 # Production image: NVIDIA's Triton with its native ONNX Runtime and TensorRT backends.
 # Export first (`python -m export CHECKPOINT`), then:
-#   docker build -t twinbrush . && docker run --gpus all --shm-size 1g -p 8000-8002:8000-8002 twinbrush
+#   docker build -t twinbrush . && docker run --init --gpus all --shm-size 1g -p 8000-8002:8000-8002 twinbrush
 FROM nvcr.io/nvidia/tritonserver:26.10-py3
 
 ENV PIP_BREAK_SYSTEM_PACKAGES=1 PYTHONUNBUFFERED=1

@@ -1,8 +1,8 @@
 """`python -m benchmarks.overhead`: what the server costs, and what step batching brings.
 
 The same engine on the same ONNX files: in this process, against through the server and gRPC;
-and with rows shared between requests, against one loop per request (calls of one image's
-rows). Both sides of a comparison take turns, and ratios are medians over the turns.
+and with calls shared between requests, against deterministic ones, each in calls of its own.
+Both sides of a comparison take turns, and ratios are medians over the turns.
 """
 
 from __future__ import annotations
@@ -55,22 +55,24 @@ def main(
     """Measures server against in-process, and shared against unshared UNet calls."""
     with ExitStack() as stack:
         models = LocalModels(repository)
-        shared = stack.enter_context(local_engine(repository, models))
-        unshared = stack.enter_context(local_engine(repository, models, max_rows="2"))
+        engine = stack.enter_context(local_engine(repository, models))
         client = stack.enter_context(_server(repository))
-        sides = {"in_process": _in_process(shared), "server": _through(client)}
+        sides = {"in_process": _in_process(engine), "server": _through(client)}
         points = {f"c{c}": _compare(sides, c, turns, max(requests, 2 * c)) for c in CONCURRENCY}
-        sides = {"unshared": _in_process(unshared), "shared": _in_process(shared)}
+        sides = {
+            "unshared": _in_process(engine, deterministic=True),
+            "shared": _in_process(engine),
+        }
         batching = _compare(sides, 16, turns, 32)
         profile = _profile(client, requests)
     summary = {f"ratio_{name}": point["ratio"] for name, point in points.items()}
     summary["step_batching_c16"] = batching["ratio"]
-    defaults = asdict(shared.config.defaults)
+    defaults = asdict(engine.config.defaults)
     write_result(
         out,
         "python -m benchmarks.overhead",
-        checkpoint=shared.config.checkpoint,
-        request=defaults | {"width": shared.config.native_side, "prompts": "all different"},
+        checkpoint=engine.config.checkpoint,
+        request=defaults | {"width": engine.config.native_side, "prompts": "all different"},
         goals=GOALS,
         summary=summary,
         server_over_in_process=points,
@@ -100,12 +102,13 @@ def _prompt(number: int) -> str:
     return f"a large {a} circle left of a small {b} square {next(_COUNTER)}"
 
 
-def _in_process(engine: Engine) -> Send:
+def _in_process(engine: Engine, deterministic: bool = False) -> Send:
     def send(number: int, done: Callable[[str | None], None]) -> None:
         fields = {
             "prompt": np.array([_prompt(number).encode()], object),
             "seed": np.array([number]),
             "progress": np.array([False]),
+            "deterministic": np.array([deterministic]),
         }
 
         def reply(event: Event) -> None:

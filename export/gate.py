@@ -20,6 +20,7 @@ import numpy as np
 from export.checkpoint import Checkpoint
 from export.convert import to_onnx
 from export.repository import ENGINE, MODELS, load_parts
+from twinbrush.capacity import LEAST_ROWS
 from twinbrush.config import PipelineConfig
 from twinbrush.engine import Engine
 from twinbrush.generation import EngineError
@@ -28,6 +29,7 @@ from twinbrush.onnx_runtime import LocalModels, read_config
 SCENE_PROMPTS = 1000
 READABLE = 10  # percent of the unoptimised pictures; under it a count says nothing
 PROBE = 50  # scene prompts that tell whether pictures can be read
+SHARED_SIDE = 256  # pixels; calls with more than one picture of larger ones only take memory here
 IDENTICAL = 100.0  # dB, of equal pictures
 PROMPTS = (
     "a photograph of an astronaut riding a horse",
@@ -165,6 +167,8 @@ class Gate:
 
         try:
             config = read_config(self._repository / ENGINE.parent / "config.pbtxt")
+            if PipelineConfig.load(stage / ENGINE / "pipeline.json").native_side > SHARED_SIDE:
+                config["parameters"]["max_rows"]["string_value"] = str(LEAST_ROWS)
             engine = Engine.of_model(stage / ENGINE, config, LocalModels(self._repository, files))
             with closing(engine):
                 return paint(engine, prompts)

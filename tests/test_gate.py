@@ -16,12 +16,13 @@ from benchmarks.quality import tasks
 from export import pipeline
 from export.checkpoint import open_checkpoint
 from export.convert import to_onnx
-from export.gate import AllCorrect, Gate, GateError, Limits, Psnr
+from export.gate import PROMPTS, AllCorrect, Gate, GateError, Limits, Psnr
 from export.prune import prune_checkpoint, save_part
 from export.repository import ENGINE, SOURCE, build, load_parts
 from export.shapes import pruning_of
 from export.staging import STAGE
 from training.scenes import render
+from twinbrush.onnx_runtime import LocalModels
 
 PSNR = 15.0
 
@@ -89,6 +90,24 @@ def test_a_first_export_needs_no_repository_before_it(
     gate = Gate(open_checkpoint(tiny), ["vqgan_decoder"], folder, Limits(psnr=PSNR, prompts=2))
     build(open_checkpoint(good), folder, check=gate)
     assert json.loads((folder / "MANIFEST.json").read_text())["gate"]["prompts"] == 2
+
+
+def test_large_pictures_are_painted_one_at_a_time(tiny, served, monkeypatch):
+    rows = []
+
+    class Watched(LocalModels):
+        def run(self, model, inputs, output):
+            if model == "unet":
+                rows.append(len(inputs["sample"]))
+            return super().run(model, inputs, output)
+
+    monkeypatch.setattr("export.gate.LocalModels", Watched)
+    gate = Gate(open_checkpoint(tiny), [], served, Limits())
+    for side, most in ((16, 2), (32, 32)):
+        monkeypatch.setattr("export.gate.SHARED_SIDE", side)
+        rows.clear()
+        assert len(gate._paint(served, {}, list(PROMPTS[:4]))) == 4
+        assert (max(rows) <= 2) == (most == 2)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
