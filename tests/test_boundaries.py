@@ -13,9 +13,9 @@ ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "diffusers", "transformers", "onnxruntime", "tritonclient", "pytriton",
          "triton_python_backend_utils")  # fmt: skip
 ENGINE = (
-    "batcher", "cancel_watch", "conditioning", "config", "denoise", "engine", "generation",
-    "images", "manifest", "prompt", "relay", "request", "samplers", "server", "tensorrt",
-    "triton_install", "triton_process",
+    "batcher", "cancel_watch", "capacity", "conditioning", "config", "denoise", "engine",
+    "generation", "images", "manifest", "prompt", "relay", "request", "samplers", "server",
+    "tensorrt", "triton_install", "triton_process",
 )  # fmt: skip
 
 
