@@ -15,14 +15,13 @@ MODEL = "text_to_image_stream"
 
 
 @contextmanager
-def local_engine(repository: Path, models: Models, **parameters: str) -> Iterator[Engine]:
-    """An engine that is closed on leaving; `parameters` replace those of `config.pbtxt`.
+def local_engine(repository: Path, models: Models) -> Iterator[Engine]:
+    """An engine that is closed on leaving.
 
     Ends the command with a sentence where the repository is not exported.
     """
     try:
         config = read_config(repository / MODEL / "config.pbtxt")
-        config["parameters"] |= {key: {"string_value": value} for key, value in parameters.items()}
         engine = Engine.of_model(repository / MODEL / "1", config, models)
     except (OSError, ValueError) as error:
         sys.exit(f"error: --repository: {error}")

@@ -167,7 +167,8 @@ class Gate:
 
         try:
             config = read_config(self._repository / ENGINE.parent / "config.pbtxt")
-            if PipelineConfig.load(stage / ENGINE / "pipeline.json").native_side > SHARED_SIDE:
+            large = PipelineConfig.load(stage / ENGINE / "pipeline.json").native_side > SHARED_SIDE
+            if large and "max_rows" in config.get("parameters", {}):
                 config["parameters"]["max_rows"]["string_value"] = str(LEAST_ROWS)
             engine = Engine.of_model(stage / ENGINE, config, LocalModels(self._repository, files))
             with closing(engine):

@@ -21,7 +21,15 @@ from export.triton_config import MARKER
 from twinbrush.capacity import Capacity, decoder_pictures
 from twinbrush.config import PipelineConfig
 from twinbrush.manifest import NAME, ManifestError, reading, sha256_of
-from twinbrush.tensorrt import CONFIG_NAME, ENGINE, PLAN, Plan, engine_calls, this_machine
+from twinbrush.tensorrt import (
+    CONFIG_NAME,
+    ENGINE,
+    PLAN,
+    Plan,
+    engine_calls,
+    engine_config,
+    this_machine,
+)
 
 LOG_TAIL = 10  # lines of the builder's log that an error tells
 CONFIG = """\
@@ -31,6 +39,11 @@ backend: "tensorrt"
 default_model_filename: "{plan}"
 max_batch_size: 0
 instance_group [ {{ count: 1 kind: KIND_GPU profile: [ {profiles} ] }} ]
+# Each profile holds the memory of its own sizes, not of the largest.
+parameters {{
+  key: "execution_context_allocation_strategy"
+  value: {{ string_value: "ON_PROFILE_CHANGE" }}
+}}
 
 """
 
@@ -107,7 +120,7 @@ def wanted_by_engine(repository: Path, pipeline: Path) -> Wanted:
     Raises:
         TensorRTError: one of them is not there or does not say it.
     """
-    config = _existing(repository / ENGINE / "config.pbtxt")
+    config = _existing(engine_config(repository))
     try:
         loaded = PipelineConfig.load(pipeline)
         return Wanted(engine_calls(config, loaded), loaded)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -189,6 +190,11 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+def _take_hang_ups() -> None:
+    """Also where the tests themselves run under nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 StartServer = Callable[..., Server]
 
 
@@ -206,7 +212,9 @@ def start_server(tmp_path_factory) -> Iterator[StartServer]:
             *flags,
         ]  # fmt: skip
         with output.open("w") as file:
-            process = subprocess.Popen(command, stdout=file, stderr=file, env=env)
+            process = subprocess.Popen(
+                command, stdout=file, stderr=file, env=env, preexec_fn=_take_hang_ups
+            )
         server = Server(process, output, http, grpc, metrics)
         started.append(server)
         return server

@@ -371,7 +371,7 @@ def test_a_failing_encoder_call_fails_only_who_fails_alone(repository, watched, 
     hold.set()
     codes = [client.error and client.error.code for client in clients]
     assert codes == ([None] * 4 if broken == 1 else ["INTERNAL"] * 4)
-    assert "too many texts" in caplog.text or broken == 1
+    assert "too many texts" in caplog.text
     engine.close()
 
 
@@ -510,7 +510,9 @@ parameters {
   key: 'row_buckets'
   value { string_value: '1, 2' }
 }
-parameters: [ { key: "a", value: { string_value: "" } }, { key: "b" value: { string_value: "x" } } ]
+parameters: [
+  { key: "a", value: { string_value: "#1" } }, { key: "b" value: { string_value: "x" } }
+]
 """
 
 

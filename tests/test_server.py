@@ -360,6 +360,18 @@ def test_a_stop_ends_all_that_the_command_has_started(repository, start_server, 
     assert_gone(server, before, family)
 
 
+def test_what_the_command_has_started_may_end_in_its_own_way(repository, start_server, tmp_path):
+    ready, cleaned = tmp_path / "ready", tmp_path / "cleaned"
+    job = f"trap 'sleep 1; touch {cleaned}; exit' TERM; touch {ready}; sleep 300 & wait"
+    server = start_server(repository, "--then", f'sh -c "{job}"; echo late')
+    until = time.monotonic() + START_SECONDS
+    while not ready.exists():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    assert server.stop() == 128 + signal.SIGTERM
+    assert cleaned.exists()
+
+
 def test_a_command_that_a_signal_ends_gives_the_code_of_a_shell(repository, start_server):
     server = start_server(repository, "--then", "kill -KILL $$")
     assert server.process.wait(60) == 128 + signal.SIGKILL
@@ -371,5 +383,6 @@ def test_under_nohup_it_outlives_its_terminal(repository):
     command = [sys.executable, "-m", "twinbrush.server", "--repository", str(repository)]
     ports = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
     then = ["--then", "kill -HUP $PPID; sleep 1; exit 7"]
-    done = subprocess.run(["nohup", *command, *ports, *then], timeout=60, cwd=ROOT)
+    done = subprocess.run(["nohup", *command, *ports, *then], timeout=60, stdout=subprocess.DEVNULL,
+                          stderr=subprocess.DEVNULL, cwd=ROOT)  # fmt: skip
     assert done.returncode == 7

@@ -199,6 +199,11 @@ def test_a_changed_max_rows_needs_new_plans(served):
     config.write_text(config.read_text().replace('"32"', '"64"'))
     with pytest.raises(ManifestError, match=r"the engine asks for 64 rows to 32 pixels, 16 rows"):
         check_plans(served, HERE)
+    own = served / ENGINE.parent / "configs" / "tensorrt.pbtxt"
+    own.parent.mkdir()
+    own.write_text(config.read_text().replace('"64"', '"32"'))
+    check_plans(served, HERE)
+    own.unlink()
     config.unlink()
     with pytest.raises(ManifestError, match=r"No such file.*config\.pbtxt"):
         check_plans(served, HERE)

@@ -301,7 +301,13 @@ def test_metrics_tell_how_requests_ended_and_how_many_live(server):
         names = [f'{{code="{code}",model="{model}"}}' for model, code in codes]
         return [found.get(f"twinbrush_requests_ended_total{name}", 0) for name in names]
 
-    assert [live(UNARY), live(STREAM)] == [0, 0]
+    def wait_for_rest():
+        until = time.monotonic() + 30
+        while live(UNARY) + live(STREAM):
+            assert time.monotonic() < until
+            time.sleep(0.01)
+
+    wait_for_rest()
     before = ended()
     infer(server)
     stream(server)
@@ -319,10 +325,7 @@ def test_metrics_tell_how_requests_ended_and_how_many_live(server):
     assert [live(UNARY), live(STREAM)] == [1, 0]
     call.cancel()
     answers.get(timeout=60)
-    until = time.monotonic() + 10
-    while live(UNARY):
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    wait_for_rest()
     assert [now - then for now, then in zip(ended(), before, strict=True)] == [1, 3, 1, 2, 1, 0]
 
 

@@ -86,6 +86,7 @@ class PipelineConfig:
             raise ValueError(f"{path} is not a pipeline.json of this version: {error}") from error
 
 
+COMMENT = re.compile(r"""("[^"\n]*"|'[^'\n]*')|#.*""")  # and strings, in which # is a character
 PARAMETER = re.compile(
     r"""key\s*:\s*["']([^"']+)["'][\s,;]*value\s*:?\s*\{\s*string_value\s*:\s*["']([^"']*)["']"""
 )
@@ -97,7 +98,7 @@ def read_parameters(path: Path) -> dict[str, Any]:
     Raises:
         OSError: the file cannot be read.
     """
-    text = re.sub(r"#.*", "", path.read_text())
+    text = COMMENT.sub(lambda match: match[1] or "", path.read_text())
     return {
         "parameters": {name: {"string_value": value} for name, value in PARAMETER.findall(text)}
     }

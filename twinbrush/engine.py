@@ -47,7 +47,7 @@ class Engine:
         config: the checkpoint.
         tokenizer: its tokenizers.
         max_rows: rows of a UNet call at the native size; fewer for larger pictures, see `capacity`.
-        buckets: row counts that UNet calls are padded up to where so many are allowed, for
+        buckets: row counts that UNet calls are padded up to, at most those that are allowed, for
             runtimes that compile shapes.
         queue_size: requests that may live at once; one more is refused.
     """
@@ -148,8 +148,10 @@ class Engine:
             ]
         except Exception as error:
             if len(generations) > 1 and not isinstance(error, EngineError):
+                log.warning("encoding %d prompts at once failed", len(generations), exc_info=True)
                 for generation in generations:  # whose fault it is
-                    self._encode([generation])
+                    if not generation.ended:
+                        self._encode([generation])
             else:
                 self._fail(generations, "encoding the prompt")
             return
@@ -210,8 +212,9 @@ class Engine:
                     return
                 jobs = self._batcher.next_batch()
             most = self._capacity(jobs[0].generation.request).rows
+            buckets = [*(size for size in self._buckets if size < most), most]
             try:
-                denoise_step(self._models, jobs, [b for b in self._buckets if b <= most])
+                denoise_step(self._models, jobs, buckets if self._buckets else ())
             except Exception:
                 self._fail([job.generation for job in jobs], "denoising")
                 continue

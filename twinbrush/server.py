@@ -84,11 +84,13 @@ def _run(command: str, process: TritonProcess, address: str) -> int:
 
 def _end_group(command: subprocess.Popen) -> None:
     """Ends a command and what it has started."""
-    with contextlib.suppress(ProcessLookupError):
+    until = time.monotonic() + COMMAND_SECONDS
+    with contextlib.suppress(ProcessLookupError):  # once nobody of the group is left
         os.killpg(command.pid, signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        command.wait(COMMAND_SECONDS)
-    with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < until:
+            command.poll()
+            os.killpg(command.pid, 0)
+            time.sleep(0.05)
         os.killpg(command.pid, signal.SIGKILL)
     command.wait()
 

@@ -76,8 +76,14 @@ class Plan(Target):
         return cls(line["tensorrt"], line["gpu"], calls)
 
 
+def engine_config(repository: Path) -> Path:
+    """The engine's configuration that Triton takes beside plans."""
+    own = repository / ENGINE / "configs" / f"{CONFIG_NAME}.pbtxt"
+    return own if own.is_file() else repository / ENGINE / "config.pbtxt"
+
+
 def engine_calls(config: Path, pipeline: PipelineConfig) -> tuple[Capacity, ...]:
-    """What the engine calls networks with, by its `config.pbtxt`.
+    """What the engine calls networks with, by its configuration.
 
     Raises:
         ValueError: that file does not say it.
@@ -104,7 +110,7 @@ def check_plans(repository: Path, machine: Target) -> None:
         raise ManifestError(f"{repository} has no TensorRT plan of {models}: {REMEDY}")
     try:
         pipeline = PipelineConfig.load(repository / ENGINE / "1" / "pipeline.json")
-        calls = engine_calls(repository / ENGINE / "config.pbtxt", pipeline)
+        calls = engine_calls(engine_config(repository), pipeline)
     except (ValueError, OSError) as error:
         raise ManifestError(str(error)) from error
     for model, plan in plans.items():

@@ -121,10 +121,16 @@ class Answer:
     def _respond(self, response: Any, ends_with: str | None) -> None:
         flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if ends_with else 0
         with self._lock:
-            self._open = not ends_with
-            self._sender.send(response, flags=flags)
-        if ends_with:
-            self._metrics.ended(ends_with)
+            ends = self._open and ends_with
+            self._open = self._open and not ends_with
+            try:
+                self._sender.send(response, flags=flags)
+            except Exception:
+                if ends:
+                    self._metrics.ended("INTERNAL")
+                raise
+        if ends:
+            self._metrics.ended(ends)
 
 
 class StreamModel:
