@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import importlib.util
 import io
 import itertools
 import json
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import urllib.error
 import urllib.request
 
@@ -327,6 +329,28 @@ def test_metrics_tell_how_requests_ended_and_how_many_live(server):
     answers.get(timeout=60)
     wait_for_rest()
     assert [now - then for now, then in zip(ended(), before, strict=True)] == [1, 3, 1, 2, 1, 0]
+
+
+def test_an_answer_that_cannot_be_sent_is_counted_once(monkeypatch):
+    """As where shared memory is full; the server's own module is not there outside of it."""
+    name = "triton_python_backend_utils"
+    backend = types.SimpleNamespace(TRITONSERVER_RESPONSE_COMPLETE_FINAL=1)
+    monkeypatch.setitem(sys.modules, name, backend)
+    spec = importlib.util.find_spec("twinbrush.triton_io")
+    triton_io = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(triton_io)
+
+    def send(response, flags):
+        raise RuntimeError("no room")
+
+    codes: list[str] = []
+    metrics = types.SimpleNamespace(began=lambda: None, ended=codes.append)
+    sender = types.SimpleNamespace(send=send)
+    answer = triton_io.Answer(types.SimpleNamespace(get_response_sender=lambda: sender), metrics)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no room"):
+            answer.end()
+    assert codes == ["INTERNAL"]
 
 
 def cancel(server, request_id):
