@@ -303,13 +303,17 @@ def test_metrics_tell_how_requests_ended_and_how_many_live(server):
         names = [f'{{code="{code}",model="{model}"}}' for model, code in codes]
         return [found.get(f"twinbrush_requests_ended_total{name}", 0) for name in names]
 
-    def wait_for_rest():
+    def becomes(expected, read):
+        """They are counted beside the requests, within moments."""
         until = time.monotonic() + 30
-        while live(UNARY) + live(STREAM):
-            assert time.monotonic() < until
+        while read() != expected and time.monotonic() < until:
             time.sleep(0.01)
+        return read() == expected
 
-    wait_for_rest()
+    def both_live():
+        return [live(UNARY), live(STREAM)]
+
+    assert becomes([0, 0], both_live)
     before = ended()
     infer(server)
     stream(server)
@@ -324,11 +328,12 @@ def test_metrics_tell_how_requests_ended_and_how_many_live(server):
     calls = unet_calls(server)
     call = client.async_infer(UNARY, slow, lambda result, error: answers.put(error))
     wait_for_a_call(server, calls)
-    assert [live(UNARY), live(STREAM)] == [1, 0]
+    assert becomes([1, 0], both_live)
     call.cancel()
     answers.get(timeout=60)
-    wait_for_rest()
-    assert [now - then for now, then in zip(ended(), before, strict=True)] == [1, 3, 1, 2, 1, 0]
+    assert becomes([0, 0], both_live)
+    expected = [then + more for then, more in zip(before, [1, 3, 1, 2, 1, 0], strict=True)]
+    assert becomes(expected, ended)
 
 
 def test_an_answer_that_cannot_be_sent_is_counted_once(monkeypatch):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import queue
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -50,40 +51,45 @@ class TritonModels:
 class RequestMetrics:
     """What `/metrics` tells of a model's requests; Triton itself counts each as a success.
 
-    Without metrics in the server it tells nothing.
+    One thread makes all changes, beside the requests: the server dies of two at once. Without
+    metrics in the server it tells nothing.
     """
 
     def __init__(self, model: str):
-        self._model, self._ended = model, {}
-        self._lock = threading.Lock()  # the server dies of two changes at once
+        self._model = model
+        self._told: queue.SimpleQueue[str | None] | None = None  # None: a request begins
         kinds = pb_utils.MetricFamily
         try:
-            self._families = {  # which must outlive their metrics
-                "live": kinds(
-                    "twinbrush_requests_live", "Requests that have no end yet", kinds.GAUGE
-                ),
-                "ended": kinds(
-                    "twinbrush_requests_ended_total", "Requests by how they ended", kinds.COUNTER
-                ),
-            }
-            self._live = self._families["live"].Metric({"model": model})
+            self._live = kinds(
+                "twinbrush_requests_live", "Requests that have no end yet", kinds.GAUGE
+            )
+            self._ended = kinds(
+                "twinbrush_requests_ended_total", "Requests by how they ended", kinds.COUNTER
+            )
         except pb_utils.TritonModelException:
-            self._live = None
+            log.warning("the server has no metrics: requests are not counted")
+            return
+        self._told = queue.SimpleQueue()
+        threading.Thread(target=self._count, args=[self._told], name="metrics", daemon=True).start()
 
     def began(self) -> None:
-        if self._live is not None:
-            with self._lock:
-                self._live.increment(1)
+        if self._told is not None:
+            self._told.put(None)
 
     def ended(self, code: str) -> None:
-        if self._live is None:
-            return
-        with self._lock:
-            if code not in self._ended:
-                labels = {"model": self._model, "code": code}
-                self._ended[code] = self._families["ended"].Metric(labels)
-            self._ended[code].increment(1)
-            self._live.increment(-1)
+        if self._told is not None:
+            self._told.put(code)
+
+    def _count(self, told: queue.SimpleQueue) -> None:
+        live, ended = self._live.Metric({"model": self._model}), {}
+        while True:
+            if (code := told.get()) is None:
+                live.increment(1)
+                continue
+            if code not in ended:
+                ended[code] = self._ended.Metric({"model": self._model, "code": code})
+            ended[code].increment(1)
+            live.increment(-1)
 
 
 class Answer:
