@@ -44,17 +44,16 @@ def processes(parent: int) -> dict[int, str]:
     return found
 
 
-def leftovers() -> set[str]:
-    """What a server may leave: shared memory and temporary folders."""
-    segments = {path.name for path in Path("/dev/shm").glob("*twinbrush*")}
-    segments |= {path.name for path in Path("/dev/shm").glob("triton_*")}
-    return segments | {path.name for path in Path(tempfile.gettempdir()).glob("twinbrush-*")}
+def leftovers(server) -> set[Path]:
+    """What this server, not one of other tests, may leave: shared memory and a folder."""
+    segments = Path("/dev/shm").glob(f"*twinbrush_{server.process.pid}_*")
+    return {*segments, *Path(tempfile.gettempdir()).glob(f"twinbrush-{server.process.pid}-*")}
 
 
-def assert_gone(server, before: set[str], family: dict[int, str]) -> None:
+def assert_gone(server, family: dict[int, str]) -> None:
     assert server.process.poll() is not None
     assert not [command for pid, command in family.items() if alive(pid)]
-    assert leftovers() <= before
+    assert not leftovers(server)
 
 
 def alive(pid: int) -> bool:
@@ -81,12 +80,12 @@ def ask(server, **fields):
     "signals", [[signal.SIGINT], [signal.SIGHUP], [signal.SIGINT, signal.SIGTERM]]
 )
 def test_it_starts_serves_and_stops_without_leftovers(repository, start_server, signals):
-    before = leftovers()
     server = start_server(repository)
     server.wait_for("ready in")
     assert server.address in server.text()
     assert "nvidia-pytriton" in server.text() or "/opt/tritonserver" in server.text()
     family = processes(server.process.pid)
+    assert len(leftovers(server)) > 7
     assert sum(STUB in command for command in family.values()) == 7
     assert len(ask(server).as_numpy("image")) == 1
     for number in signals:
@@ -94,7 +93,7 @@ def test_it_starts_serves_and_stops_without_leftovers(repository, start_server, 
         time.sleep(0.3)  # the launcher is cleaning up when the next one comes
     assert server.process.wait(20) == 0
     assert "stopped" in server.text()
-    assert_gone(server, before, family)
+    assert_gone(server, family)
 
 
 def test_it_ends_with_its_launcher_even_when_that_is_killed(repository, start_server):
@@ -169,7 +168,6 @@ def victim_of(server, model: str) -> int:
 def test_a_dead_stub_ends_the_server_at_once_and_waiting_clients_get_an_error(
     repository, start_server, model
 ):
-    before = leftovers()
     server = start_server(repository)
     server.wait_for("ready in")
     family = processes(server.process.pid)
@@ -191,7 +189,7 @@ def test_a_dead_stub_ends_the_server_at_once_and_waiting_clients_get_an_error(
     waiting.join(5)
     assert isinstance(answers[0], InferenceServerException)
     assert f"the Python stub of {model} ended with signal 9 (Killed)" in server.text()
-    assert_gone(server, before, family)
+    assert_gone(server, family)
 
 
 def test_with_restart_it_serves_again_after_a_stub_died(repository, start_server):
@@ -213,14 +211,13 @@ def copy(repository, tmp_path) -> Path:
 
 
 def test_a_corrupt_onnx_file_is_named_with_its_reason(copy, start_server):
-    before = leftovers()
     (copy / "unet" / "1" / "model.onnx").write_bytes(b"not a network")
     server = start_server(copy, "--restart", "--no-verify")
     assert server.process.wait(60) == 1, "a model that cannot load is no reason to start again"
     assert "unet cannot be loaded" in server.text()
     assert "model.onnx" in server.text()
     assert "Traceback" not in server.text()
-    assert leftovers() <= before
+    assert not leftovers(server)
 
 
 def test_a_config_that_cannot_be_read_is_named_with_its_mistake(copy, start_server):
@@ -345,7 +342,7 @@ def test_a_command_runs_while_the_server_lives_and_gives_the_exit_code(repositor
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_ends_all_that_the_command_has_started(repository, start_server, tmp_path, number):
-    before, told = leftovers(), tmp_path / "pid"
+    told = tmp_path / "pid"
     server = start_server(repository, "--then", f"sleep 300 & echo $! > {told}; wait; echo late")
     until = time.monotonic() + START_SECONDS
     while not (told.is_file() and told.read_text().endswith("\n")):
@@ -357,7 +354,7 @@ def test_a_stop_ends_all_that_the_command_has_started(repository, start_server, 
     assert server.process.wait(30) == 128 + number
     assert not alive(int(told.read_text()))
     assert "late" not in server.text()
-    assert_gone(server, before, family)
+    assert_gone(server, family)
 
 
 def test_what_the_command_has_started_may_end_in_its_own_way(repository, start_server, tmp_path):

@@ -79,7 +79,7 @@ class TritonProcess:
 
     def __enter__(self) -> TritonProcess:
         self._check_options()
-        self._scratch = Path(tempfile.mkdtemp(prefix="twinbrush-"))
+        self._scratch = Path(tempfile.mkdtemp(prefix=f"twinbrush-{os.getpid()}-"))
         self._region = f"twinbrush_{os.getpid()}_{time.monotonic_ns()}_"
         self._started = time.monotonic()
         try:
