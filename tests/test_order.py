@@ -119,10 +119,18 @@ def test_only_what_is_open_is_spelled_out(seed, count):
             "a large red star and a small green ring with an orange circle between them",
             "a large red star and a small green ring with a small orange circle between them",
         ),
-        ((STAR, DISC), "a red star over an orange circle", "a red star over an orange circle"),
+        (
+            (STAR, DISC),
+            "a small red star over an orange circle",
+            "a small red star over a large orange circle",
+        ),
+        ((SQUARE, STAR), "a red star over a blue square", "a large red star over a blue square"),
+        ((DISC,), "on gray, an orange circle", "on gray, a large orange circle"),
     ],
 )
-def test_three_objects_are_small_unless_their_caption_says_or_they_never_are(items, caption, named):
+def test_three_objects_are_small_and_fewer_large_unless_captions_say_or_they_are_of_one_size(
+    items, caption, named
+):
     assert ("square", "blue", "small") in HELD_OUT
     assert sizes_named(Scene(items, "gray"), caption) == named
 
@@ -340,16 +348,20 @@ def test_the_checkpoints_bert_says_it(tokenizer):
     assert found[between].mean() > 0.95
 
 
-def test_the_checkpoints_bert_says_that_three_are_small(tokenizer):
+@pytest.mark.parametrize(
+    ("count", "size", "other"),
+    [(1, "large", "small"), (2, "large", "small"), (3, "small", "large")],
+)
+def test_the_checkpoints_bert_says_what_size_is_meant(tokenizer, count, size, other):
     opened = [
         (s, c, sizes_named(s, c))
         for s, c in requests(12, 2000)
-        if "small" not in c and spelled_out(s, c) == c != sizes_named(s, c)
+        if len(s.items) == count and size not in c and spelled_out(s, c) == c != sizes_named(s, c)
     ]
-    scenes, captions, small = map(list, zip(*opened, strict=True))
+    scenes, captions, named = map(list, zip(*opened, strict=True))
     assert len(captions) > 10
-    large = [told.replace("small", "large") for told in small]
-    assert nearer(tokenizer, scenes, captions, small, large).mean() > 0.95
+    otherwise = [told.replace(size, other) for told in named]
+    assert nearer(tokenizer, scenes, captions, named, otherwise).mean() > 0.95
 
 
 def test_who_does_not_know_what_is_in_pictures_cannot_tell_their_order(checkpoint):

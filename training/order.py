@@ -6,8 +6,8 @@ object that is named last BERT learns to say what it says where the caption spel
 is below the star" (context distillation, arXiv:2209.15189): the first named comes first, from above
 or from the left. "A ring between a star and a square" may be a row or a column, and both are rare
 in training; BERT learns to say "a ring below a star; a square is below the ring". For the same
-reason three objects are small where captions leave their size open. All else it says as before, so
-the fusion head and the UNets stay as they are. Writes `text_encoder_2/`.
+reason three objects are small where captions leave their size open, and one or two are large. All
+else it says as before, so the fusion head and the UNets stay as they are. Writes `text_encoder_2/`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ LEARNING_RATE, EMA_DECAY = 1e-3, 0.99
 KEPT = 6.0  # weight of what stays: without it other captions are painted worse
 # Words around "between" and before names, and those in their place where it is spelled out.
 STANDS_FOR = {"between": "below", "and": ";", "them": "it", "an": "a"}
-LAST = 2  # index of the third object, which captions name last
 
 
 def train(run: Run) -> None:
@@ -91,7 +90,7 @@ def same_words(tokenizer: BertTokenizer, batch: Batch, spelled: list[str]) -> tu
             continue
         here, there = (words(tokenizer, scene, text) for text in (caption, told))
         if not between[row]:
-            here = here[: 1 + max(i for i, (name, *_) in enumerate(here) if name == LAST)]
+            here = here[: 1 + max(i for i, (name, *_) in enumerate(here) if name >= 0)]
         found = [there.index(word) if word in there else -1 for word in here]
         sources[row, : len(found)] = torch.tensor(found)
     return sources, torch.tensor(between)
