@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from twinbrush.config import ENGINE
 from twinbrush.denoise import Models
 from twinbrush.engine import Engine
 from twinbrush.onnx_runtime import read_config
-
-MODEL = "text_to_image_stream"
 
 
 @contextmanager
@@ -21,8 +20,8 @@ def local_engine(repository: Path, models: Models) -> Iterator[Engine]:
     Ends the command with a sentence where the repository is not exported.
     """
     try:
-        config = read_config(repository / MODEL / "config.pbtxt")
-        engine = Engine.of_model(repository / MODEL / "1", config, models)
+        config = read_config(repository / ENGINE.parent / "config.pbtxt")
+        engine = Engine.of_model(repository / ENGINE, config, models)
     except (OSError, ValueError) as error:
         sys.exit(f"error: --repository: {error}")
     try:

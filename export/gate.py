@@ -19,9 +19,9 @@ import numpy as np
 
 from export.checkpoint import Checkpoint
 from export.convert import to_onnx
-from export.repository import ENGINE, MODELS, load_parts
+from export.repository import MODELS, load_parts
 from twinbrush.capacity import LEAST_ROWS
-from twinbrush.config import PipelineConfig
+from twinbrush.config import ENGINE, PipelineConfig
 from twinbrush.engine import Engine
 from twinbrush.generation import EngineError
 from twinbrush.onnx_runtime import LocalModels, read_config

@@ -21,11 +21,11 @@ from export.shapes import Pruning, pruning_of
 from export.staging import put_in_place, staging
 from export.tensorrt import Wanted, stage_plan, wanted_by_engine
 from export.triton_config import with_tensors
+from twinbrush.config import ENGINE
 from twinbrush.manifest import NAME as MANIFEST
 from twinbrush.manifest import sha256_of
 from twinbrush.tensorrt import PLAN
 
-ENGINE = Path("text_to_image_stream/1")  # where pipeline.json and the tokenizers live
 MODELS = ("clip_text", "bert", "fusion", "unet", "vqgan_decoder")
 # The part of a checkpoint that holds each model that can be pruned.
 SOURCE = {
@@ -36,7 +36,7 @@ SOURCE = {
 }
 # The tokenizer whose ids each text model was trained on.
 TOKENIZER = {"clip_text": "clip_tokenizer.json", "bert": "bert_tokenizer.json"}
-FRONT_DOORS = ("text_to_image", "text_to_image_stream")
+FRONT_DOORS = ("text_to_image", ENGINE.parent.name)
 TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
 
 

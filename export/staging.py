@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from twinbrush.config import ENGINE
 from twinbrush.manifest import NAME
 from twinbrush.tensorrt import CONFIG_NAME, PLAN
 
 # On the repository's file system, and as writable; in the folder of a model Triton ignores what
 # is no version, beside the models it would load it as one.
-FOLDER = Path("text_to_image_stream", ".building")
+FOLDER = ENGINE.parent / ".building"
 STAGE = FOLDER / "stage"
 UNDO = "undo"  # beside the stage while files are replaced: `old` ones, and names of `added` ones
 

@@ -19,11 +19,10 @@ import typer
 from export.staging import put_in_place, staging
 from export.triton_config import MARKER
 from twinbrush.capacity import Capacity, decoder_pictures
-from twinbrush.config import PipelineConfig
+from twinbrush.config import ENGINE, PipelineConfig
 from twinbrush.manifest import NAME, ManifestError, reading, sha256_of
 from twinbrush.tensorrt import (
     CONFIG_NAME,
-    ENGINE,
     PLAN,
     Plan,
     engine_calls,
@@ -259,7 +258,7 @@ def add_plans(trt: Any, repository: Path, targets: Sequence[str] = ()) -> list[s
         for model in models:
             for name in ("config.pbtxt", "1/model.onnx"):
                 _existing(repository / model / name)
-        wanted = wanted_by_engine(repository, repository / ENGINE / "1" / "pipeline.json")
+        wanted = wanted_by_engine(repository, repository / ENGINE / "pipeline.json")
         for model, (line, sha256) in models.items():
             version = Path(model, "1")
             onnx = repository / version / "model.onnx"

@@ -1,6 +1,7 @@
 """The decoder: `latent` (B, C, h, w), as the UNet leaves it, to `image` (B, 3, H, W).
 
-A `VQModel` looks its codes up first; an `AutoencoderKL` does not.
+A `VQModel` looks its codes up first, unless `_force_not_quantize` in its configuration says that
+its decoder learnt from latents as they are painted; an `AutoencoderKL` has none.
 """
 
 from __future__ import annotations
@@ -14,18 +15,23 @@ from export.checkpoint import Checkpoint, CheckpointError
 from export.part import Part, TensorSpec, normal
 from export.preview import fit_preview
 
+AS_PAINTED = "_force_not_quantize"  # named as in `VQModel.decode`; diffusers keeps what begins so
+
 
 class Decoder(nn.Module):
     def __init__(self, vae: nn.Module, scaling_factor: float, shift_factor: float):
         super().__init__()
         self.vae, self.scaling_factor, self.shift_factor = vae, scaling_factor, shift_factor
+        self.looks_up = isinstance(vae, VQModel) and not vae.config.get(AS_PAINTED)
 
     def forward(self, latent: Tensor) -> Tensor:
         latent = latent / self.scaling_factor + self.shift_factor
         if not isinstance(self.vae, VQModel):
             return self.vae.decode(latent.to(self.vae.dtype)).sample.float()
-        code = self.vae.quantize(latent)[0].to(self.vae.post_quant_conv.weight.dtype)
-        return self.vae.decode(code, force_not_quantize=True).sample.float()
+        if self.looks_up:
+            latent = self.vae.quantize(latent)[0]
+        latent = latent.to(self.vae.post_quant_conv.weight.dtype)
+        return self.vae.decode(latent, force_not_quantize=True).sample.float()
 
 
 def part(checkpoint: Checkpoint, latent_channels: int) -> Part:
@@ -42,14 +48,17 @@ def part(checkpoint: Checkpoint, latent_channels: int) -> Part:
         text = f"vae decodes latents of {channels} channels, unet paints {latent_channels}"
         raise CheckpointError(text)
     shift = getattr(vae.config, "shift_factor", None) or 0.0
+    decoder = Decoder(vae, vae.config.scaling_factor, shift)
+    if isinstance(vae, VQModel) and not decoder.looks_up:
+        vae.quantize = None
     return Part(
         name="vqgan_decoder",
-        module=Decoder(vae, vae.config.scaling_factor, shift),
+        module=decoder,
         inputs={"latent": TensorSpec(torch.float32, (channels, "height", "width"))},
         output=("image", TensorSpec(torch.float32, (3, "image_height", "image_width"))),
         example=lambda batch, size: {"latent": normal((batch, channels, 4 * size, 4 * size + 4))},
         # A codebook rounded to FP16 has other nearest codes.
-        full_precision=(vae.quantize,) if isinstance(vae, VQModel) else (),
+        full_precision=(vae.quantize,) if decoder.looks_up else (),
         side=vae.config.sample_size // scale_factor(checkpoint),
     )
 

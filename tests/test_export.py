@@ -28,10 +28,12 @@ from export import pipeline
 from export.checkpoint import CheckpointError, open_checkpoint
 from export.convert import ParityError, parity_error, to_onnx
 from export.fusion_head import FusionHead
+from export.precision import Precision
 from export.preview import fit_preview
 from export.repository import MODELS, build, load_parts
 from export.staging import STAGE, staging
 from export.triton_config import MARKER, with_tensors
+from export.vqgan_decoder import AS_PAINTED
 from training import data
 from twinbrush import images
 from twinbrush.manifest import verify
@@ -180,6 +182,29 @@ def test_latents_of_a_codebook_may_be_narrower_than_its_decoder(broken):
     vae.save_pretrained(broken / "vae")
     decoder = load_parts(open_checkpoint(broken))["vqgan_decoder"]
     assert decoder.module(**decoder.example(1, 2)).shape[1] == 3
+
+
+def test_codes_are_looked_up_unless_the_decoder_learnt_from_latents_as_painted(broken, tmp_path):
+    opened = open_checkpoint(broken)
+    looked_up = load_parts(opened)["vqgan_decoder"]
+    change(broken / "vae" / "config.json", **{AS_PAINTED: True})
+    as_painted = load_parts(opened)["vqgan_decoder"]
+    vae = opened.load("vae", VQModel)
+    example = as_painted.example(2, 1)
+    latent = example["latent"] / vae.config.scaling_factor
+    with torch.no_grad():
+        codes = vae.decode(latent).sample
+        painted = vae.decode(latent, force_not_quantize=True).sample
+        assert not torch.allclose(codes, painted)
+        torch.testing.assert_close(looked_up.module(**example), codes)
+        torch.testing.assert_close(as_painted.module(**example), painted)
+    for part, has_codebook in ((looked_up, True), (as_painted, False)):
+        codebook = [name for name, _ in part.module.named_parameters() if "quantize" in name]
+        assert bool(codebook) == has_codebook
+        for precision in Precision:
+            to_onnx(part, tmp_path / "model.onnx", precision)
+            error = parity_error(part, tmp_path / "model.onnx", precision)
+            assert error <= precision.tolerance(part)
 
 
 def a_text_model_with_code(folder):

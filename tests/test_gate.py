@@ -18,10 +18,11 @@ from export.checkpoint import open_checkpoint
 from export.convert import to_onnx
 from export.gate import PROMPTS, AllCorrect, Gate, GateError, Limits, Psnr
 from export.prune import prune_checkpoint, save_part
-from export.repository import ENGINE, SOURCE, build, load_parts
+from export.repository import SOURCE, build, load_parts
 from export.shapes import pruning_of
 from export.staging import STAGE
 from training.scenes import render
+from twinbrush.config import ENGINE
 from twinbrush.onnx_runtime import LocalModels
 
 PSNR = 15.0

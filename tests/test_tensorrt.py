@@ -16,10 +16,11 @@ from conftest import ROOT, contents, skeleton
 from export import pipeline
 from export.checkpoint import open_checkpoint
 from export.precision import Precision
-from export.repository import ENGINE, MODELS, build, load_parts
+from export.repository import MODELS, build, load_parts
 from export.staging import put_in_place
 from export.tensorrt import Limits, Range, TensorRTError, add_plans, main, wanted_by_engine
 from twinbrush.capacity import Capacity
+from twinbrush.config import ENGINE
 from twinbrush.manifest import ManifestError, verify
 from twinbrush.onnx_runtime import read_config
 from twinbrush.tensorrt import PLAN, Plan, Target, check_plans, library_version

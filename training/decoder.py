@@ -1,9 +1,11 @@
 """`python -m training.decoder`: the VQGAN's decoder learns to draw what the UNet paints.
 
-It learnt behind the encoder, whose codes are right. Served, codes come from the UNet, which errs,
-and outlines become uneven. Here true pictures are encoded and noised, the distilled UNet paints
-its last step or two from there, and the decoder learns to draw the true picture all the same. A
-third of the codes stay the encoder's own. Writes `vae/`, in which encoder and codebook stay.
+It learnt behind the encoder, whose codes are right. Served, latents come from the UNet, which errs,
+and outlines become uneven; where their nearest codes are looked up, an error becomes a code of
+something else. Here true pictures are encoded and noised, the distilled UNet paints its last step
+or two from there, and the decoder learns to draw the true picture from that as it is. A third of
+what it sees stays the encoder's codes. Writes `vae/`, in which encoder and codebook stay, and says
+there that latents are not looked up.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 
 from export.checkpoint import load_part
 from export.fusion_head import FusionHead
+from export.vqgan_decoder import AS_PAINTED
 from training.cli import stage_cli
 from training.data import Batch, on_device
 from training.diffusion import FROZEN, Encoders, encoded
@@ -42,7 +45,7 @@ LEARNING_RATE, EMA_DECAY = 5e-4, 0.99
 
 def train(run: Run) -> None:
     check_distilled(run.checkpoint)
-    painter = CodePainter(run.checkpoint, run.device)
+    painter = LatentPainter(run.checkpoint, run.device)
     vae = painter.vae
     decoder = nn.Sequential(vae.post_quant_conv, vae.decoder).requires_grad_(True)
     reads = [run.checkpoint / part for part in (*FROZEN, "fusion", "unet")]
@@ -54,18 +57,19 @@ def train(run: Run) -> None:
 
     def loss_at(step: int) -> dict[str, Tensor]:
         drawn = batches.at(step)
-        codes = painter(drawn, torch.Generator().manual_seed(first + step))
-        y = decoder(codes).float()
+        latents = painter(drawn, torch.Generator().manual_seed(first + step))
+        y = decoder(latents).float()
         return {"loss": reconstruction(y, drawn.pictures), "psnr": psnr(y, drawn.pictures)}
 
     def samples(averaged: nn.Module) -> Image.Image:
         return compared(shown.pictures, averaged(painted))
 
     vae.post_quant_conv, vae.decoder = trainer.run(loss_at, batches, samples)
+    vae.register_to_config(**{AS_PAINTED: True})
     save_part(vae, run.checkpoint / "vae")
 
 
-class CodePainter:
+class LatentPainter:
     """The encoder and the distilled UNet of a checkpoint, which nothing teaches here."""
 
     def __init__(self, checkpoint: Path, device: torch.device):
@@ -77,9 +81,10 @@ class CodePainter:
 
     @torch.no_grad()
     def __call__(self, batch: Batch, draw: torch.Generator) -> Tensor:
-        """Codes of pictures (B, C, h, w): a third as encoded, others where the UNet ends.
+        """What the decoder is to draw as pictures (B, C, h, w): a third are the encoder's codes.
 
-        Those are noised to where it has one step left, or two, each with a guidance scale.
+        Others end where the UNet does, noised to where it has one step left, or two, each with a
+        guidance scale.
         """
         pictures, device = batch.pictures, batch.pictures.device
         with torch.autocast(device.type, enabled=False):
@@ -99,7 +104,10 @@ class CodePainter:
             told = {name: one[going] for name, one in asked.items()}
             v = self._unet(x_going, t, **told).sample.float()
             x_t[going] = ddim_step(x_going, v, t, end_of_phase(t), self._alphas_cumprod)
-        return nearest_codes(self.vae, x_t) / self.vae.config.scaling_factor
+        encoders = (left == 0)[:, None, None, None]
+        return torch.where(encoders, nearest_codes(self.vae, x_t), x_t) / (
+            self.vae.config.scaling_factor
+        )
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any
 
 from twinbrush.samplers import NoiseSchedule
 
+ENGINE = Path("text_to_image_stream/1")  # of a repository: where pipeline.json and tokenizers are
 MAX_SIDE_FACTOR = 4  # a side may be this many times the side that the model was trained on
 MAX_SIDE = 2048  # pixels; past 2,896 a decoder of 256 channels has tensors that cuDNN does not take
 

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from twinbrush.capacity import Capacity, capacities
-from twinbrush.config import PipelineConfig, read_parameters, whole_numbers
+from twinbrush.config import ENGINE, PipelineConfig, read_parameters, whole_numbers
 from twinbrush.manifest import NAME, ManifestError, reading
 
 CONFIG_NAME = "tensorrt"  # of the models' `configs/tensorrt.pbtxt`
 PLAN = "model.plan"
-ENGINE = "text_to_image_stream"
 REMEDY = "run `python3 -m export.tensorrt` in this container, on this GPU"
 
 
@@ -78,8 +77,8 @@ class Plan(Target):
 
 def engine_config(repository: Path) -> Path:
     """The engine's configuration that Triton takes beside plans."""
-    own = repository / ENGINE / "configs" / f"{CONFIG_NAME}.pbtxt"
-    return own if own.is_file() else repository / ENGINE / "config.pbtxt"
+    own = repository / ENGINE.parent / "configs" / f"{CONFIG_NAME}.pbtxt"
+    return own if own.is_file() else repository / ENGINE.parent / "config.pbtxt"
 
 
 def engine_calls(config: Path, pipeline: PipelineConfig) -> tuple[Capacity, ...]:
@@ -109,7 +108,7 @@ def check_plans(repository: Path, machine: Target) -> None:
         models = ", ".join(without) or "any model"
         raise ManifestError(f"{repository} has no TensorRT plan of {models}: {REMEDY}")
     try:
-        pipeline = PipelineConfig.load(repository / ENGINE / "1" / "pipeline.json")
+        pipeline = PipelineConfig.load(repository / ENGINE / "pipeline.json")
         calls = engine_calls(engine_config(repository), pipeline)
     except (ValueError, OSError) as error:
         raise ManifestError(str(error)) from error
