@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -26,7 +25,6 @@ from training.scenes import (
     Scene,
     describe,
     middle_item,
-    other_names,
     sample_crowd,
     sample_request,
     sample_scene,
@@ -113,33 +111,6 @@ def test_who_is_asked_for_requests_hears_what_they_are_true_of():
     untold = data.SceneWorld(told=False, requests=True).batches(7, 5, data.CPU).at(2)
     assert untold.captions == batch.captions
     assert untold.scenes == []
-
-
-@given(st.integers(0, 10**9))
-@settings(max_examples=100, deadline=None)
-def test_an_object_gets_other_names_in_the_same_wording(seed):
-    rng = np.random.default_rng(seed)
-    scene, caption = sample_request(rng)
-    captions = other_names(scene, caption, rng)
-    kind = re.compile(f"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})")
-    names = [kind.findall(one) for one in captions]
-    bare = {kind.sub("*", one).replace("an ", "a ") for one in captions}
-    assert bare == {kind.sub("*", caption).replace("an ", "a ")}
-    assert not any(re.search(r"\ban [^o]|\ba o", one) for one in captions)
-    before = kind.findall(caption)
-    (own,) = {
-        name for after in names for name, new in zip(before, after, strict=True) if new != name
-    }
-    others = {name for name in before if name != own}
-    changed = [dict(zip(before, after, strict=True))[own] for after in names]
-    for after, new in zip(names, changed, strict=True):
-        assert after == [new if name == own else name for name in before]
-    (c1, s1), (c2, same), (c3, s2), last = changed
-    assert (c3, same, last) == (c1, s1, (c2, s2))
-    assert c1 != c2
-    assert s1 != s2
-    assert not {*changed} & others
-    assert not {(shape, colour, "small") for colour, shape in changed} & HELD_OUT
 
 
 def test_truth_lies_in_the_cells_of_an_object():
@@ -291,40 +262,6 @@ def test_only_gradients_that_are_too_long_are_cut():
     cut = align.shortened(gradient)
     assert float(cut[0].norm()) == pytest.approx(align.LONGEST / 4)
     assert torch.equal(cut[1:], gradient[1:])
-
-
-class Sums:
-    """Text encoders and a head: of each word what it says, and of all what they say together."""
-
-    device = data.CPU
-
-    def __init__(self, together: float):
-        self.together = together
-
-    def __call__(self, texts):
-        words = [*COLOURS, *SHAPES]
-        said = [
-            [1.7 + words.index(word) for word in text.split() if word in words] for text in texts
-        ]
-        return (torch.tensor([[[sum(one) + self.together * np.prod(one)]] for one in said]),)
-
-
-def disturbance(together: float) -> torch.Tensor:
-    batch = data.SceneWorld(requests=True).batches(7, 200, data.CPU, captions_only=True).at(0)
-    draw = torch.Generator().manual_seed(5)
-    return align.interactions(lambda tokens: tokens, Sums(together), batch, draw)
-
-
-def test_what_each_word_says_for_itself_is_not_disturbed():
-    assert disturbance(0.0).abs().max() < 1e-3
-
-
-def test_what_words_say_together_is_disturbed_to_both_sides():
-    found = disturbance(1e-3)
-    assert found.shape == (200, 1, 1)
-    assert (found.abs() > 1e-4).float().mean() > 0.9
-    assert 0.3 < (found > 0).float().mean() < 0.7
-    assert torch.equal(found, disturbance(1e-3))
 
 
 class Halves:

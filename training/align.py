@@ -7,19 +7,16 @@ teacher comes: the student as it was when training began, in finer steps, which 
 what the reward model says of where its steps end. That reads noisy latents too and says what to
 expect there, so each step answers for its own end alone: a gradient through several steps is
 mostly noise. Only where the first one ends there is nothing to read; it answers for the end of the
-second. What tokens say of a colour and a shape together is disturbed for the student, so that of
-kinds that training never shows it goes by the words. Writes `unet/`, from that of the checkpoint or
-of `--init`; training that goes on from there has the better teacher.
+second. Writes `unet/`, from that of the checkpoint or of `--init`; training that goes on from there
+has the better teacher.
 """
 
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from diffusers import UNet2DConditionModel, VQModel
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
@@ -29,7 +26,7 @@ from torch.nn import functional as F
 from export.checkpoint import load_part
 from export.fusion_head import FusionHead
 from training.cli import stage_cli
-from training.data import Batch, knows_truth, requests_of
+from training.data import knows_truth, requests_of
 from training.diffusion import FROZEN, Encoders
 from training.distill import (
     GUIDANCE,
@@ -46,7 +43,6 @@ from training.distill import (
 from training.reward import LEVELS, SceneReader, faults, nearest_codes
 from training.run import Run, check_trained, load_start
 from training.sampling import Sampler
-from training.scenes import other_names
 
 STEPS, BATCH = 400, 32
 FINER = 5  # of the teacher's steps in one of the student's
@@ -89,19 +85,19 @@ def train(run: Run) -> None:
         shape = (n, student.config.in_channels, *(student.config.sample_size,) * 2)
         noise = torch.randn(shape, generator=draw).to(device)
         scales = low + (high - low) * torch.rand(n, generator=draw)
-        embedded = scale_embedding(scales).to(device)
         with torch.no_grad():
             hidden = fusion(*encoders(drawn.captions))
-        heard = hidden + interactions(fusion, encoders, drawn, draw) if told else hidden
-        asked = {"encoder_hidden_states": heard, "timestep_cond": embedded}
+        asked = {
+            "encoder_hidden_states": hidden,
+            "timestep_cond": scale_embedding(scales).to(device),
+        }
         some = slice(math.ceil(n / TAUGHT) if told else n)
         path = paint(student, noise, asked, alphas_cumprod, some)
         x_t = torch.cat([phase.x_t[some] for phase in path])
         v = torch.cat([phase.v[some] for phase in path])
         t = timesteps(device).repeat_interleave(len(noise[some]))
         asked = {
-            name: one[some].repeat(PHASES, *[1] * (one.ndim - 1))
-            for name, one in (asked | {"encoder_hidden_states": hidden}).items()
+            name: one[some].repeat(PHASES, *[1] * (one.ndim - 1)) for name, one in asked.items()
         }
         error = F.mse_loss(v, taught(teacher, x_t, t, asked, alphas_cumprod))
         if not told:
@@ -119,25 +115,6 @@ def train(run: Run) -> None:
         }
 
     teach(run, trainer, loss_at, batches, sampler, fusion)
-
-
-@torch.no_grad()
-def interactions(
-    fusion: FusionHead, encoders: Encoders, batch: Batch, draw: torch.Generator
-) -> Tensor:
-    """What tokens say of a colour and a shape together, beside what they say of each: (B, L, D).
-
-    It is that of other kinds of objects than the caption names, in its wording, times a number
-    between -1 and 1. Of kinds that training never shows what tokens say so is as arbitrary.
-    """
-    n, device = len(batch.captions), encoders.device
-    rng = np.random.default_rng(draw.initial_seed())
-    pairs = zip(batch.scenes, batch.captions, strict=True)
-    names = [other_names(scene, caption, rng) for scene, caption in pairs]
-    hidden = fusion(*encoders([*itertools.chain(*names)]))
-    first, second, third, fourth = hidden.unflatten(0, (n, 4)).unbind(1)
-    degree = 2 * torch.rand(n, 1, 1, generator=draw) - 1
-    return degree.to(device) * (first - second - third + fourth)
 
 
 class Phase(NamedTuple):

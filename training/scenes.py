@@ -378,33 +378,6 @@ def sizes_named(scene: Scene, caption: str) -> str:
     return caption
 
 
-def other_names(scene: Scene, caption: str, rng: np.random.Generator) -> list[str]:
-    """The caption with four other names for one of its objects: two colours of each of two shapes.
-
-    They come as first colour of first shape, second of first, first of second, second of second.
-    None is the name of another object, or of a kind that training shows in one size alone.
-    """
-    named = scene.items[rng.integers(len(scene.items))]
-    taken = {(item.shape, item.colour) for item in scene.items if item is not named}
-    taken |= {(shape, colour) for shape, colour, _ in HELD_OUT}
-    while True:
-        shapes, colours = (
-            rng.choice([*choices], 2, replace=False) for choices in (SHAPES, COLOURS)
-        )
-        names = [*itertools.product(shapes.tolist(), colours.tolist())]
-        if taken.isdisjoint(names):
-            return [_renamed(caption, named, *name) for name in names]
-
-
-def _renamed(caption: str, item: Item, shape: str, colour: str) -> str:
-    def name(found: re.Match[str]) -> str:
-        phrase = f"{found['size'] or ''}{colour} {shape}"
-        return _with_article(phrase) if found["article"] else phrase
-
-    size = f"(?P<size>(?:{'|'.join(SIZES)}) )?"
-    return re.sub(rf"(?P<article>\ban? )?{size}{item.colour} {item.shape}", name, caption)
-
-
 def says_between(caption: str) -> bool:
     """Whether a caption says of three objects that one is between two others."""
     return "between" in caption
@@ -439,10 +412,7 @@ def _worded(link: str | None, rng: np.random.Generator) -> str:
 
 def _noun(item: Item, rng: np.random.Generator) -> str:
     size = "" if rng.random() < 0.2 else item.size + " "
-    return _with_article(f"{size}{item.colour} {item.shape}")
-
-
-def _with_article(phrase: str) -> str:
+    phrase = f"{size}{item.colour} {item.shape}"
     return ("an " if phrase[0] in "aeiou" else "a ") + phrase
 
 
