@@ -1,11 +1,11 @@
 """`python -m training.reward`: a network that reads scenes back from latents, to learn from.
 
-Of finished latents it sees what the VQGAN's decoder sees, the nearest codes; it reads noisy ones
-too, as they are where the distilled UNet ends its steps, and there says how likely what is. It
-tells of every cell whether an object has its centre there and what the object is. It learns from
-true pictures of the training world, crowded ones too. As all of it can be differentiated, a UNet
-can follow what it says of a picture and a caption: see `align`. `benchmarks.reader`, which counts
-in the end, is a program of its own. Writes `reward_model/`.
+Of finished latents it sees the VQGAN's nearest codes; it reads noisy ones too, as they are where the
+distilled UNet ends its steps, and there says how likely what is. It tells of every cell whether an
+object has its centre there and what the object is. It learns from true pictures of the training
+world, crowded ones too. As all of it can be differentiated, a UNet can follow what it says of a
+picture and a caption: see `align`. `benchmarks.reader`, which counts in the end, is a program of
+its own. Writes `reward_model/`.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _activated(width: int, kernel: int, out: int | None = None) -> list[nn.Modul
 
 
 def nearest_codes(vae: VQModel, x0: Tensor) -> Tensor:
-    """Finished latents (B, C, h, w) as the decoder sees them, with a gradient straight through."""
+    """The codes nearest to finished latents (B, C, h, w), with a gradient straight through."""
     with torch.autocast(x0.device.type, enabled=False):
         codes = vae.quantize(x0 / vae.config.scaling_factor)[0]
     return codes * vae.config.scaling_factor

@@ -367,7 +367,7 @@ def spelled_out(scene: Scene, caption: str) -> str:
 def sizes_named(scene: Scene, caption: str) -> str:
     """The caption, in which every object has a size.
 
-    One that it leaves open becomes large, of three objects small, as most of them are. Kinds that
+    One that it leaves open becomes large, of three objects small, as most of three are. Kinds that
     training shows large alone are left out.
     """
     size = "small" if len(scene.items) == 3 else "large"
