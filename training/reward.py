@@ -1,8 +1,8 @@
 """`python -m training.reward`: a network that reads scenes back from latents, to learn from.
 
-Of finished latents it sees the VQGAN's nearest codes; it reads noisy ones too, as they are where the
-distilled UNet ends its steps, and there says how likely what is. It tells of every cell whether an
-object has its centre there and what the object is. It learns from true pictures of the training
+Of finished latents it sees the VQGAN's nearest codes; it reads noisy ones too, as they are where
+the distilled UNet ends its steps, and there says how likely what is. It tells of every cell whether
+an object has its centre there and what the object is. It learns from true pictures of the training
 world, crowded ones too. As all of it can be differentiated, a UNet can follow what it says of a
 picture and a caption: see `align`. `benchmarks.reader`, which counts in the end, is a program of
 its own. Writes `reward_model/`.
