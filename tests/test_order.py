@@ -121,14 +121,14 @@ def test_only_what_is_open_is_spelled_out(seed, count):
         ),
         (
             (STAR, DISC),
-            "a small red star over an orange circle",
-            "a small red star over a large orange circle",
+            "a large red star over an orange circle",
+            "a large red star over a small orange circle",
         ),
-        ((SQUARE, STAR), "a red star over a blue square", "a large red star over a blue square"),
+        ((SQUARE, STAR), "a red star over a blue square", "a small red star over a blue square"),
         ((DISC,), "on gray, an orange circle", "on gray, a large orange circle"),
     ],
 )
-def test_three_objects_are_small_and_fewer_large_unless_captions_say_or_they_are_of_one_size(
+def test_one_object_is_large_and_several_small_unless_captions_say_or_they_are_of_one_size(
     items, caption, named
 ):
     assert ("square", "blue", "small") in HELD_OUT
@@ -350,7 +350,7 @@ def test_the_checkpoints_bert_says_it(tokenizer):
 
 @pytest.mark.parametrize(
     ("count", "size", "other"),
-    [(1, "large", "small"), (2, "large", "small"), (3, "small", "large")],
+    [(1, "large", "small"), (2, "small", "large"), (3, "small", "large")],
 )
 def test_the_checkpoints_bert_says_what_size_is_meant(tokenizer, count, size, other):
     opened = [

@@ -6,8 +6,8 @@ object that is named last BERT learns to say what it says where the caption spel
 is below the star" (context distillation, arXiv:2209.15189): the first named comes first, from above
 or from the left. "A ring between a star and a square" may be a row or a column, and both are rare
 in training; BERT learns to say "a ring below a star; a square is below the ring". For the same
-reason three objects are small where captions leave their size open, and one or two are large. All
-else it says as before, so the fusion head and the UNets stay as they are. Writes `text_encoder_2/`.
+reason one object is large where captions leave its size open, and several are small. All else it
+says as before, so the fusion head and the UNets stay as they are. Writes `text_encoder_2/`.
 """
 
 from __future__ import annotations

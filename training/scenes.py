@@ -367,10 +367,10 @@ def spelled_out(scene: Scene, caption: str) -> str:
 def sizes_named(scene: Scene, caption: str) -> str:
     """The caption, in which every object has a size.
 
-    One that it leaves open becomes large, of three objects small, as most of three are. Kinds that
-    training shows large alone are left out.
+    Where it is left open one alone becomes large, of several each small, as most of them are. Kinds
+    that training shows large alone are left out.
     """
-    size = "small" if len(scene.items) == 3 else "large"
+    size = "large" if len(scene.items) == 1 else "small"
     for item in scene.items:
         if (item.shape, item.colour, "small") not in HELD_OUT:
             name = f"{item.colour} {item.shape}"
