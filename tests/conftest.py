@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -190,9 +190,17 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def _take_hang_ups() -> None:
-    """Also where the tests themselves run under nohup."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+@contextmanager
+def heard(number: signal.Signals) -> Iterator[None]:
+    """Processes that are started meanwhile hear a signal, also where the tests ignore it.
+
+    Not by a function in the child: that needs a fork, which threads of gRPC may not survive.
+    """
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 StartServer = Callable[..., Server]
@@ -211,10 +219,8 @@ def start_server(tmp_path_factory) -> Iterator[StartServer]:
             "--http-port", str(http), "--grpc-port", str(grpc), "--metrics-port", str(metrics),
             *flags,
         ]  # fmt: skip
-        with output.open("w") as file:
-            process = subprocess.Popen(
-                command, stdout=file, stderr=file, env=env, preexec_fn=_take_hang_ups
-            )
+        with output.open("w") as file, heard(signal.SIGHUP):
+            process = subprocess.Popen(command, stdout=file, stderr=file, env=env)
         server = Server(process, output, http, grpc, metrics)
         started.append(server)
         return server

@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from conftest import heard
 from PIL import Image
 from test_wire import SLOW, unet_calls, wait_for_a_call, work_stops
 
@@ -138,18 +139,12 @@ def test_the_command_stops_the_work_after_its_timeout(server, tmp_path):
     assert "not finished after the 1 s of --timeout" in done.stdout
 
 
-def _hears_ctrl_c() -> None:
-    """Also where the tests run in the background, whose processes ignore it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def test_ctrl_c_stops_the_work_on_the_server(server, tmp_path):
     command = [COMMAND, "generate", "a red circle", "-n", "16", "--steps", "50", "--width", "128",
                "--height", "128", "--out", str(tmp_path), "--server", server.address]  # fmt: skip
     with work_stops(server) as before:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, preexec_fn=_hears_ctrl_c
-        )
+        with heard(signal.SIGINT):  # processes in the background ignore it
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         wait_for_a_call(server, before)
         os.kill(process.pid, signal.SIGINT)
         output, _ = process.communicate(timeout=20)
