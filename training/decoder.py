@@ -104,10 +104,9 @@ class LatentPainter:
             told = {name: one[going] for name, one in asked.items()}
             v = self._unet(x_going, t, **told).sample.float()
             x_t[going] = ddim_step(x_going, v, t, end_of_phase(t), self._alphas_cumprod)
-        encoders = (left == 0)[:, None, None, None]
-        return torch.where(encoders, nearest_codes(self.vae, x_t), x_t) / (
-            self.vae.config.scaling_factor
-        )
+        unpainted = left == 0
+        x_t[unpainted] = nearest_codes(self.vae, x_t[unpainted])
+        return x_t / self.vae.config.scaling_factor
 
 
 if __name__ == "__main__":
