@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 CHECKPOINT := checkpoints/scenes-64
 INSTALLED := .venv/.installed
 EXPORTED := model_repository/MANIFEST.json
-CHECKED := twinbrush export training client benchmarks tests backends model_repository
+CHECKED := twinbrush networks export training client benchmarks examples tests backends model_repository
 
 .PHONY: demo test serve bench lint clean
 
@@ -29,6 +29,7 @@ lint: $(INSTALLED)
 	ruff check $(CHECKED)
 	ruff format --check $(CHECKED)
 	pyright
+	lint-imports
 	hadolint Dockerfile
 
 clean:
@@ -44,5 +45,5 @@ $(INSTALLED): requirements.txt pyproject.toml client/pyproject.toml
 	python -m compileall -qq -j 0 .venv/lib || true
 	@touch $@
 
-$(EXPORTED): $(INSTALLED) $(wildcard export/*.py) $(wildcard $(CHECKPOINT)/*/*) $(CHECKPOINT)/model_index.json
+$(EXPORTED): $(INSTALLED) $(wildcard export/*.py networks/*.py) $(wildcard $(CHECKPOINT)/*/*) $(CHECKPOINT)/model_index.json
 	@python -m export $(CHECKPOINT)

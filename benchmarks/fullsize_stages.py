@@ -97,7 +97,7 @@ def compile_unet(repository: Path, stage: Path, target: str) -> None:
     import tensorrt_rtx
 
     from export.tensorrt import stage_plan, wanted_by_engine
-    from twinbrush.config import ENGINE
+    from twinbrush.engine.config import ENGINE
 
     wanted = wanted_by_engine(repository, repository / ENGINE / "pipeline.json")
     onnx = repository / "unet" / "1" / "model.onnx"

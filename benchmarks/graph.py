@@ -18,12 +18,13 @@ import typer
 from rich.progress import track
 
 from benchmarks.machine import write_result
-from export.checkpoint import CheckpointError, open_checkpoint
+from export.checkpoint import open_checkpoint
 from export.convert import OPSET, to_onnx
 from export.macs import native_rows
 from export.part import Part
 from export.repository import load_parts
-from twinbrush.onnx_runtime import open_session, read_config
+from networks.loading import CheckpointError
+from twinbrush.runtimes.onnx_runtime import open_session, read_config
 
 FORMS = {
     "opset 21": {"opset": 21, "rewrite": False},

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from twinbrush.config import ENGINE
-from twinbrush.denoise import Models
-from twinbrush.engine import Engine
-from twinbrush.onnx_runtime import read_config
+from twinbrush.engine.config import ENGINE
+from twinbrush.engine.denoise import Models
+from twinbrush.engine.engine import Engine
+from twinbrush.runtimes.onnx_runtime import read_config
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import re
 import sys
 from pathlib import Path
 
-from twinbrush.tensorrt import gpu
+from twinbrush.server.plans import gpu
 
 TOOLS = (
     "numpy", "torch", "diffusers", "transformers", "onnxruntime", "nvidia-pytriton",

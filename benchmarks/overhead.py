@@ -26,13 +26,13 @@ from rich.table import Table
 from benchmarks.load import Load, Send, closed_loop
 from benchmarks.local_engine import local_engine
 from benchmarks.machine import write_result
-from twinbrush.engine import Engine
-from twinbrush.generation import End, Event
-from twinbrush.onnx_runtime import LocalModels
-from twinbrush.request import GenerationRequest
-from twinbrush.server import chosen_ports
-from twinbrush.triton_install import find_triton
-from twinbrush.triton_process import ServerOptions, TritonProcess
+from twinbrush.engine.engine import Engine
+from twinbrush.engine.generation import End, Event
+from twinbrush.engine.request import GenerationRequest
+from twinbrush.runtimes.onnx_runtime import LocalModels
+from twinbrush.server.__main__ import chosen_ports
+from twinbrush.server.install import find_triton
+from twinbrush.server.process import ServerOptions, TritonProcess
 from twinbrush_client.wire import inputs
 
 CONCURRENCY = (1, 4, 16, 64)

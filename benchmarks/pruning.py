@@ -23,18 +23,19 @@ from rich.console import Console
 
 from benchmarks.local_engine import local_engine
 from benchmarks.machine import write_result
-from benchmarks.quality import paint, score, share, tasks
-from benchmarks.reader import read
-from export.checkpoint import CheckpointError, open_checkpoint
+from examples.scenes.quality import paint, score, share, tasks
+from examples.scenes.reader import read
+from export.checkpoint import open_checkpoint
 from export.convert import to_onnx
 from export.macs import native_rows
 from export.part import Part
 from export.prune import RatioError, prune_checkpoint
 from export.repository import SOURCE, load_parts
-from export.shapes import pruning_of
+from networks.loading import CheckpointError
+from networks.pruned import pruning_of
 from training.recover import recover
 from training.run import Run
-from twinbrush.onnx_runtime import LocalModels, open_session, read_config
+from twinbrush.runtimes.onnx_runtime import LocalModels, open_session, read_config
 
 BATCHES = (1, 16)
 GOALS = {"macs_removed": 30.0, "speedup_b1": 1.25, "speedup_b16": 1.25, "points_lost": 1.0}

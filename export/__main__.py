@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from export.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from export.checkpoint import Checkpoint, open_checkpoint
 from export.convert import ConversionError, ParityError
 from export.gate import PROMPTS as GENERAL_PROMPTS
 from export.gate import SCENE_PROMPTS, Gate, GateError, Limits
@@ -25,8 +25,9 @@ from export.precision import Precision
 from export.prune import parse_ratios, prune_checkpoint
 from export.repository import MODELS, SOURCE, ModelReport, RepositoryError, build, check_machine
 from export.resources import ResourceError
-from export.shapes import pruning_of
 from export.tensorrt import TensorRTError, load_tensorrt
+from networks.loading import CheckpointError
+from networks.pruned import pruning_of
 
 console = Console()
 

@@ -17,7 +17,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from export.shapes import head_attribute
+from networks.pruned import head_attribute
 
 MULTIPLE = 8  # widths without heads or norms fall by multiples of this, for matrix units
 

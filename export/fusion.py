@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from export.checkpoint import Checkpoint, CheckpointError
-from export.fusion_head import FusionHead
+from export.checkpoint import Checkpoint
 from export.part import Part, TensorSpec, normal, padding_mask
+from networks.fusion_head import FusionHead
+from networks.loading import CheckpointError
 
 
 class Fusion(nn.Module):

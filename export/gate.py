@@ -2,7 +2,7 @@
 
 Both run in the serving engine, in this process, on the same prompts and seeds. Where the
 pictures are scenes that can be read back, the share that shows all its prompt says is counted
-(`benchmarks.quality`); where not, pictures are compared pixel by pixel. It knows which models
+(`examples.scenes.quality`); where not, pictures are compared pixel by pixel. It knows which models
 differ and nothing of how they were optimised.
 """
 
@@ -20,11 +20,11 @@ import numpy as np
 from export.checkpoint import Checkpoint
 from export.convert import to_onnx
 from export.repository import MODELS, load_parts
-from twinbrush.capacity import LEAST_ROWS
-from twinbrush.config import ENGINE, PipelineConfig
-from twinbrush.engine import Engine
-from twinbrush.generation import EngineError
-from twinbrush.onnx_runtime import LocalModels, read_config
+from twinbrush.engine.capacity import LEAST_ROWS
+from twinbrush.engine.config import ENGINE, PipelineConfig
+from twinbrush.engine.engine import Engine
+from twinbrush.engine.generation import EngineError
+from twinbrush.runtimes.onnx_runtime import LocalModels, read_config
 
 SCENE_PROMPTS = 1000
 READABLE = 10  # percent of the unoptimised pictures; under it a count says nothing
@@ -163,7 +163,7 @@ class Gate:
 
     def _paint(self, stage: Path, files: dict[str, Path], prompts: list[str]) -> list[np.ndarray]:
         """Picture k has seed k; models that are not in `files` are the repository's."""
-        from benchmarks.quality import paint
+        from examples.scenes.quality import paint
 
         try:
             config = read_config(self._repository / ENGINE.parent / "config.pbtxt")
@@ -183,8 +183,8 @@ class AllCorrect:
     name = "all correct"
 
     def __init__(self, limits: Limits):
-        from benchmarks.quality import tasks
-        from training.scenes import SIDE
+        from examples.scenes.quality import tasks
+        from examples.scenes.scenes import SIDE
 
         self.side, self._limits, self._tasks = SIDE, limits, tasks(limits.prompts or SCENE_PROMPTS)
         self.prompts = [task.prompt for task in self._tasks]
@@ -199,8 +199,8 @@ class AllCorrect:
 
     def score(self, pictures: list[np.ndarray]) -> float:
         """Of the pictures of the first prompts."""
-        from benchmarks.quality import score
-        from benchmarks.reader import read
+        from examples.scenes.quality import score
+        from examples.scenes.reader import read
 
         tasks = self._tasks[: len(pictures)]
         right = [score(t, read(p)).all_correct for t, p in zip(tasks, pictures, strict=True)]

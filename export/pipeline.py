@@ -10,14 +10,15 @@ from typing import Any
 import diffusers
 import numpy as np
 
-from export.checkpoint import Checkpoint, CheckpointError
+from export.checkpoint import Checkpoint
 from export.part import Part
 from export.tokenizer import load_tokenizer
 from export.unet import side_multiple
 from export.vqgan_decoder import latent_to_rgb, scale_factor
-from twinbrush.config import PipelineConfig
-from twinbrush.prompt import PromptTokenizer
-from twinbrush.request import GenerationRequest
+from networks.loading import CheckpointError
+from twinbrush.engine.config import PipelineConfig
+from twinbrush.engine.prompt import PromptTokenizer
+from twinbrush.engine.request import GenerationRequest
 
 # The sampler that a checkpoint's scheduler class stands for, and defaults for its kind.
 SAMPLER_OF = {

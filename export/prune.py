@@ -19,13 +19,14 @@ from pathlib import Path
 from torch import nn
 
 from export.channel_groups import ChannelGroup, channel_groups, choose, importances, units
-from export.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from export.checkpoint import Checkpoint, open_checkpoint
 from export.macs import count_macs, native_rows, positions
 from export.part import Part
 from export.precision import Precision
 from export.repository import SOURCE, load_parts
 from export.resources import check_disk, weight_count
-from export.shapes import (
+from networks.loading import CheckpointError
+from networks.pruned import (
     Pruning,
     attention_widths,
     pruning_of,
@@ -204,6 +205,6 @@ def _copy(checkpoint: Checkpoint, fusion: Part, folder: Path, without: list[str]
     }
     if "fusion" not in checkpoint.folders:
         network(fusion).save_pretrained(folder / "fusion")
-        classes["fusion"] = ["export.fusion_head", "FusionHead"]
+        classes["fusion"] = ["networks.fusion_head", "FusionHead"]
     index = json.dumps(checkpoint.index | classes, indent=2)
     (folder / "model_index.json").write_text(index + "\n")

@@ -11,20 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from export import bert, clip_text, fusion, pipeline, unet, vqgan_decoder
-from export.checkpoint import PARTS, Checkpoint, CheckpointError
+from export.checkpoint import PARTS, Checkpoint
 from export.convert import OPSET, parity_error, to_onnx
 from export.macs import count_macs
 from export.part import Part
 from export.precision import Precision
 from export.resources import check_resources
-from export.shapes import Pruning, pruning_of
 from export.staging import put_in_place, staging
 from export.tensorrt import Wanted, stage_plan, wanted_by_engine
 from export.triton_config import with_tensors
-from twinbrush.config import ENGINE
-from twinbrush.manifest import NAME as MANIFEST
-from twinbrush.manifest import sha256_of
-from twinbrush.tensorrt import PLAN
+from networks.loading import CheckpointError
+from networks.pruned import Pruning, pruning_of
+from twinbrush.engine.config import ENGINE
+from twinbrush.server.manifest import NAME as MANIFEST
+from twinbrush.server.manifest import sha256_of
+from twinbrush.server.plans import PLAN
 
 MODELS = ("clip_text", "bert", "fusion", "unet", "vqgan_decoder")
 # The part of a checkpoint that holds each model that can be pruned.

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from twinbrush.config import ENGINE
-from twinbrush.manifest import NAME
-from twinbrush.tensorrt import CONFIG_NAME, PLAN
+from twinbrush.engine.config import ENGINE
+from twinbrush.server.manifest import NAME
+from twinbrush.server.plans import CONFIG_NAME, PLAN
 
 # On the repository's file system, and as writable; in the folder of a model Triton ignores what
 # is no version, beside the models it would load it as one.

@@ -18,10 +18,10 @@ import typer
 
 from export.staging import put_in_place, staging
 from export.triton_config import MARKER
-from twinbrush.capacity import Capacity, decoder_pictures
-from twinbrush.config import ENGINE, PipelineConfig
-from twinbrush.manifest import NAME, ManifestError, reading, sha256_of
-from twinbrush.tensorrt import (
+from twinbrush.engine.capacity import Capacity, decoder_pictures
+from twinbrush.engine.config import ENGINE, PipelineConfig
+from twinbrush.server.manifest import NAME, ManifestError, reading, sha256_of
+from twinbrush.server.plans import (
     CONFIG_NAME,
     PLAN,
     Plan,

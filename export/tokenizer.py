@@ -6,7 +6,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from export.checkpoint import Checkpoint, CheckpointError, first_line
+from export.checkpoint import Checkpoint, first_line
+from networks.loading import CheckpointError
 
 
 def load_tokenizer(checkpoint: Checkpoint, part: str) -> Any:

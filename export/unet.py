@@ -6,8 +6,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from export.checkpoint import Checkpoint, CheckpointError
+from export.checkpoint import Checkpoint
 from export.part import Part, TensorSpec, integers, normal
+from networks.loading import CheckpointError
 
 
 class UNet(nn.Module):

@@ -11,9 +11,10 @@ import torch
 from diffusers import VQModel
 from torch import Tensor, nn
 
-from export.checkpoint import Checkpoint, CheckpointError
+from export.checkpoint import Checkpoint
 from export.part import Part, TensorSpec, normal
-from export.preview import fit_preview
+from networks.loading import CheckpointError
+from networks.preview import fit_preview
 
 AS_PAINTED = "_force_not_quantize"  # named as in `VQModel.decode`; diffusers keeps what begins so
 

@@ -29,7 +29,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from export.fusion_head import FusionHead
+from networks.fusion_head import FusionHead
 
 CAPTIONS = ["a large red circle left of a small blue square", "two green stars on white"] * 4
 TOKENS = 16

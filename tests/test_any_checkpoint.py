@@ -12,16 +12,17 @@ import diffusers.schedulers.scheduling_lcm as lcm_module
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, contents, export_command, open_engine, skeleton
 from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline
+from harness import ROOT, contents, export_command, open_engine, skeleton
 
-from benchmarks.quality import paint
 from checkpoints import TEXT_MODELS, stable_diffusion, text_model
-from export.checkpoint import CheckpointError, open_checkpoint
+from examples.scenes.quality import paint
+from export.checkpoint import open_checkpoint
 from export.convert import parity_error, to_onnx
 from export.pipeline import defaults
 from export.prune import prune_checkpoint
 from export.repository import MODELS, RepositoryError, build, load_parts
+from networks.loading import CheckpointError
 
 PROMPT, STEPS = "a red circle", 4
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twinbrush.batcher import Job, StepBatcher
+from twinbrush.engine.batcher import Job, StepBatcher
 
 MAX_ROWS = 8
 jobs = st.builds(

@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import heard
+from harness import heard
 from PIL import Image
 from test_wire import SLOW, unet_calls, wait_for_a_call, work_stops
 

@@ -13,15 +13,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import ROOT, open_engine
+from harness import ROOT, open_engine
 from PIL import Image
 
-from twinbrush.capacity import capacities
-from twinbrush.config import MAX_SIDE, PipelineConfig, read_parameters, whole_numbers
-from twinbrush.engine import Engine
-from twinbrush.generation import End, EngineError, Finished, Generation, Progress
-from twinbrush.onnx_runtime import LocalModels, read_config
-from twinbrush.request import GenerationRequest
+from twinbrush.engine.capacity import capacities
+from twinbrush.engine.config import MAX_SIDE, PipelineConfig, read_parameters, whole_numbers
+from twinbrush.engine.engine import Engine
+from twinbrush.engine.generation import End, EngineError, Finished, Generation, Progress
+from twinbrush.engine.request import GenerationRequest
+from twinbrush.runtimes.onnx_runtime import LocalModels, read_config
 
 PROMPTS = ["a red circle", "a blue square left of a green star", "two rings", "on white, a cross"]
 

@@ -19,25 +19,26 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import ROOT, contents, export_command, skeleton
 from diffusers import VQModel
+from harness import ROOT, contents, export_command, skeleton
 from safetensors.torch import load_file, save_file
 
 import export.repository as repository_module
 from export import pipeline
-from export.checkpoint import CheckpointError, open_checkpoint
+from export.checkpoint import open_checkpoint
 from export.convert import ParityError, parity_error, to_onnx
-from export.fusion_head import FusionHead
 from export.precision import Precision
-from export.preview import fit_preview
 from export.repository import MODELS, build, load_parts
 from export.staging import STAGE, staging
 from export.triton_config import MARKER, with_tensors
 from export.vqgan_decoder import AS_PAINTED
+from networks.fusion_head import FusionHead
+from networks.loading import CheckpointError
+from networks.preview import fit_preview
 from training import data
-from twinbrush import images
-from twinbrush.manifest import verify
-from twinbrush.onnx_runtime import read_config
+from twinbrush.engine import images
+from twinbrush.runtimes.onnx_runtime import read_config
+from twinbrush.server.manifest import verify
 
 ONNX_TYPES = {onnx.TensorProto.FLOAT: "TYPE_FP32", onnx.TensorProto.INT64: "TYPE_INT64"}
 

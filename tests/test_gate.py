@@ -10,20 +10,20 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from conftest import contents, export_command, skeleton
+from harness import contents, export_command, skeleton
 
-from benchmarks.quality import tasks
+from examples.scenes.quality import tasks
+from examples.scenes.scenes import render
 from export import pipeline
 from export.checkpoint import open_checkpoint
 from export.convert import to_onnx
 from export.gate import PROMPTS, AllCorrect, Gate, GateError, Limits, Psnr
 from export.prune import prune_checkpoint, save_part
 from export.repository import SOURCE, build, load_parts
-from export.shapes import pruning_of
 from export.staging import STAGE
-from training.scenes import render
-from twinbrush.config import ENGINE
-from twinbrush.onnx_runtime import LocalModels
+from networks.pruned import pruning_of
+from twinbrush.engine.config import ENGINE
+from twinbrush.runtimes.onnx_runtime import LocalModels
 
 PSNR = 15.0
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from twinbrush import images
+from twinbrush.engine import images
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
 

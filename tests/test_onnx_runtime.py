@@ -10,8 +10,8 @@ import onnxruntime as ort
 import pytest
 import tritonclient.grpc as grpc
 
-from twinbrush import onnx_runtime
-from twinbrush.onnx_runtime import open_session, read_config
+from twinbrush.runtimes import onnx_runtime
+from twinbrush.runtimes.onnx_runtime import open_session, read_config
 
 
 def config(**parameters):

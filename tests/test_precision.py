@@ -9,11 +9,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import open_engine, skeleton
+from harness import open_engine, skeleton
 from onnx import TensorProto, numpy_helper
 
-from benchmarks.quality import paint
 from checkpoints import stable_diffusion, text_model
+from examples.scenes.quality import paint
 from export.checkpoint import open_checkpoint
 from export.convert import ParityError, parity_error, to_onnx
 from export.precision import Precision, in_precision

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from conftest import open_engine
+from harness import open_engine
 from transformers import BertTokenizer, CLIPTokenizer
 
-from twinbrush.prompt import PromptTokenizer
+from twinbrush.engine.prompt import PromptTokenizer
 
 PROMPTS = ["a large red circle", "A Café, ünïcode — and 数字 12!", "x", "very " * 40 + "long"]
 

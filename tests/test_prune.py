@@ -8,21 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import contents, export_command
+from harness import contents, export_command
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from checkpoints import stable_diffusion, text_model
-from export import shapes
 from export.channel_groups import ChannelGroup, channel_groups, choose, importances, units
-from export.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from export.checkpoint import Checkpoint, open_checkpoint
 from export.convert import parity_error, to_onnx
 from export.macs import count_macs, native_rows
 from export.part import Part
 from export.prune import network, parse_ratios, prune, prune_checkpoint
 from export.repository import SOURCE, load_parts
-from export.shapes import attention_widths, head_attribute, pruning_of
+from networks import pruned as shapes
+from networks.loading import CheckpointError
+from networks.pruned import attention_widths, head_attribute, pruning_of
 
 RATIOS = {"clip_text": 0.25, "bert": 0.25, "unet": 0.3, "vqgan_decoder": 0.25}
 

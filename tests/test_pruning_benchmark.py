@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from harness import ROOT
 from PIL import Image
 
 from benchmarks import pruning

@@ -15,8 +15,8 @@ from checkpoints import stable_diffusion, text_model, tiny_checkpoint
 from export.checkpoint import open_checkpoint
 from export.prune import prune_checkpoint
 from export.repository import SOURCE, load_parts
-from export.shapes import pruning_of
 from export.vqgan_decoder import Decoder
+from networks.pruned import pruning_of
 from training import diffusion
 from training.captioned import Captioned
 from training.loop import Trainer

@@ -9,9 +9,9 @@ import uuid
 import numpy as np
 import pytest
 
-from twinbrush.generation import EngineError, Finished
-from twinbrush.relay import RelayClient, RelayServer
-from twinbrush.request import GenerationRequest
+from twinbrush.engine.generation import EngineError, Finished
+from twinbrush.engine.request import GenerationRequest
+from twinbrush.triton.relay import RelayClient, RelayServer
 
 WAIT = 60  # seconds
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from twinbrush.config import Defaults, PipelineConfig
-from twinbrush.request import GenerationRequest, InvalidArgument
-from twinbrush.samplers import NoiseSchedule
+from twinbrush.engine.config import Defaults, PipelineConfig
+from twinbrush.engine.request import GenerationRequest, InvalidArgument
+from twinbrush.engine.samplers import NoiseSchedule
 
 CONFIG = PipelineConfig(
     checkpoint="test",

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import contents, export_command
+from harness import contents, export_command
 from safetensors.torch import load_file
 
 from export import resources

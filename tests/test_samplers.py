@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twinbrush.samplers import (
+from twinbrush.engine.samplers import (
     SAMPLERS,
     NoiseSchedule,
     Trajectory,

@@ -18,12 +18,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tritonclient.grpc as grpc
-from conftest import ROOT, START_SECONDS, free_ports
+from harness import ROOT, START_SECONDS, free_ports
 from tritonclient.utils import InferenceServerException
 
-from twinbrush import server as launcher
-from twinbrush.manifest import ManifestError, verify
-from twinbrush.triton_process import ServerOptions, TritonProcess
+from twinbrush.server import __main__ as launcher
+from twinbrush.server.manifest import ManifestError, verify
+from twinbrush.server.process import ServerOptions, TritonProcess
 
 STUB = "triton_python_backend_stub"
 

@@ -17,26 +17,16 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from examples.scenes import align, decoder, reward
+from examples.scenes.grounding import QUESTIONS
+from examples.scenes.reward import faults
+from examples.scenes.scenes import HELD_OUT, sample_scene
 from export.checkpoint import open_checkpoint
-from training import (
-    align,
-    bert,
-    clip,
-    data,
-    decoder,
-    diffusion,
-    distill,
-    reward,
-    vqgan,
-    vqgan_losses,
-)
-from training.grounding import QUESTIONS
+from training import bert, clip, data, diffusion, distill, vqgan, vqgan_losses
 from training.loop import Trainer
-from training.reward import faults
 from training.run import Run
-from training.scenes import HELD_OUT, sample_scene
 from training.vqgan_losses import opponent, rgb
-from twinbrush.samplers import NoiseSchedule, ddim
+from twinbrush.engine.samplers import NoiseSchedule, ddim
 
 ALPHAS_CUMPROD = distill.ddim_scheduler().alphas_cumprod
 T = torch.tensor([999, 549, 49])

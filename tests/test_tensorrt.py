@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from conftest import ROOT, contents, skeleton
+from harness import ROOT, contents, skeleton
 
 from export import pipeline
 from export.checkpoint import open_checkpoint
@@ -19,11 +19,11 @@ from export.precision import Precision
 from export.repository import MODELS, build, load_parts
 from export.staging import put_in_place
 from export.tensorrt import Limits, Range, TensorRTError, add_plans, main, wanted_by_engine
-from twinbrush.capacity import Capacity
-from twinbrush.config import ENGINE
-from twinbrush.manifest import ManifestError, verify
-from twinbrush.onnx_runtime import read_config
-from twinbrush.tensorrt import PLAN, Plan, Target, check_plans, library_version
+from twinbrush.engine.capacity import Capacity
+from twinbrush.engine.config import ENGINE
+from twinbrush.runtimes.onnx_runtime import read_config
+from twinbrush.server.manifest import ManifestError, verify
+from twinbrush.server.plans import PLAN, Plan, Target, check_plans, library_version
 
 TARGETS = ("SM80", "SM89")
 

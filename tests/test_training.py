@@ -11,8 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.loop import Trainer
-from training.scenes import (
+from examples.scenes.scenes import (
     BACKGROUNDS,
     COLOURS,
     HELD_OUT,
@@ -27,6 +26,7 @@ from training.scenes import (
     render,
     sample_scene,
 )
+from training.loop import Trainer
 
 seeds = st.integers(0, 10**9)
 NAME = re.compile(f"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})")

@@ -23,9 +23,10 @@ from safetensors.torch import load_file, save_file
 from test_captioned import MIXED, many, write
 from transformers import CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from examples.scenes import reward
+from examples.scenes import train as every_stage
 from export.checkpoint import open_checkpoint
-from training import all as every_stage
-from training import data, diffusion, distill, reward, sheets, vqgan
+from training import data, diffusion, distill, sheets, vqgan
 from training.captioned import Captioned
 from training.cli import pick_device, stage_cli
 from training.preparation import BOUNDS
@@ -203,7 +204,7 @@ def test_every_stage_trains_on_captioned_pictures(tmp_path):
     assert "missing" not in (runs / "align" / "losses.csv").read_text()  # nobody knows the truth
     assert not (checkpoint / "reward_model").exists()
     assert not (runs / "order").exists()
-    with pytest.raises(data.BadInput, match=r"--data: training.reward needs scenes"):
+    with pytest.raises(data.BadInput, match=r"--data: examples.scenes.reward needs scenes"):
         reward.train(Run(checkpoint, runs, 4, 4, source=source))
 
 
@@ -258,8 +259,8 @@ def test_a_loss_curve_keeps_every_column(tmp_path):
 
 
 def averaged(*arguments: str | Path) -> str:
-    """What `python -m training.average` says on its last line."""
-    command = [sys.executable, "-m", "training.average", *map(str, arguments)]
+    """What `python -m examples.scenes.average` says on its last line."""
+    command = [sys.executable, "-m", "examples.scenes.average", *map(str, arguments)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == ended.stderr.startswith("error: ")
     return (ended.stdout + ended.stderr).splitlines()[-1]

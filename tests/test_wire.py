@@ -341,9 +341,9 @@ def test_an_answer_that_cannot_be_sent_is_counted_once(monkeypatch):
     name = "triton_python_backend_utils"
     backend = types.SimpleNamespace(TRITONSERVER_RESPONSE_COMPLETE_FINAL=1)
     monkeypatch.setitem(sys.modules, name, backend)
-    spec = importlib.util.find_spec("twinbrush.triton_io")
-    triton_io = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(triton_io)
+    spec = importlib.util.find_spec("twinbrush.triton.answer")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
 
     def send(response, flags):
         raise RuntimeError("no room")
@@ -351,7 +351,7 @@ def test_an_answer_that_cannot_be_sent_is_counted_once(monkeypatch):
     codes: list[str] = []
     metrics = types.SimpleNamespace(began=lambda: None, ended=codes.append)
     sender = types.SimpleNamespace(send=send)
-    answer = triton_io.Answer(types.SimpleNamespace(get_response_sender=lambda: sender), metrics)
+    answer = module.Answer(types.SimpleNamespace(get_response_sender=lambda: sender), metrics)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="no room"):
             answer.end()

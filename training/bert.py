@@ -19,9 +19,9 @@ from transformers import (
 )
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from examples.scenes.grounding import UNASKED, Questions, cross_entropy, word_answers
 from training import data
 from training.cli import stage_cli
-from training.grounding import UNASKED, Questions, cross_entropy, word_answers
 from training.run import Run, load_start, save_part, starting_from
 from training.tokenizers import trained_tokenizer
 

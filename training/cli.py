@@ -11,7 +11,7 @@ from typing import Annotated
 import torch
 import typer
 
-from export.checkpoint import CheckpointError
+from networks.loading import CheckpointError
 from training.captioned import Captioned
 from training.data import BadInput, SceneWorld, Source
 from training.preparation import BOUNDS, Bound, Preparation
@@ -57,8 +57,8 @@ def stage_cli(
             typer.Option(
                 help="Checkpoint to start from: its BERT in training.bert, its fusion head and UNet"
                 " in training.diffusion, its VQGAN, whose decoder learns further, in"
-                " training.vqgan, its fusion head in training.refit, its distilled UNet in"
-                " training.distill and training.align."
+                " training.vqgan, its fusion head in examples.scenes.refit, its distilled UNet in"
+                " training.distill and examples.scenes.align."
             ),
         ] = None,
         seed: Annotated[

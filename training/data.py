@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from training.scenes import SIDE, Scene, describe, near_misses, render, sample_request, sample_scene
+from examples.scenes.scenes import (
+    SIDE,
+    Scene,
+    describe,
+    near_misses,
+    render,
+    sample_request,
+    sample_scene,
+)
 
 CPU = torch.device("cpu")
 MAX_TOKENS = 40  # of both tokenizers; the longest caption of a scene has 32 words

@@ -31,15 +31,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertModel, BertTokenizer, CLIPTextModel, CLIPTokenizer
 
-from export.checkpoint import load_part
-from export.fusion_head import FusionHead
-from export.preview import fit_preview
+from examples.scenes.grounding import Questions, word_answers
+from examples.scenes.scenes import Scene, describe
+from networks.fusion_head import FusionHead
+from networks.loading import load_part
+from networks.preview import fit_preview
 from training import data
 from training.cli import stage_cli
-from training.grounding import Questions, word_answers
 from training.run import Run, check_trained, digest, load_start, save_part
 from training.sampling import Sampler
-from training.scenes import Scene, describe
 
 STEPS, BATCH = 3000, 64
 LATENT_CELL = 8  # pixels a side
@@ -326,7 +326,7 @@ def write_index(
         "tokenizer_2": ["transformers", "BertTokenizer"],
         "text_encoder_2": ["transformers", "BertModel"],
         "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
-        "fusion": ["export.fusion_head", "FusionHead"],
+        "fusion": ["networks.fusion_head", "FusionHead"],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "VQModel"],
         "scheduler": ["diffusers", type(noise_schedule).__name__],

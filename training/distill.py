@@ -22,15 +22,15 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 from torch.nn import functional as F
 
-from export.checkpoint import load_part
-from export.fusion_head import FusionHead
+from networks.fusion_head import FusionHead
+from networks.loading import load_part
 from training.cli import stage_cli
 from training.data import BadInput, Batches
 from training.diffusion import FROZEN, Encoders, latent_batches, noised, scheduler, write_index
 from training.loop import Trainer
 from training.run import Run, check_trained, load_start, save_part
 from training.sampling import Sampler
-from twinbrush.samplers import guidance_embedding
+from twinbrush.engine.samplers import guidance_embedding
 
 STEPS, BATCH = 600, 64
 PHASES = 4  # parts of the noise levels, and steps of the student

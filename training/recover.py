@@ -25,13 +25,14 @@ import typer
 from diffusers import AutoencoderKL, DDIMScheduler, VQModel
 from torch import Tensor
 
-from export.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from export.checkpoint import Checkpoint, open_checkpoint
 from export.part import Part
 from export.pipeline import defaults, native_side
 from export.prune import save_part
 from export.repository import SOURCE, load_parts
-from export.shapes import pruning_of
 from export.tokenizer import load_tokenizer
+from networks.loading import CheckpointError
+from networks.pruned import pruning_of
 from training import data
 from training.captioned import Captioned
 from training.cli import pick_device
@@ -46,7 +47,7 @@ from training.diffusion import (
 )
 from training.preparation import Preparation
 from training.run import Run, digest
-from twinbrush.samplers import guidance_embedding
+from twinbrush.engine.samplers import guidance_embedding
 
 LEARNING_RATE, EMA_DECAY = 3e-4, 0.99
 HELD_OUT = 1_000_000  # the step whose captions and noise the distillation error is measured on

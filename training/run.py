@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from training import data
 from training.loop import Trainer
-from twinbrush.manifest import sha256_of
+from twinbrush.server.manifest import sha256_of
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Run:
     Attributes:
         checkpoint: folder whose parts are read and written.
         runs: folder of saves, curves and samples, one folder in it for each `trainer`.
-        steps, batch: optimiser steps, and pictures a step; 0 is a stage's own in `training.all`.
+        steps, batch: optimiser steps, and pictures a step; 0 is a stage's own in `examples.scenes.train`.
         bf16: bfloat16 products.
         source: what pictures and captions come from.
         save_every: steps between saves.

@@ -13,11 +13,11 @@ from diffusers import SchedulerMixin, UNet2DConditionModel, VQModel
 from PIL import Image
 from torch import Tensor
 
-from export.checkpoint import load_part
-from export.fusion_head import FusionHead
+from networks.fusion_head import FusionHead
+from networks.loading import load_part
 from training.data import Source
 from training.sheets import grid
-from twinbrush.samplers import guidance_embedding
+from twinbrush.engine.samplers import guidance_embedding
 
 COLUMNS, COUNT = 4, 8
 SEED = 58_999_999  # of the prompts

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection
 
-from export.checkpoint import load_part
+from networks.loading import load_part
 from training import data
 from training.cli import stage_cli
 from training.run import Run, check_trained, save_part, starting_from

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from twinbrush.onnx_runtime import open_session
+from twinbrush.runtimes.onnx_runtime import open_session
 
 
 class TritonPythonModel:

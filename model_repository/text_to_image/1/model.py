@@ -1,3 +1,3 @@
 """The unary front door, wired to Triton."""
 
-from twinbrush.triton_io import UnaryModel as TritonPythonModel  # noqa: F401
+from twinbrush.triton.front_doors import UnaryModel as TritonPythonModel  # noqa: F401

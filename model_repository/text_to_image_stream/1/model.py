@@ -1,3 +1,3 @@
 """The streaming front door and the engine, wired to Triton."""
 
-from twinbrush.triton_io import StreamModel as TritonPythonModel  # noqa: F401
+from twinbrush.triton.front_doors import StreamModel as TritonPythonModel  # noqa: F401

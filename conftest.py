@@ -1,0 +1,3 @@
+"""Makes the fixtures of `tests/harness.py` known to the tests of every room."""
+
+pytest_plugins = ["harness"]

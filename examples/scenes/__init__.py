@@ -1,0 +1,1 @@
+"""The toy world `scenes-64`: its pictures, their reader, and how its checkpoint was trained."""

@@ -1,0 +1,1 @@
+"""Torch modules and weights that export and training share."""

@@ -1,0 +1,1 @@
+"""The engine: from a request to pictures, in plain Python and NumPy."""

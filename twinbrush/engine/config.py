@@ -1,0 +1,122 @@
+"""What the engine is told: `pipeline.json` by the checkpoint, parameters by `config.pbtxt`.
+
+The first is written by `export/`, beside the two tokenizers. This module only reads.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from twinbrush.engine.samplers import NoiseSchedule
+
+ENGINE = Path("text_to_image_stream/1")  # of a repository: where pipeline.json and tokenizers are
+MAX_SIDE_FACTOR = 4  # a side may be this many times the side that the model was trained on
+MAX_SIDE = 2048  # pixels; past 2,896 a decoder of 256 channels has tensors that cuDNN does not take
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a request gets where it is silent."""
+
+    steps: int
+    guidance_scale: float
+    sampler: str
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """The checkpoint as the engine sees it.
+
+    Attributes:
+        checkpoint: its name, for messages.
+        schedule: the noise schedule of the UNet.
+        defaults: steps, guidance scale and sampler of a request that names none.
+        native_side: side of the pictures that the UNet was trained on, in pixels.
+        side_multiple: width and height must be multiples of this, in pixels.
+        scale_factor: pixels a latent cell, each way.
+        latent_channels: C.
+        clip_tokens, bert_tokens: lengths that prompts are padded to, L and Lb.
+        clip_pad, bert_pad: ids of the padding tokens.
+        timestep_cond: width E of the guidance embedding, or None where guidance takes two rows.
+        latent_to_rgb: the linear map of previews, see `images.preview`.
+    """
+
+    checkpoint: str
+    schedule: NoiseSchedule
+    defaults: Defaults
+    native_side: int
+    side_multiple: int
+    scale_factor: int
+    latent_channels: int
+    clip_tokens: int
+    bert_tokens: int
+    clip_pad: int
+    bert_pad: int
+    timestep_cond: int | None
+    latent_to_rgb: tuple[tuple[float, float, float], ...]
+
+    @property
+    def max_side(self) -> int:
+        return max(self.native_side, min(MAX_SIDE_FACTOR * self.native_side, MAX_SIDE))
+
+    @classmethod
+    def load(cls, path: Path) -> PipelineConfig:
+        """Reads `pipeline.json`.
+
+        Raises:
+            ValueError: the file is not there or not of this form; the message names it.
+        """
+        try:
+            fields = json.loads(path.read_text())
+            schedule = fields.pop("schedule")
+            schedule["alphas_cumprod"] = tuple(schedule["alphas_cumprod"])
+            fields["latent_to_rgb"] = tuple(tuple(row) for row in fields["latent_to_rgb"])
+            return cls(
+                schedule=NoiseSchedule(**schedule),
+                defaults=Defaults(**fields.pop("defaults")),
+                **fields,
+            )
+        except FileNotFoundError:
+            raise ValueError(f"{path} is not there: run `python -m export CHECKPOINT`") from None
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a pipeline.json of this version: {error}") from error
+
+
+COMMENT = re.compile(r"""("[^"\n]*"|'[^'\n]*')|#.*""")  # and strings, in which # is a character
+PARAMETER = re.compile(
+    r"""key\s*:\s*["']([^"']+)["'][\s,;]*value\s*:?\s*\{\s*string_value\s*:\s*["']([^"']*)["']"""
+)
+
+
+def read_parameters(path: Path) -> dict[str, Any]:
+    """The parameters of a `config.pbtxt` in Triton's JSON form; needs no protobuf.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    text = COMMENT.sub(lambda match: match[1] or "", path.read_text())
+    return {
+        "parameters": {name: {"string_value": value} for name, value in PARAMETER.findall(text)}
+    }
+
+
+def whole_numbers(config: Mapping[str, Any], name: str, count: int | None = None) -> list[int]:
+    """The whole numbers, `count` of them where it is given, of a parameter of `config.pbtxt`.
+
+    Raises:
+        ValueError: it is not there, or is not that.
+    """
+    entry = config.get("parameters", {}).get(name)
+    text = None if entry is None else entry.get("string_value", "")
+    words = [word.strip() for word in (text or "").split(",") if word.strip()]
+    whole = text is not None and all(word.isdecimal() and int(word) for word in words)
+    if not whole or count not in (None, len(words)):
+        allowed = "whole numbers over 0, with commas" if count is None else "a whole number over 0"
+        said = "not there" if text is None else f"{text!r}, which is not allowed"
+        raise ValueError(f"parameter {name} of config.pbtxt is {said}: {allowed}")
+    return [int(word) for word in words]

@@ -1,0 +1,1 @@
+"""Runtimes: implementations of the engine's `Models` protocol."""

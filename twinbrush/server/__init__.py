@@ -1,0 +1,1 @@
+"""The launcher: finds, runs and watches a Triton server."""

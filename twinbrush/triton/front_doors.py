@@ -1,0 +1,173 @@
+"""The two front doors: Triton's requests become the engine's, its events become responses."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
+
+from twinbrush.engine.engine import Engine
+from twinbrush.engine.generation import End, EngineError, Event, Finished, Generation, Progress
+from twinbrush.engine.request import GenerationRequest, InvalidArgument
+from twinbrush.triton.answer import Answer, RequestMetrics
+from twinbrush.triton.cancel_watch import CancelWatch
+from twinbrush.triton.models import TritonModels
+from twinbrush.triton.relay import RelayClient, RelayServer, relay_address
+
+
+class StreamModel:
+    """`text_to_image_stream`: decoupled, every event of a request is a response of its own."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        _log_to_the_server(args["model_name"])
+        self._metrics = RequestMetrics(args["model_name"])
+        folder = Path(args["model_repository"]) / args["model_version"]
+        config = json.loads(args["model_config"])
+        self._inputs = _input_names(config)
+        self._engine = Engine.of_model(folder, config, TritonModels())
+        self._relay = RelayServer(relay_address(), self._submit)
+        self._watch = CancelWatch()
+        self._live: dict[Answer, tuple[str, Generation]] = {}  # and the id that the client gave
+
+    def execute(self, requests: list[Any]) -> None:
+        for request in requests:
+            answer = Answer(request, self._metrics)
+            try:
+                self._start(request, answer)
+            except Exception as error:
+                answer.fail(EngineError.of(error))
+
+    def finalize(self) -> None:
+        self._relay.close()
+        self._engine.close()
+        self._watch.close()
+
+    def _start(self, request: Any, answer: Answer) -> None:
+        fields = _fields(request, self._inputs)
+        if (target := fields.pop("cancel", None)) is not None:
+            self._cancel(target, fields, answer)
+            return
+        request_id = request.request_id()
+
+        def forget() -> None:
+            self._watch.discard(answer)
+            self._live.pop(answer, None)
+
+        def reply(event: Event) -> None:
+            if isinstance(event, End):
+                forget()
+            _tell(answer, event)
+
+        generation = self._submit(fields, reply)
+        if request_id:
+            self._live[answer] = request_id, generation
+        self._watch.add(answer, generation.cancel)
+        if generation.ended:  # before it was known here
+            forget()
+
+    def _submit(self, fields: dict[str, np.ndarray], reply: Callable[[Event], None]) -> Generation:
+        request = GenerationRequest.parse(fields, self._engine.config)
+        return self._engine.submit(request, reply)
+
+    def _cancel(self, target: np.ndarray, others: dict[str, Any], answer: Answer) -> None:
+        name = target.reshape(-1)[0].decode("utf-8", "replace")
+        if others:
+            raise InvalidArgument("cancel", name, "it must be the only input of its request")
+        named = [generation for given, generation in list(self._live.values()) if given == name]
+        if not named:
+            raise EngineError("NOT_FOUND", f"no live request has the id {name!r}")
+        for generation in named:
+            generation.cancel()
+        answer.send({"event": b"cancelled"}, final=True)
+
+
+class UnaryModel:
+    """`text_to_image`: one response with all images, which `text_to_image_stream` makes."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        _log_to_the_server(args["model_name"])
+        self._metrics = RequestMetrics(args["model_name"])
+        self._inputs = _input_names(json.loads(args["model_config"]))
+        self._relay = RelayClient(relay_address())
+        self._watch = CancelWatch()
+
+    def execute(self, requests: list[Any]) -> None:
+        for request in requests:
+            answer = Answer(request, self._metrics)
+            try:
+                self._start(_fields(request, self._inputs), answer)
+            except Exception as error:
+                self._watch.discard(answer)
+                answer.fail(EngineError.of(error))
+
+    def finalize(self) -> None:
+        self._relay.close()
+        self._watch.close()
+
+    def _start(self, fields: dict[str, np.ndarray], answer: Answer) -> None:
+        def done(outcome: list[Finished] | EngineError) -> None:
+            self._watch.discard(answer)
+            if isinstance(outcome, EngineError):
+                answer.fail(outcome)
+            else:
+                answer.send(_stacked(outcome), final=True)
+
+        ticket = self._relay.new_ticket()
+        self._watch.add(answer, lambda: self._relay.cancel(ticket))
+        self._relay.submit(ticket, fields | {"progress": np.array([False])}, done)
+
+
+def _stacked(images: list[Finished]) -> dict[str, Any]:
+    return {
+        "image": [image.image for image in images],
+        "seed": [image.seed for image in images],
+        "warning": "; ".join(images[0].warnings).encode(),
+    }
+
+
+def _input_names(config: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(tensor["name"] for tensor in config["input"])
+
+
+def _fields(request: Any, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Copies of the inputs that a request brings: the server takes back its memory.
+
+    Raises:
+        InvalidArgument: a JSON body had a member that is no input; the server makes such
+            members parameters of the request, and `id`, which it takes for the request's, too.
+    """
+    for name, value in json.loads(request.parameters() or "{}").items():
+        if name != "id" and not name.startswith("triton_"):
+            raise InvalidArgument(name, value, f"inputs are {', '.join(names)}")
+    tensors = {name: pb_utils.get_input_tensor_by_name(request, name) for name in names}
+    return {name: t.as_numpy().copy() for name, t in tensors.items() if t is not None}
+
+
+def _tell(answer: Answer, event: Event) -> None:
+    match event:
+        case Progress(index, step, total_steps, image):
+            outputs = {"index": index, "step": step, "total_steps": total_steps}
+            if image is None:
+                answer.send({"event": b"progress", **outputs})
+            else:
+                answer.send({"event": b"preview", **outputs, "image": image})
+        case Finished(index, seed, image, warnings):
+            warning = "; ".join(warnings).encode()
+            outputs = {"index": index, "seed": seed, "image": image, "warning": warning}
+            answer.send({"event": b"image", **outputs})
+        case End(None):
+            answer.end()
+        case End(EngineError() as error):
+            answer.fail(error)
+
+
+def _log_to_the_server(name: str) -> None:
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format=f"{name}: %(levelname)s %(message)s"
+    )

@@ -1,0 +1,32 @@
+"""`Models` over the networks that the same server serves (business logic scripting)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
+
+from twinbrush.engine.generation import EngineError
+
+# Messages of a server that has been told to end while requests live.
+SHUTDOWN = ("Server not ready", "Server is stopping")
+
+
+class TritonModels:
+    """`Models` that are called inside the server (business logic scripting)."""
+
+    def run(self, model: str, inputs: Mapping[str, np.ndarray], output: str) -> np.ndarray:
+        request = pb_utils.InferenceRequest(
+            model_name=model,
+            requested_output_names=[output],
+            inputs=[pb_utils.Tensor(name, np.ascontiguousarray(t)) for name, t in inputs.items()],
+            preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0),
+        )
+        response = request.exec()
+        if response.has_error():
+            reason = response.error().message()
+            if any(text in reason for text in SHUTDOWN):
+                raise EngineError.of_shutdown()
+            raise RuntimeError(f"{model}: {reason}")
+        return pb_utils.get_output_tensor_by_name(response, output).as_numpy()
