@@ -45,7 +45,10 @@ claims = st.builds(
     st.sampled_from([HIGH, NORMAL, LOW]),
 )
 equal_claims = st.builds(
-    build_claim, st.sampled_from(KEYS), st.lists(st.integers(1, 2), min_size=1, max_size=50), st.just(1)
+    build_claim,
+    st.sampled_from(KEYS),
+    st.lists(st.integers(1, 2), min_size=1, max_size=50),
+    st.just(1),
 )
 # What happens between two calls: claims that arrive, and how many of the waiting are cancelled.
 histories = st.lists(st.tuples(st.lists(claims, max_size=6), st.integers(0, 2)), max_size=30)
@@ -276,7 +279,9 @@ def test_equal_images_have_equal_shares_of_the_work_whatever_their_size():
 @pytest.mark.parametrize("keys", [KEYS[:1] * 3, KEYS])
 def test_priorities_share_the_work_by_weight_and_none_starves(keys):
     priorities = (HIGH, NORMAL, LOW)
-    users = {p: [client_of(5, key=k, priority=p) for _ in range(8)] for p, k in zip(priorities, keys)}
+    users = {
+        p: [client_of(5, key=k, priority=p) for _ in range(8)] for p, k in zip(priorities, keys)
+    }
     done = play_closed(batcher_of(4), sum(users.values(), []), 6000)
     share = {p: sum(done[user] for user in users[p]) for p in priorities}
     assert share[HIGH] / share[NORMAL] == pytest.approx(4, rel=0.05)

@@ -25,7 +25,8 @@ class Admission:
         self._max_requests, self._max_work = max_requests, max_work
         self.live: set[Generation] = set()
         self.outstanding = 0.0
-        self._pace = 0.0  # seconds a unit of work, 0 while nothing is known
+        self.pace = 1.0  # seconds a unit of work; a guess until a call was observed
+        self._observed = False
 
     def add(self, generation: Generation, now: float) -> None:
         """Takes a request in.
@@ -34,7 +35,7 @@ class Admission:
             EngineError: RESOURCE_EXHAUSTED, with the seconds after which to retry, when a bound is
                 reached; DEADLINE_EXCEEDED when the request cannot meet its deadline.
         """
-        after = max(1.0, math.ceil(self._pace * self.outstanding))
+        after = max(1.0, math.ceil(self.pace * self.outstanding) if self._observed else 1.0)
         if len(self.live) >= self._max_requests:
             text = f"the queue is full ({self._max_requests} requests): retry after {after:.0f} s"
             raise EngineError("RESOURCE_EXHAUSTED", text, after)
@@ -43,7 +44,7 @@ class Admission:
             text += f" work, the request needs {generation.work:.0f}): retry after {after:.0f} s"
             raise EngineError("RESOURCE_EXHAUSTED", text, after)
         if generation.deadline is not None:
-            needed = self._pace * generation.work
+            needed = self.pace * generation.work if self._observed else 0.0
             if now + needed > generation.deadline:
                 text = f"deadline_ms is too short: the request alone takes about {needed:.1f} s"
                 raise EngineError("DEADLINE_EXCEEDED", text)
@@ -56,8 +57,8 @@ class Admission:
 
     def observe(self, work: float, seconds: float) -> None:
         """Learns the pace from a UNet call."""
-        pace = seconds / work
-        self._pace += (pace - self._pace) * (SMOOTHING if self._pace else 1.0)
+        self.pace += (seconds / work - self.pace) * (SMOOTHING if self._observed else 1.0)
+        self._observed = True
 
     def overdue(self, now: float) -> list[Generation]:
         """Live requests whose deadline has passed."""
