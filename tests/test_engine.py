@@ -32,7 +32,7 @@ def request(engine: Engine, prompt: str = PROMPTS[0], **fields) -> GenerationReq
     tensors = {
         name: np.array([v.encode() if isinstance(v, str) else v],
                        object if isinstance(v, str) else types.get(name))
-        for name, v in {"prompt": prompt, "seed": 1, **fields}.items()
+        for name, v in {"prompt": prompt, "seed": 1, "image_format": "png", **fields}.items()
     }  # fmt: skip
     return GenerationRequest.parse(tensors, engine.config)
 

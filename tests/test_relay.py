@@ -18,7 +18,7 @@ WAIT = 60  # seconds
 
 def fields(**given) -> dict[str, np.ndarray]:
     types = {str: object, int: np.int32, float: np.float32, bool: bool}
-    given = {"prompt": "a red circle", "progress": False, **given}
+    given = {"prompt": "a red circle", "progress": False, "image_format": "png", **given}
     return {
         name: np.array([v.encode() if isinstance(v, str) else v], types[type(v)])
         for name, v in given.items()
@@ -66,7 +66,7 @@ def test_many_at_once_get_their_own(relay):
 def test_errors_keep_their_code(relay):
     error = relay.ask(steps=0)[1].get(timeout=WAIT)
     assert isinstance(error, EngineError)
-    assert (error.code, "steps=0 is not allowed" in str(error)) == ("INVALID_ARG", True)
+    assert (error.code, "steps=0 is invalid" in str(error)) == ("INVALID_ARG", True)
 
 
 def test_what_nobody_foresaw_is_an_error_of_that_request_alone(relay, monkeypatch, caplog):

@@ -14,8 +14,14 @@ import numpy as np
 import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
 
 from twinbrush.engine.engine import Engine
+from twinbrush.engine.fields import InvalidArgument, shortened
 from twinbrush.engine.generation import End, EngineError, Event, Finished, Generation, Progress
-from twinbrush.engine.request import GenerationRequest, InvalidArgument
+from twinbrush.engine.request import (
+    GenerationRequest,
+    check_sizes,
+    describe_server,
+    unknown_input,
+)
 from twinbrush.triton.answer import Answer, RequestMetrics
 from twinbrush.triton.cancel_watch import CancelWatch
 from twinbrush.triton.models import TritonModels
@@ -23,6 +29,7 @@ from twinbrush.triton.relay import RelayClient, RelayServer, relay_address
 
 log = logging.getLogger(__name__)
 HEARTBEAT = "TWINBRUSH_HEARTBEAT"  # environment variable: a file to touch
+MAX_PARAMETERS = 1 << 16  # bytes of a request's parameters, as JSON
 
 
 class StreamModel:
@@ -59,6 +66,9 @@ class StreamModel:
         if (target := fields.pop("cancel", None)) is not None:
             self._cancel(target, fields, answer)
             return
+        if (wanted := fields.pop("info", None)) is not None:
+            self._describe(wanted, fields, answer)
+            return
         request_id = request.request_id()
 
         def forget() -> None:
@@ -84,13 +94,19 @@ class StreamModel:
     def _cancel(self, target: np.ndarray, others: dict[str, Any], answer: Answer) -> None:
         name = target.reshape(-1)[0].decode("utf-8", "replace")
         if others:
-            raise InvalidArgument("cancel", name, "it must be the only input of its request")
+            raise InvalidArgument("cancel", name, "must be the only input of its request")
         named = [generation for given, generation in list(self._live.values()) if given == name]
         if not named:
             raise EngineError("NOT_FOUND", f"no live request has the id {name!r}")
         for generation in named:
             generation.cancel()
         answer.send({"event": b"cancelled"}, final=True)
+
+    def _describe(self, wanted: np.ndarray, others: dict[str, Any], answer: Answer) -> None:
+        if others or not wanted.all():
+            raise InvalidArgument("info", bool(wanted.all()), "must be true and the only input")
+        described = json.dumps(describe_server(self._engine.config))
+        answer.send({"event": b"info", "info": described.encode()}, final=True)
 
 
 class UnaryModel:
@@ -147,14 +163,21 @@ def _fields(request: Any, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Copies of the inputs that a request brings: the server takes back its memory.
 
     Raises:
-        InvalidArgument: a JSON body had a member that is no input; the server makes such
-            members parameters of the request, and `id`, which it takes for the request's, too.
+        InvalidArgument: an input is too large; or a JSON body had a member that is no input:
+            the server makes such members parameters of the request, and `id`, which it takes
+            for the request's, too.
     """
-    for name, value in json.loads(request.parameters() or "{}").items():
+    parameters = request.parameters() or "{}"
+    if len(parameters) > MAX_PARAMETERS:
+        allowed = f"must have at most {MAX_PARAMETERS} bytes; it has {len(parameters)}"
+        raise InvalidArgument("parameters", shortened(parameters), allowed)
+    for name, value in json.loads(parameters).items():
         if name != "id" and not name.startswith("triton_"):
-            raise InvalidArgument(name, value, f"inputs are {', '.join(names)}")
-    tensors = {name: pb_utils.get_input_tensor_by_name(request, name) for name in names}
-    return {name: t.as_numpy().copy() for name, t in tensors.items() if t is not None}
+            raise unknown_input(name, value, names)
+    inputs = ((name, pb_utils.get_input_tensor_by_name(request, name)) for name in names)
+    tensors = {name: tensor.as_numpy() for name, tensor in inputs if tensor is not None}
+    check_sizes(tensors)
+    return {name: tensor.copy() for name, tensor in tensors.items()}
 
 
 def _tell(answer: Answer, event: Event) -> None:
