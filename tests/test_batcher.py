@@ -291,6 +291,30 @@ def test_priorities_share_the_work_by_weight_and_none_starves(keys):
     assert min(done.values()) > 0
 
 
+@pytest.mark.parametrize("steps", [1, 20])
+def test_riders_take_no_more_than_their_share_from_other_sizes(steps):
+    """Low claims that ride in the calls of a high one are charged, also when they come anew."""
+    high, low = client_of(20, priority=HIGH), [client_of(steps, priority=LOW) for _ in range(7)]
+    others = [client_of(20, key=KEYS[1]) for _ in range(8)]
+    done = play_closed(batcher_of(8), [high, *low, *others], 4000)
+    share = sum(done[user] for user in low) / done.total()
+    assert share == pytest.approx(7 * LOW / (HIGH + 7 * LOW + 8 * NORMAL), rel=0.2)
+
+
+def test_rides_while_nobody_waits_are_not_held_against_the_rider():
+    batcher = batcher_of(8)
+    batcher.add(high := claim(1000, priority=HIGH))
+    batcher.add(low := claim(1000, priority=LOW))
+    for _ in range(500):
+        run_call(batcher)
+    batcher.remove(high)
+    for _ in range(8):
+        batcher.add(claim(1000, key=KEYS[1]))
+    for _ in range(50):
+        run_call(batcher)
+    assert low.done > 500
+
+
 def test_newcomers_of_ever_new_sizes_never_hold_back_who_waits():
     batcher = batcher_of(4)
     waiting = claim(10, rows=2, key=CallKey("unet", 64, 64))

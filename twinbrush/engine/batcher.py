@@ -354,9 +354,8 @@ class StepBatcher:
             return
         contended = any(other.rows and other.key != lane.key for other in self._all_lanes())
         for sibling in sorted(siblings, key=lambda s: s.start):
-            # A lane that is a call ahead of its share rides along only at nobody's expense.
-            call = self._work(sibling.key, self._likely_rows(sibling)) / sibling.weight
-            if not contended or sibling.start <= self._now + call:
+            # A lane that is ahead of its share rides along only at nobody's expense.
+            if not contended or sibling.start <= self._now:
                 yield from (entry[-1] for entry in sibling.earliest)
 
     def _charge(self, lane: _Lane, chosen: Sequence[Claim], jump: bool) -> None:
