@@ -20,7 +20,9 @@ from twinbrush.engine.config import PipelineConfig
 from twinbrush.engine.prompt import PromptTokenizer
 from twinbrush.engine.request import GenerationRequest
 
-# The sampler that a checkpoint's scheduler class stands for, and defaults for its kind.
+# File of the tokenizer whose ids each text model was trained on.
+TOKENIZER = {"clip_text": "clip_tokenizer.json", "bert": "bert_tokenizer.json"}
+# The sampler that a checkpoint's scheduler class stands for.
 SAMPLER_OF = {
     "LCMScheduler": "lcm",
     "DDIMScheduler": "ddim",
@@ -73,10 +75,12 @@ def write(checkpoint: Checkpoint, parts: dict[str, Part], folder: Path) -> None:
         "side_multiple": side_multiple(unet) * scale,
         "scale_factor": scale,
         "latent_channels": unet.config.in_channels,
-        "clip_tokens": parts["clip_text"].inputs["input_ids"].axes[0],
-        "bert_tokens": parts["bert"].inputs["input_ids"].axes[0],
-        "clip_pad": _padding(checkpoint, "tokenizer", folder / "clip_tokenizer.json"),
-        "bert_pad": _padding(checkpoint, "tokenizer_2", folder / "bert_tokenizer.json"),
+        "encoders": [
+            _encoder(checkpoint, parts[model], tokenizer, folder)
+            for model, tokenizer in (("clip_text", "tokenizer"), ("bert", "tokenizer_2"))
+        ],
+        "fusion_inputs": list(parts["fusion"].inputs),
+        "unet_inputs": [n for n in parts["unet"].inputs if n not in ("sample", "timestep")],
         "timestep_cond": unet.config.time_cond_proj_dim,
         "latent_to_rgb": index.get("latent_to_rgb") or latent_to_rgb(parts["vqgan_decoder"]),
     }
@@ -100,13 +104,19 @@ def native_side(checkpoint: Checkpoint) -> int:
     return checkpoint.config("unet")["sample_size"] * scale_factor(checkpoint)
 
 
-def _padding(checkpoint: Checkpoint, part: str, file: Path) -> int:
-    """Writes a tokenizer; gives the id that its model is padded with."""
-    tokenizer = load_tokenizer(checkpoint, part)
-    tokenizer.backend_tokenizer.save(str(file))
-    if tokenizer.pad_token_id is not None:
-        return tokenizer.pad_token_id
-    return tokenizer.eos_token_id or 0
+def _encoder(checkpoint: Checkpoint, part: Part, source: str, folder: Path) -> dict[str, Any]:
+    """Writes the tokenizer of a text encoder; returns its entry in `pipeline.json`."""
+    tokenizer = load_tokenizer(checkpoint, source)
+    file = TOKENIZER[part.name]
+    tokenizer.backend_tokenizer.save(str(folder / file))
+    pad = tokenizer.pad_token_id
+    return {
+        "model": part.name,
+        "tokenizer": file,
+        "length": part.inputs["input_ids"].axes[0],
+        "pad": pad if pad is not None else tokenizer.eos_token_id or 0,
+        "mask": "attention_mask" in part.inputs,
+    }
 
 
 def _schedule(checkpoint: Checkpoint) -> dict[str, Any]:

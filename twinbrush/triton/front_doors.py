@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,19 +21,24 @@ from twinbrush.triton.cancel_watch import CancelWatch
 from twinbrush.triton.models import TritonModels
 from twinbrush.triton.relay import RelayClient, RelayServer, relay_address
 
+log = logging.getLogger(__name__)
+HEARTBEAT = "TWINBRUSH_HEARTBEAT"  # environment variable: a file to touch
+
 
 class StreamModel:
     """`text_to_image_stream`: decoupled, every event of a request is a response of its own."""
 
     def initialize(self, args: dict[str, str]) -> None:
         _log_to_the_server(args["model_name"])
-        self._metrics = RequestMetrics(args["model_name"])
+        self._metrics = RequestMetrics(args["model_name"], _end_process)
         folder = Path(args["model_repository"]) / args["model_version"]
         config = json.loads(args["model_config"])
         self._inputs = _input_names(config)
-        self._engine = Engine.of_model(folder, config, TritonModels())
+        self._engine = Engine.of_model(
+            folder, config, TritonModels(), fail=_end_process, beat=_beat
+        )
         self._relay = RelayServer(relay_address(), self._submit)
-        self._watch = CancelWatch()
+        self._watch = CancelWatch(_end_process)
         self._live: dict[Answer, tuple[str, Generation]] = {}  # and the id that the client gave
 
     def execute(self, requests: list[Any]) -> None:
@@ -92,10 +98,10 @@ class UnaryModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         _log_to_the_server(args["model_name"])
-        self._metrics = RequestMetrics(args["model_name"])
+        self._metrics = RequestMetrics(args["model_name"], _end_process)
         self._inputs = _input_names(json.loads(args["model_config"]))
         self._relay = RelayClient(relay_address())
-        self._watch = CancelWatch()
+        self._watch = CancelWatch(_end_process)
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
@@ -113,10 +119,12 @@ class UnaryModel:
     def _start(self, fields: dict[str, np.ndarray], answer: Answer) -> None:
         def done(outcome: list[Finished] | EngineError) -> None:
             self._watch.discard(answer)
-            if isinstance(outcome, EngineError):
-                answer.fail(outcome)
-            else:
+            try:
+                if isinstance(outcome, EngineError):
+                    raise outcome
                 answer.send(_stacked(outcome), final=True)
+            except EngineError as error:
+                answer.fail(error)
 
         ticket = self._relay.new_ticket()
         self._watch.add(answer, lambda: self._relay.cancel(ticket))
@@ -165,6 +173,19 @@ def _tell(answer: Answer, event: Event) -> None:
             answer.end()
         case End(EngineError() as error):
             answer.fail(error)
+
+
+def _end_process(reason: str) -> None:
+    """Ends this stub, so that the launcher starts a server that works."""
+    log.critical("the engine cannot go on: %s", reason)
+    logging.shutdown()
+    os._exit(1)
+
+
+def _beat() -> None:
+    """Touches the file whose age tells the launcher that the engine lives."""
+    if heartbeat := os.environ.get(HEARTBEAT):
+        Path(heartbeat).touch()
 
 
 def _log_to_the_server(name: str) -> None:
