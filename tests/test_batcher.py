@@ -1,7 +1,7 @@
 """Properties of the step batcher, whatever arrives in whatever order."""
 
 from collections import Counter, defaultdict
-from itertools import count
+from itertools import chain, count
 
 import pytest
 from hypothesis import given
@@ -111,7 +111,8 @@ def test_a_call_runs_whenever_a_claim_waits(history):
             batcher.add(c)
         for c in arriving[:cancels]:
             batcher.remove(c)
-        assert bool(run_call(batcher)) == bool(arriving[cancels:]) or len(batcher)
+        live = len(batcher)
+        assert bool(run_call(batcher)) == bool(live)
     while len(batcher):
         assert run_call(batcher)
 
@@ -280,13 +281,38 @@ def test_equal_images_have_equal_shares_of_the_work_whatever_their_size():
 def test_priorities_share_the_work_by_weight_and_none_starves(keys):
     priorities = (HIGH, NORMAL, LOW)
     users = {
-        p: [client_of(5, key=k, priority=p) for _ in range(8)] for p, k in zip(priorities, keys)
+        p: [client_of(5, key=k, priority=p) for _ in range(8)]
+        for p, k in zip(priorities, keys, strict=True)
     }
-    done = play_closed(batcher_of(4), sum(users.values(), []), 6000)
+    done = play_closed(batcher_of(4), [*chain(*users.values())], 6000)
     share = {p: sum(done[user] for user in users[p]) for p in priorities}
     assert share[HIGH] / share[NORMAL] == pytest.approx(4, rel=0.05)
     assert share[NORMAL] / share[LOW] == pytest.approx(4, rel=0.05)
     assert min(done.values()) > 0
+
+
+@pytest.mark.parametrize("steps", [1, 20])
+def test_riders_take_no_more_than_their_share_from_other_sizes(steps):
+    """Low claims that ride in the calls of a high one are charged, also when they come anew."""
+    high, low = client_of(20, priority=HIGH), [client_of(steps, priority=LOW) for _ in range(7)]
+    others = [client_of(20, key=KEYS[1]) for _ in range(8)]
+    done = play_closed(batcher_of(8), [high, *low, *others], 4000)
+    share = sum(done[user] for user in low) / done.total()
+    assert share == pytest.approx(7 * LOW / (HIGH + 7 * LOW + 8 * NORMAL), rel=0.2)
+
+
+def test_rides_while_nobody_waits_are_not_held_against_the_rider():
+    batcher = batcher_of(8)
+    batcher.add(high := claim(1000, priority=HIGH))
+    batcher.add(low := claim(1000, priority=LOW))
+    for _ in range(500):
+        run_call(batcher)
+    batcher.remove(high)
+    for _ in range(8):
+        batcher.add(claim(1000, key=KEYS[1]))
+    for _ in range(50):
+        run_call(batcher)
+    assert low.done > 500
 
 
 def test_newcomers_of_ever_new_sizes_never_hold_back_who_waits():

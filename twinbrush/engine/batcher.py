@@ -83,6 +83,7 @@ class _Lane:
     rows: int = 0  # of the waiting claims
     running_rows: int = 0
     calls: int = 0
+    call: float = 0.0  # seconds of a call of its key, while deadlines are looked at
     shortest: list[tuple] = field(default_factory=list)  # (left, due, arrival, claim)
     earliest: list[tuple] = field(default_factory=list)  # (due, arrival, claim)
 
@@ -311,18 +312,20 @@ class StepBatcher:
         """
         if now is None or self._seconds is None or not self._dated:
             return []
-        call = {
-            key: max(self._seconds(key, self._likely_rows(lane)) for lane in live)
-            for key, lanes in self._lanes.items()
-            if (live := [lane for lane in lanes.values() if lane.live])
-        }
-        longest = max(call.values())
+        longest = 0.0
+        for key, lanes in self._lanes.items():
+            rows = [self._likely_rows(lane) for lane in lanes.values() if lane.live]
+            most = max(rows, default=1) if key.alone else min(sum(rows), self._capacity(key))
+            call = self._seconds(key, max(1, most))
+            longest = max(longest, call)
+            for lane in lanes.values():
+                lane.call = call
         risks = []
         for claim, deadline in self._dated.items():
             place = self._places[claim]
-            needed = claim.left * call[claim.key]
+            needed = claim.left * place.lane.call
             slack = deadline - now - needed
-            if not place.running and 0 <= slack <= needed + longest:
+            if 0 <= slack <= needed + longest and not place.running:
                 risks.append((slack, place.arrival, claim))
         risks.sort()
         return [claim for _, _, claim in risks if claim.key == risks[0][2].key]
@@ -351,9 +354,8 @@ class StepBatcher:
             return
         contended = any(other.rows and other.key != lane.key for other in self._all_lanes())
         for sibling in sorted(siblings, key=lambda s: s.start):
-            # A lane that is a call ahead of its share rides along only at nobody's expense.
-            call = self._work(sibling.key, self._likely_rows(sibling)) / sibling.weight
-            if not contended or sibling.start <= self._now + call:
+            # A lane that is ahead of its share rides along only at nobody's expense.
+            if not contended or sibling.start <= self._now:
                 yield from (entry[-1] for entry in sibling.earliest)
 
     def _charge(self, lane: _Lane, chosen: Sequence[Claim], jump: bool) -> None:
