@@ -12,7 +12,7 @@ from twinbrush.engine.batcher import CallKey
 
 SMOOTHING = 0.2  # weight of the latest call, once a class has had as many as make it the mean
 LOSS = 0.03  # of rows a second that a smaller call may cost
-PROBES_AT_FIRST, PROBE_EARLY, PROBE_LATE = 64, 4, 32  # calls; then every so many calls
+PROBES_AT_FIRST, PROBE_EARLY, PROBE_LATE = 64, 4, 64  # calls; then every so many calls
 
 
 @dataclass
@@ -36,10 +36,13 @@ class Costs:
     def __init__(self) -> None:
         self._estimates: dict[CallKey, dict[int, _Estimate]] = {}
         self._calls: dict[CallKey, int] = {}
+        self._enough: dict[tuple[CallKey, int], int] = {}  # until the key's next call
         self._pace: float | None = None  # seconds a row and latent cell, over all keys
 
     def observe(self, key: CallKey, rows: int, seconds: float) -> None:
         """Learns from a call that took `seconds`."""
+        for known in [known for known in self._enough if known[0] == key]:
+            del self._enough[known]
         self._calls[key] = self._calls.get(key, 0) + 1
         classes = self._estimates.setdefault(key, {})
         if estimate := classes.get(_row_class(rows)):
@@ -81,16 +84,30 @@ class Costs:
         Args:
             most: rows that a call may have; also the answer while nothing is known.
         """
+        cached = self._enough.get((key, most))
+        if cached is None:
+            cached = self._enough[key, most] = self._choose_rows(key, most)
+        return cached
+
+    def _choose_rows(self, key: CallKey, most: int) -> int:
         calls = self._calls.get(key, 0)
         every = PROBE_EARLY if calls < PROBES_AT_FIRST else PROBE_LATE
         if calls % every == every - 1:
             return max(1, most >> (calls // every % most.bit_length()))
-        known = [e for e in self._estimates.get(key, {}).values() if e.rows <= most]
-        if len(known) < 2:
-            return most
-        best = min(estimate.seconds / estimate.rows for estimate in known)
-        enough = min(e.rows for e in known if e.seconds / e.rows <= (1 + LOSS) * best)
+        known = sorted((e for e in self._estimates.get(key, {}).values()), key=lambda e: e.rows)
+        known = [(e.rows, e.seconds / e.rows) for e in known if e.rows <= most]
+        if len(known) < 2 or 2 * known[-1][0] <= most:
+            return most  # what large calls gain is not known
+        best = min(_per_row_at(most, *known[-2:]), *(per_row for _, per_row in known))
+        enough = min((r for r, per_row in known if per_row <= (1 + LOSS) * best), default=most)
         return most if 2 * enough > most else round(enough)
+
+
+def _per_row_at(rows: int, a: tuple[float, float], b: tuple[float, float]) -> float:
+    """Seconds a row of a larger call, from two (rows, seconds a row): a constant and a slope."""
+    (rows_a, per_row_a), (rows_b, per_row_b) = a, b
+    constant = (per_row_a - per_row_b) / (1 / rows_a - 1 / rows_b)
+    return per_row_b - constant * (1 / rows_b - 1 / rows)
 
 
 def _row_class(rows: int) -> int:
