@@ -6,7 +6,8 @@ images, models or clocks; callers hold their own lock.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from twinbrush.engine.batcher import CallKey
 
@@ -30,25 +31,33 @@ class _Estimate:
         self.seconds += weight * (seconds - self.seconds)
 
 
+@dataclass
+class _KeyCosts:
+    """The estimates of one key by class of rows, and answers that hold until its next call."""
+
+    classes: dict[int, _Estimate] = field(default_factory=dict)
+    calls: int = 0
+    seconds: dict[int, float] = field(default_factory=dict)  # by rows
+    enough: dict[int, int] = field(default_factory=dict)  # by the most rows of a call
+
+
 class Costs:
     """Seconds of UNet calls, and the rows beyond which a larger call gains nothing."""
 
     def __init__(self) -> None:
-        self._estimates: dict[CallKey, dict[int, _Estimate]] = {}
-        self._calls: dict[CallKey, int] = {}
-        self._enough: dict[tuple[CallKey, int], int] = {}  # until the key's next call
+        self._keys: dict[CallKey, _KeyCosts] = {}
         self._pace: float | None = None  # seconds a row and latent cell, over all keys
 
     def observe(self, key: CallKey, rows: int, seconds: float) -> None:
         """Learns from a call that took `seconds`."""
-        for known in [known for known in self._enough if known[0] == key]:
-            del self._enough[known]
-        self._calls[key] = self._calls.get(key, 0) + 1
-        classes = self._estimates.setdefault(key, {})
-        if estimate := classes.get(_row_class(rows)):
+        costs = self._keys.setdefault(key, _KeyCosts())
+        costs.calls += 1
+        costs.seconds.clear()
+        costs.enough.clear()
+        if estimate := costs.classes.get(_row_class(rows)):
             estimate.add(rows, seconds)
         else:
-            classes[_row_class(rows)] = _Estimate(rows, seconds)
+            costs.classes[_row_class(rows)] = _Estimate(rows, seconds)
         pace = seconds / (rows * key.height * key.width)
         self._pace = pace if self._pace is None else self._pace + SMOOTHING * (pace - self._pace)
 
@@ -58,21 +67,12 @@ class Costs:
         A key without calls has the pace of the others; before the first call of all, a row and
         cell takes a second.
         """
-        classes = self._estimates.get(key)
-        if not classes:
+        costs = self._keys.get(key)
+        if costs is None:
             return (1.0 if self._pace is None else self._pace) * rows * key.height * key.width
-        below = above = None
-        for estimate in classes.values():
-            if estimate.rows <= rows and (below is None or estimate.rows > below.rows):
-                below = estimate
-            if estimate.rows >= rows and (above is None or estimate.rows < above.rows):
-                above = estimate
-        if below is None or above is None or below is above:
-            nearest = below or above
-            assert nearest is not None
-            return nearest.seconds * rows / nearest.rows
-        part = (rows - below.rows) / (above.rows - below.rows)
-        return below.seconds + part * (above.seconds - below.seconds)
+        if rows not in costs.seconds:
+            costs.seconds[rows] = _interpolate(costs.classes.values(), rows)
+        return costs.seconds[rows]
 
     def enough_rows(self, key: CallKey, most: int) -> int:
         """The fewest rows at which a call yields nearly as many rows a second as any.
@@ -84,23 +84,41 @@ class Costs:
         Args:
             most: rows that a call may have; also the answer while nothing is known.
         """
-        cached = self._enough.get((key, most))
-        if cached is None:
-            cached = self._enough[key, most] = self._choose_rows(key, most)
-        return cached
+        costs = self._keys.get(key)
+        if costs is None:
+            return most
+        if most not in costs.enough:
+            costs.enough[most] = _choose_rows(costs, most)
+        return costs.enough[most]
 
-    def _choose_rows(self, key: CallKey, most: int) -> int:
-        calls = self._calls.get(key, 0)
-        every = PROBE_EARLY if calls < PROBES_AT_FIRST else PROBE_LATE
-        if calls % every == every - 1:
-            return max(1, most >> (calls // every % most.bit_length()))
-        known = sorted((e for e in self._estimates.get(key, {}).values()), key=lambda e: e.rows)
-        known = [(e.rows, e.seconds / e.rows) for e in known if e.rows <= most]
-        if len(known) < 2 or 2 * known[-1][0] <= most:
-            return most  # what large calls gain is not known
-        best = min(_per_row_at(most, *known[-2:]), *(per_row for _, per_row in known))
-        enough = min((r for r, per_row in known if per_row <= (1 + LOSS) * best), default=most)
-        return most if 2 * enough > most else round(enough)
+
+def _interpolate(estimates: Iterable[_Estimate], rows: int) -> float:
+    below = above = None
+    for estimate in estimates:
+        if estimate.rows <= rows and (below is None or estimate.rows > below.rows):
+            below = estimate
+        if estimate.rows >= rows and (above is None or estimate.rows < above.rows):
+            above = estimate
+    if below and above and below is not above:
+        part = (rows - below.rows) / (above.rows - below.rows)
+        return below.seconds + part * (above.seconds - below.seconds)
+    nearest = below or above
+    if nearest is None:
+        raise ValueError("no call was observed")
+    return nearest.seconds * rows / nearest.rows
+
+
+def _choose_rows(costs: _KeyCosts, most: int) -> int:
+    every = PROBE_EARLY if costs.calls < PROBES_AT_FIRST else PROBE_LATE
+    if costs.calls % every == every - 1:
+        return max(1, most >> (costs.calls // every % most.bit_length()))
+    estimates = sorted(costs.classes.values(), key=lambda estimate: estimate.rows)
+    known = [(e.rows, e.seconds / e.rows) for e in estimates if e.rows <= most]
+    if len(known) < 2 or 2 * known[-1][0] <= most:
+        return most  # what large calls gain is not known
+    best = min(_per_row_at(most, *known[-2:]), *(per_row for _, per_row in known))
+    enough = min((rows for rows, per_row in known if per_row <= (1 + LOSS) * best), default=most)
+    return most if 2 * enough > most else round(enough)
 
 
 def _per_row_at(rows: int, a: tuple[float, float], b: tuple[float, float]) -> float:
