@@ -25,6 +25,7 @@ from twinbrush.engine.batcher import CallKey, Claim, StepBatcher
 from twinbrush.engine.capacity import LEAST_ROWS
 from twinbrush.engine.conditioning import Conditioner
 from twinbrush.engine.config import PipelineConfig
+from twinbrush.engine.costs import Costs
 from twinbrush.engine.decode import Decoder, LiveImage, batches
 from twinbrush.engine.denoise import denoise_step
 from twinbrush.engine.generation import End, EngineError, Event, Finished, Generation, Progress
@@ -69,8 +70,9 @@ class Engine:
         self._plan = Planner(config, limits.max_rows)
         self._fail = fail or self._give_up
         self._latent_to_rgb = np.array(config.latent_to_rgb, np.float32)
+        self._costs = Costs()
         self._work = threading.Condition()  # guards what follows, and every `ended`
-        self._batcher = StepBatcher(self._rows, self._seconds)
+        self._batcher = StepBatcher(self._call_rows, self._costs.seconds)
         self._admission = Admission(limits.queue_size, limits.queue_work)
         self._images: dict[Claim, LiveImage] = {}
         self._reduced: dict[CallKey, int] = {}  # rows a call, since memory was exhausted
@@ -219,6 +221,7 @@ class Engine:
         with self._work:
             seconds = time.monotonic() - started
             self._admission.observe(self._plan.call_work(key, sum(counts)), seconds)
+            self._costs.observe(key, sum(counts), seconds)
             self._batcher.advance([image.claim for image in call])
             for image, count in zip(call, counts, strict=True):
                 self._admission.complete(image.generation, self._plan.call_work(key, count))
@@ -243,9 +246,9 @@ class Engine:
             if left := [image for image in half if not image.generation.ended]:
                 self._denoise(left)
 
-    def _seconds(self, key: CallKey, rows: int) -> float:
-        """The estimated time of a call."""
-        return self._admission.pace * self._plan.call_work(key, rows)
+    def _call_rows(self, key: CallKey) -> int:
+        """Rows of a UNet call: those that memory allows, fewer where more gain nothing."""
+        return self._costs.enough_rows(key, self._rows(key))
 
     def _rows(self, key: CallKey) -> int:
         return self._reduced.get(key, self._plan.capacity(key).rows)
