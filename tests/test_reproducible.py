@@ -31,7 +31,7 @@ def mixed_requests(engine: Engine) -> list[GenerationRequest]:
     native, grid = engine.config.native_side, engine.config.side_multiple
     requests = []
     for k in range(COUNT):
-        shape = rng.choice("star ring square".split())
+        shape = rng.choice(["star", "ring", "square"])
         fields = {
             "prompt": np.array([f"a {shape} left of circle {k % 5}".encode()], object),
             "negative_prompt": np.array([b"a cross" if k % 3 == 0 else b""], object),
