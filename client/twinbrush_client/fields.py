@@ -59,8 +59,7 @@ ALLOWED = {
     "sampler": "lcm, ddim, euler, dpmpp_2m",
     "num_images": "1 to 16",
     "image_format": (
-        "png, jpeg, webp, avif, raw, png_base64, jpeg_base64, webp_base64, avif_base64, "
-        "raw_base64"
+        "png, jpeg, webp, avif, raw, png_base64, jpeg_base64, webp_base64, avif_base64, raw_base64"
     ),
     "deterministic": "true, false",
     "progress": "true, false",

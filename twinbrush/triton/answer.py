@@ -14,6 +14,7 @@ import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
 from twinbrush.engine.generation import EngineError
 
 log = logging.getLogger(__name__)
+STATUS_NAMES = {"INVALID_ARG": "INVALID_ARGUMENT"}  # gRPC's, where Triton's differ
 DTYPES = {"index": np.int32, "step": np.int32, "total_steps": np.int32, "seed": np.int64}
 
 
@@ -62,9 +63,17 @@ class RequestMetrics:
 
 
 class Answer:
-    """How one request is answered, by responses and exactly one end."""
+    """How one request is answered, by responses and exactly one end.
 
-    def __init__(self, request: Any, metrics: RequestMetrics):
+    Args:
+        request: Triton's.
+        metrics: of its model.
+        streams: whether its model is decoupled: a stream's error reaches the client without its
+            status, so the message begins with it.
+    """
+
+    def __init__(self, request: Any, metrics: RequestMetrics, streams: bool = False):
+        self._streams = streams
         self._sender = request.get_response_sender()
         self._open = True
         self._lock = threading.Lock()
@@ -79,7 +88,9 @@ class Answer:
         self._respond(pb_utils.InferenceResponse(tensors), "OK" if final else None)
 
     def fail(self, error: EngineError) -> None:
-        failure = pb_utils.TritonError(str(error), getattr(pb_utils.TritonError, error.code))
+        status = STATUS_NAMES.get(error.code, error.code)
+        text = f"{status}: {error}" if self._streams else str(error)
+        failure = pb_utils.TritonError(text, getattr(pb_utils.TritonError, error.code))
         self._respond(pb_utils.InferenceResponse(error=failure), error.code)
 
     def end(self) -> None:
