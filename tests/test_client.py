@@ -83,7 +83,7 @@ def test_what_the_server_refuses_is_an_error_with_its_code(client):
     with pytest.raises(TwinbrushError, match="steps=0 is invalid") as error:
         client.generate("a red circle", steps=0)
     assert error.value.code == "INVALID_ARGUMENT"
-    with pytest.raises(InvalidRequest, match="^steps=0 is invalid") as error:
+    with pytest.raises(InvalidRequest, match=r"^steps=0 is invalid") as error:
         list(client.stream("a red circle", steps=0))
     assert error.value.code == "INVALID_ARGUMENT"
 
@@ -118,8 +118,8 @@ def test_types_are_checked_and_not_coerced(fields, message):
 
 
 def test_numbers_of_numpy_are_numbers(client):
-    (image,) = client.generate("a red circle", seed=np.int64(3), steps=np.int32(2),
-                               guidance_scale=np.float32(2), deterministic=np.bool_(True))  # fmt: skip
+    fields = {"seed": np.int64(3), "steps": np.int32(2), "guidance_scale": np.float32(2)}
+    (image,) = client.generate("a red circle", deterministic=np.bool_(True), **fields)
     assert image.info["seed"] == 3
 
 
@@ -339,9 +339,11 @@ def test_leaving_the_async_client_stops_the_work(server, way):
                 async for _ in stream:
                     break
                 return
+            events = aiter(stream)
+            await anext(events)
+            stream.cancel()
             with pytest.raises(Cancelled, match="the request was cancelled"):
-                async for _ in stream:
-                    stream.cancel()
+                await anext(events)
 
     with work_stops(server):
         with_async_client(server, use)

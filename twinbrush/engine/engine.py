@@ -264,7 +264,7 @@ class Engine:
             self._fail([job.generation for job in jobs], "decoding")
             return
         for job, image in zip(jobs, decoded, strict=True):
-            self._to_reply.put((job.generation, partial(_finished, job, image)))
+            self._to_reply.put((job.generation, partial(self._finished, job, image)))
 
     # Reply ------------------------------------------------------------------------------
 
@@ -283,6 +283,12 @@ class Engine:
                 generation.images_left -= 1
                 if not generation.images_left:
                     self._end(generation, None)
+
+    def _finished(self, job: _Job, image: np.ndarray) -> Finished:
+        request = job.generation.request
+        metadata = request.metadata_of(job.index, self.config)
+        data = images.encode(images.to_pixels(image), request.image_format, metadata)
+        return Finished(job.index, request.seed + job.index, data, job.generation.warnings)
 
     def _end(self, generation: Generation, error: EngineError | None) -> None:
         with self._work:
@@ -308,13 +314,6 @@ class Engine:
         yield from self._tokenizer.warnings("negative_prompt", request.negative_prompt)
         if request.negative_prompt and request.guidance_scale == 1:
             yield "negative_prompt has no effect at guidance_scale 1"
-
-
-def _finished(job: _Job, image: np.ndarray) -> Finished:
-    generation = job.generation
-    request = generation.request
-    data = images.encode(images.to_pixels(image), request.image_format)
-    return Finished(job.index, request.seed + job.index, data, generation.warnings)
 
 
 def _batches(waiting: queue.SimpleQueue) -> Iterator[list]:
