@@ -255,9 +255,9 @@ def test_bad_json_is_refused_by_name(server, fields, word):
     assert word in error.value.read().decode()
 
 
-def test_a_cut_prompt_is_reported(server):
+def test_a_truncated_prompt_is_reported(server):
     warning = infer(server, prompt="very " * 30 + "red").as_numpy("warning")[0].decode()
-    assert "CLIP tokens and was cut to 16" in warning
+    assert "truncated to the 16 of clip_text" in warning
 
 
 # Some seconds of work: pictures so large that the two rows of one image fill a UNet call.
@@ -469,7 +469,7 @@ def test_cancelling_what_does_not_live_says_so(server):
     assert "no live request has the id 'nobody'" in cancel(server, "nobody")[1]
 
 
-def test_a_full_queue_answers_unavailable_and_recovers(repository, start_server, tmp_path):
+def test_a_full_queue_refuses_and_recovers(repository, start_server, tmp_path):
     copy = shutil.copytree(repository, tmp_path / "copy")
     config = copy / STREAM / "config.pbtxt"
     text = config.read_text()
@@ -486,7 +486,7 @@ def test_a_full_queue_answers_unavailable_and_recovers(repository, start_server,
     ]
     refused = [answers.get(timeout=60) for _ in range(3)]
     assert {error.status() for error in refused} == {"StatusCode.UNAVAILABLE"}
-    assert "the queue is full (2 requests): try again later" in refused[0].message()
+    assert "RESOURCE_EXHAUSTED: the queue is full (2 requests): retry after" in refused[0].message()
     for call in calls:
         call.cancel()
     left = [answers.get(timeout=60) for _ in range(2)]

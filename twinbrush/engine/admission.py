@@ -55,6 +55,13 @@ class Admission:
         self.live.discard(generation)
         self.outstanding = self.outstanding - generation.work if self.live else 0.0
 
+    def complete(self, generation: Generation, work: float) -> None:
+        """Counts a part of a live request's work as done."""
+        if generation in self.live:
+            done = min(work, generation.work)
+            generation.work -= done
+            self.outstanding -= done
+
     def observe(self, work: float, seconds: float) -> None:
         """Learns the pace from a UNet call."""
         self.pace += (seconds / work - self.pace) * (SMOOTHING if self._observed else 1.0)

@@ -211,7 +211,7 @@ class Engine:
 
     def _denoise(self, call: Sequence[LiveImage]) -> None:
         """One UNet call."""
-        key, rows = call[0].claim.key, sum(image.latent.rows for image in call)
+        key, counts = call[0].claim.key, [image.latent.rows for image in call]
         started = time.monotonic()
         try:
             denoise_step(self._watchdog, key.model, [i.latent for i in call], self._buckets(key))
@@ -220,10 +220,11 @@ class Engine:
             return
         with self._work:
             seconds = time.monotonic() - started
-            self._admission.observe(self._plan.call_work(key, rows), seconds)
-            self._costs.observe(key, rows, seconds)
+            self._admission.observe(self._plan.call_work(key, sum(counts)), seconds)
+            self._costs.observe(key, sum(counts), seconds)
             self._batcher.advance([image.claim for image in call])
-            for image in call:
+            for image, count in zip(call, counts, strict=True):
+                self._admission.complete(image.generation, self._plan.call_work(key, count))
                 if image.latent.finished:
                     self._images.pop(image.claim, None)
         for image in call:

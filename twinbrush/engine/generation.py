@@ -76,7 +76,7 @@ class Generation:
 
     Attributes:
         request: the validated fields.
-        work: its cost, see `Planner.work`.
+        work: its cost that is still ahead, see `Planner.work`.
         deadline: absolute seconds of the monotonic clock, or None.
         claims: the claims of its images that are being denoised.
         images_left: images that are not yet sent.

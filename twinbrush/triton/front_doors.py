@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
 
+from twinbrush.control import Control
 from twinbrush.engine.engine import Engine
 from twinbrush.engine.fields import InvalidArgument, shortened
 from twinbrush.engine.generation import End, EngineError, Event, Finished, Generation, Progress
@@ -28,7 +29,6 @@ from twinbrush.triton.models import TritonModels
 from twinbrush.triton.relay import RelayClient, RelayServer, relay_address
 
 log = logging.getLogger(__name__)
-HEARTBEAT = "TWINBRUSH_HEARTBEAT"  # environment variable: a file to touch
 MAX_PARAMETERS = 1 << 16  # bytes of a request's parameters, as JSON
 
 
@@ -41,8 +41,9 @@ class StreamModel:
         folder = Path(args["model_repository"]) / args["model_version"]
         config = json.loads(args["model_config"])
         self._inputs = _input_names(config)
+        self._control = Control.from_environment()
         self._engine = Engine.of_model(
-            folder, config, TritonModels(), fail=_end_process, beat=_beat
+            folder, config, TritonModels(), fail=_end_process, beat=self._beat
         )
         self._relay = RelayServer(relay_address(), self._submit)
         self._watch = CancelWatch(_end_process)
@@ -55,6 +56,13 @@ class StreamModel:
                 self._start(request, answer)
             except Exception as error:
                 answer.fail(EngineError.of(error))
+
+    def _beat(self) -> None:
+        if self._control is None:
+            return
+        self._control.beat()
+        if self._control.drain_requested and self._engine.drain(0):
+            self._control.report_drained()
 
     def finalize(self) -> None:
         self._relay.close()
@@ -203,12 +211,6 @@ def _end_process(reason: str) -> None:
     log.critical("the engine cannot go on: %s", reason)
     logging.shutdown()
     os._exit(1)
-
-
-def _beat() -> None:
-    """Touches the file whose age tells the launcher that the engine lives."""
-    if heartbeat := os.environ.get(HEARTBEAT):
-        Path(heartbeat).touch()
 
 
 def _log_to_the_server(name: str) -> None:
