@@ -57,6 +57,14 @@ def test_where_larger_calls_gain_nothing_a_call_is_small():
     assert learned(on_cpu).enough_rows(KEY, MOST) <= 4
 
 
+@pytest.mark.parametrize("most", [1, 2, 4])
+def test_small_calls_are_never_made_smaller(most):
+    costs = learned(on_cpu, most)
+    for _ in range(200):
+        assert costs.enough_rows(KEY, most) == most
+        costs.observe(KEY, most, on_cpu(most))
+
+
 def test_where_larger_calls_gain_a_call_is_as_large_as_it_may_be():
     assert learned(on_gpu).enough_rows(KEY, MOST) == MOST
 
@@ -140,3 +148,19 @@ def test_where_calls_gain_nothing_changes():
     assert p99(known[2]) <= 1.05 * p99(plain[2])
     assert mean(known) <= 1.05 * mean(plain)
     assert known_end <= 1.02 * plain_end
+
+
+def test_a_crowd_of_sizes_pays_for_the_time_of_its_small_calls():
+    """Sixteen images of one size keep their share of the time beside 40 of other sizes."""
+    costs = Costs()
+    batcher = StepBatcher(lambda key: MOST, costs.seconds)
+    for key in [KEY] * 16 + [CallKey("unet", 8, 9 + n) for n in range(40)]:
+        batcher.add(Claim(key, [1] * 10_000))
+    spent = {True: 0.0, False: 0.0}
+    for _ in range(2000):
+        call = batcher.schedule()
+        key, seconds = call[0].key, 0.010 + 0.001 * len(call)
+        spent[key == KEY] += seconds
+        costs.observe(key, len(call), seconds)
+        batcher.advance(call)
+    assert spent[True] / sum(spent.values()) == pytest.approx(16 / 56, rel=0.1)
