@@ -210,12 +210,12 @@ def test_codes_are_looked_up_unless_the_decoder_learnt_from_latents_as_painted(b
 
 def a_text_model_with_code(folder):
     code = {"AutoConfig": "code.Config", "AutoModel": "code.Model"}
-    change(folder / "text_encoder_2" / "config.json", model_type="novel", auto_map=code)
+    change(folder / "bert" / "config.json", model_type="novel", auto_map=code)
 
 
 def a_tokenizer_with_code(folder):
     code = {"AutoTokenizer": ["code.Slow", "code.Fast"]}
-    file = folder / "tokenizer_2" / "tokenizer_config.json"
+    file = folder / "bert_tokenizer" / "tokenizer_config.json"
     change(file, tokenizer_class="Novel", auto_map=code)
 
 
@@ -326,7 +326,7 @@ def a_default_that_no_request_may_have(folder):
 
 
 def no_model_type(folder):
-    change(folder / "text_encoder_2" / "config.json", model_type=None)
+    change(folder / "bert" / "config.json", model_type=None)
 
 
 def index_of_another_kind(folder):
