@@ -152,20 +152,20 @@ class Trainer:
             tensors |= {f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in state.items()}
         part = self._state.with_suffix(".part")
         tensors = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
-        told = {"step": str(self.step), "position": json.dumps(position), "reads": self._reads}
-        save_file(tensors, part, told)
+        record = {"step": str(self.step), "position": json.dumps(position), "reads": self._reads}
+        save_file(tensors, part, record)
         os.replace(part, self._state)
 
     def _load(self) -> None:
         try:
             with safe_open(self._state, "pt") as file:
-                told = file.metadata()
+                record = file.metadata()
             tensors = load_file(self._state, device=str(self.device))
         except SafetensorError as error:
             raise BadInput(f"--runs: {self._state} is broken: {error}")
-        if told.get("reads", "") != self._reads:
+        if record.get("reads", "") != self._reads:
             raise BadInput(f"--runs: {self._state} was saved from a run on other weights or seed")
-        self._position = json.loads(told.get("position", "null"))
+        self._position = json.loads(record.get("position", "null"))
         try:
             self.module.load_state_dict(_under("module.", tensors))
             self.ema.load_state_dict(_under("ema.", tensors))

@@ -1,4 +1,4 @@
-"""`python -m examples.scenes.quality`: paints held-out prompts, reads the pictures back, and counts.
+"""`python -m examples.scenes.quality`: paints held-out prompts, reads them back, and counts.
 
 Every prompt is of a scene with a combination of shape, colour and size that training never
 showed (one name in five leaves the size out); with `--seen`, without. Pictures come from the
@@ -223,25 +223,25 @@ def interval(hits: int, n: int) -> tuple[float, float]:
 
 def share(values: Iterable[bool | None]) -> dict[str, object] | None:
     """Percent true of those that are not None, with its interval."""
-    said = [value for value in values if value is not None]
-    if not said:
+    known = [value for value in values if value is not None]
+    if not known:
         return None
-    percent = round(100 * sum(said) / len(said), 1)
-    return {"percent": percent, "interval": interval(sum(said), len(said)), "n": len(said)}
+    percent = round(100 * sum(known) / len(known), 1)
+    return {"percent": percent, "interval": interval(sum(known), len(known)), "n": len(known)}
 
 
 def table_of(all_tasks: list[Task], scores: list[Score]) -> dict[str, dict[str, Any]]:
     """Attribute by attribute, by number of objects and over all."""
     rows: dict[str, list[Score]] = {name: [] for name in (*NAMES.values(), "all")}
-    for task, one in zip(all_tasks, scores, strict=True):
-        rows[NAMES[len(task.scene.items)]].append(one)
-        rows["all"].append(one)
+    for task, found in zip(all_tasks, scores, strict=True):
+        rows[NAMES[len(task.scene.items)]].append(found)
+        rows["all"].append(found)
     return {name: row_of(scored) for name, scored in rows.items()}
 
 
 def row_of(scores: list[Score]) -> dict[str, Any]:
     attributes = ("all_correct", *Score.__dataclass_fields__)
-    return {a: share(getattr(one, a) for one in scores) for a in attributes}
+    return {a: share(getattr(found, a) for found in scores) for a in attributes}
 
 
 def measure(engine: Engine, all_tasks: list[Task], **fields: str | float) -> list[Score]:

@@ -1,13 +1,14 @@
-"""`python -m examples.scenes.order`: BERT says where objects stand of which captions leave it open.
+"""Stage `spell_out_relations`: BERT fills in the relations that captions leave open.
 
-"A star left of a square; a ring is left of the square" leaves open where the ring is to the star,
-and a painter that has to decide it from noise often paints a mixture of both, twice. So of the
-object that is named last BERT learns to say what it says where the caption spells it out, "a ring
-is below the star" (context distillation, arXiv:2209.15189): the first named comes first, from above
-or from the left. "A ring between a star and a square" may be a row or a column, and both are rare
-in training; BERT learns to say "a ring below a star; a square is below the ring". For the same
-reason one object is large where captions leave its size open, and several are small. All else it
-says as before, so the fusion head and the UNets stay as they are. Writes `text_encoder_2/`.
+"A star left of a square; a ring is left of the square" leaves open how the ring relates to the
+star, and a UNet that has to decide it from noise often paints a mixture of both, twice. So the
+hidden states of the object that is named last become those that BERT gives if the caption spells it
+out, "a ring is below the star" (context distillation, arXiv:2209.15189): the first named comes
+first, from above or from the left. "A ring between a star and a square" may be a row or a column,
+and both are rare in training; it becomes "a ring below a star; a square is below the ring". For the
+same reason a single object becomes large if the caption leaves its size open, and several become
+small. All other hidden states stay, so the fusion head and the UNets need no training. Writes
+`bert/`.
 """
 
 from __future__ import annotations
@@ -21,30 +22,30 @@ from torch import Tensor
 from transformers import BertModel, BertTokenizer
 
 from examples.scenes.scenes import SIZES, Scene, says_between, sizes_named, spelled_out
+from examples.scenes.world import knows_truth
 from networks.loading import load_part
-from training.cli import stage_cli
-from training.data import MAX_TOKENS, BadInput, Batch, knows_truth, requests_of, token_ids
+from training.data import MAX_TOKENS, BadInput, Batch, token_ids
 from training.diffusion import BERT_LAYERS
 from training.run import Run, check_trained, save_part
 
 STEPS, BATCH = 500, 96
 LEARNING_RATE, EMA_DECAY = 1e-3, 0.99
-KEPT = 6.0  # weight of what stays: without it other captions are painted worse
-# Words around "between" and before names, and those in their place where it is spelled out.
-STANDS_FOR = {"between": "below", "and": ";", "them": "it", "an": "a"}
+KEPT = 6.0  # weight of states that stay: without it other captions are painted worse
+# Words around "between" and before names, and their counterparts in the spelled-out caption.
+COUNTERPARTS = {"between": "below", "and": ";", "them": "it", "an": "a"}
 
 
 def train(run: Run) -> None:
-    check_trained(run.checkpoint, "tokenizer_2", "text_encoder_2")
+    check_trained(run.checkpoint, "bert_tokenizer", "bert")
     if not knows_truth(run.source):
-        raise BadInput("--data: examples.scenes.order needs scenes, whose truth is known")
-    folder = run.checkpoint / "text_encoder_2"
-    tokenizer = BertTokenizer.from_pretrained(run.checkpoint / "tokenizer_2")
+        raise BadInput("--data: the stage spell_out_relations needs scenes, whose truth is known")
+    folder = run.checkpoint / "bert"
+    tokenizer = BertTokenizer.from_pretrained(run.checkpoint / "bert_tokenizer")
     bert = load_part(folder, BertModel, add_pooling_layer=False).to(run.device)
     before = copy.deepcopy(bert).requires_grad_(False)
     bert.requires_grad_(True)
-    trainer = run.trainer(bert, "order", LEARNING_RATE, EMA_DECAY, [folder])
-    batches = requests_of(run.source).batches(
+    trainer = run.trainer(bert, "spell_out_relations", LEARNING_RATE, EMA_DECAY, [folder])
+    batches = run.source.batches(
         87_000_000 + run.first([folder]), run.batch, run.device, captions_only=True
     )
 
@@ -52,43 +53,44 @@ def train(run: Run) -> None:
         drawn = batches.at(step)
         spelled = [
             sizes_named(scene, spelled_out(scene, caption))
-            for scene, caption in zip(drawn.scenes, drawn.captions, strict=True)
+            for scene, caption in zip(drawn.truth, drawn.captions, strict=True)
         ]
-        asked, told = (token_ids(tokenizer, c, run.device) for c in (drawn.captions, spelled))
+        short, full = (token_ids(tokenizer, c, run.device) for c in (drawn.captions, spelled))
         sources, layers = same_words(tokenizer, drawn, spelled)
-        wanted, said = targets(before, asked, told, sources.to(run.device), layers.to(run.device))
-        error = (states(bert, *asked) - wanted).square().mean((0, 3))
-        there = asked[1].bool()
+        wanted, changed = targets(
+            before, short, full, sources.to(run.device), layers.to(run.device)
+        )
+        error = (states(bert, *short) - wanted).square().mean((0, 3))
+        present = short[1].bool()
         means = {
-            "said": error[said].sum() / max(1, int(said.sum())),
-            "kept": error[~said & there].mean(),
+            "changed": error[changed].sum() / max(1, int(changed.sum())),
+            "kept": error[~changed & present].mean(),
         }
-        return {"loss": torch.where(said, error, KEPT * error)[there].mean(), **means}
+        return {"loss": torch.where(changed, error, KEPT * error)[present].mean(), **means}
 
     save_part(trainer.run(loss_at, batches), folder)
 
 
 def same_words(tokenizer: BertTokenizer, batch: Batch, spelled: list[str]) -> tuple[Tensor, Tensor]:
-    """Where captions are spelled out, which token there says what a token of a caption is to say.
+    """For each token of a caption, the token of the spelled-out caption whose state it takes.
 
-    It is the same word, of the same object if it is in a name; up to the last name, as what comes
-    after may be worded otherwise. One object between two others is named elsewhere, and of the
-    words beside the names each has one that stands for it. All that can be told there in the last
-    layer alone, as lower ones do not know yet whether a caption leaves anything open; the word
-    "between" they all see.
+    It is the same word, of the same object if it is in a name; up to the last name, as later words
+    may differ. One object between two others is named elsewhere, and of the words beside the names
+    each has a counterpart. Only the last layer can take these states, as lower ones do not know yet
+    whether a caption leaves anything open; the word "between" they all see.
 
     Returns:
-        Indices of tokens, -1 where a token is to say what it says: (B, `MAX_TOKENS`). And whether
-        a caption is to say it in every layer that the fusion head reads, (B,).
+        Indices of tokens, -1 for a token that keeps its state: (B, `MAX_TOKENS`). And whether a
+        caption takes states in every layer that the fusion head reads, (B,).
     """
     sources = torch.full((len(spelled), MAX_TOKENS), -1)
     between = [says_between(caption) for caption in batch.captions]
-    for row, (scene, caption, told) in enumerate(
-        zip(batch.scenes, batch.captions, spelled, strict=True)
+    for row, (scene, caption, full) in enumerate(
+        zip(batch.truth, batch.captions, spelled, strict=True)
     ):
-        if told == caption:
+        if full == caption:
             continue
-        here, there = (words(tokenizer, scene, text) for text in (caption, told))
+        here, there = (words(tokenizer, scene, text) for text in (caption, full))
         if not between[row]:
             here = here[: 1 + max(i for i, (name, *_) in enumerate(here) if name >= 0)]
         found = [there.index(word) if word in there else -1 for word in here]
@@ -106,8 +108,8 @@ def words(tokenizer: BertTokenizer, scene: Scene, caption: str) -> list[tuple[in
     seen: Counter[tuple[int, str]] = Counter()
     found = []
     for token, (start, end) in zip(encoded.tokens(), encoded["offset_mapping"], strict=True):
-        whose = [k for k, (first, past) in enumerate(names) if first <= start < end <= past]
-        word = (whose[0] if whose else -1, STANDS_FOR.get(token, token))
+        owners = [k for k, (first, past) in enumerate(names) if first <= start < end <= past]
+        word = (owners[0] if owners else -1, COUNTERPARTS.get(token, token))
         found.append((*word, seen[word]))
         seen[word] += 1
     return found
@@ -121,25 +123,21 @@ def targets(
     sources: Tensor,
     all_layers: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """What BERT is to say of captions, in every layer, and which tokens change: (B, L).
+    """The hidden states that BERT learns for captions, of every layer, and which change: (B, L).
 
     Args:
         caption, spelled: ids and mask, both (B, L).
-        sources, all_layers: as `same_words` has them.
+        sources, all_layers: as `same_words` returns them.
     """
-    wanted, told = states(bert, *caption), states(bert, *spelled)
-    said = sources >= 0
+    wanted, full = states(bert, *caption), states(bert, *spelled)
+    changed = sources >= 0
     rows = torch.arange(len(sources), device=sources.device)[:, None]
     for layer in BERT_LAYERS:
-        here = said if layer == BERT_LAYERS[-1] else said & all_layers[:, None]
-        wanted[layer][here] = told[layer][rows, sources.clamp(min=0)][here]
-    return wanted, said
+        here = changed if layer == BERT_LAYERS[-1] else changed & all_layers[:, None]
+        wanted[layer][here] = full[layer][rows, sources.clamp(min=0)][here]
+    return wanted, changed
 
 
 def states(bert: BertModel, ids: Tensor, mask: Tensor) -> Tensor:
     """Hidden states of every layer, the embeddings first: (layers + 1, B, L, width)."""
     return torch.stack(bert(ids, attention_mask=mask, output_hidden_states=True).hidden_states)
-
-
-if __name__ == "__main__":
-    stage_cli(train, STEPS, BATCH)
