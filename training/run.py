@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from training import data
+from training.compute import Compute
 from training.loop import Trainer
 from twinbrush.server.manifest import sha256_of
 
@@ -65,15 +66,16 @@ class Run:
         learning_rate: float,
         ema_decay: float,
         reads: Sequence[Path] = (),
+        compute: Compute | None = None,
     ) -> Trainer:
         """A trainer of `module`, which is on the run's device, into the folder `name`.
 
         `reads` are folders of weights that the training depends on: a save that was made with
-        other weights or another seed is refused.
+        other weights or another seed is refused. `compute` is one pass in one process by default.
         """
         return Trainer(
             module, self.runs / name, self.steps, learning_rate, ema_decay, self.save_every,
-            self.bf16, f"{digest(reads)} {self.seed}",
+            compute or Compute(self.bf16), f"{digest(reads)} {self.seed}",
         )  # fmt: skip
 
 

@@ -285,7 +285,7 @@ def test_it_does_not_go_on_from_a_save_of_another_bert(checkpoint):
 
 
 def test_bert_is_told_of_order_and_of_sizes(checkpoint, monkeypatch):
-    heard, same_words = [], spell_out_relations.same_words
+    heard, same_words = [], spell.same_words
 
     def hear(tokenizer, batch, spelled):
         heard.extend(zip(batch.truth, batch.captions, spelled, strict=True))
