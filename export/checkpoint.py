@@ -20,15 +20,15 @@ from networks.pruned import pruning_of
 # Classes that each part may be of; None is any text model that transformers knows.
 PARTS = {
     "text_encoder": ("CLIPTextModel",),
-    "text_encoder_2": None,
+    "bert": None,
     "fusion": ("FusionHead",),
     "unet": ("UNet2DConditionModel",),
     "vae": ("VQModel", "AutoencoderKL"),
 }
-OTHERS = ("tokenizer", "tokenizer_2", "scheduler")
+OTHERS = ("tokenizer", "bert_tokenizer", "scheduler")
 # Files of which a tokenizer has at least one; without, transformers makes an empty one.
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model")
-BERT_PARTS = ("text_encoder_2", "tokenizer_2")
+BERT_PARTS = ("bert", "bert_tokenizer")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Of a hub repository: no pickles, no second copies of the weights, no single-file checkpoints.
 PIPELINE_FILES = ["model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors"]
@@ -74,8 +74,8 @@ def open_checkpoint(
 
     Args:
         source: folder or hub id of a checkpoint in diffusers layout.
-        bert: folder or hub id of a text model and its tokenizer, for `text_encoder_2` and
-            `tokenizer_2`; without a fusion head of its own the checkpoint gets a new one.
+        bert: folder or hub id of a text model and its tokenizer, for `bert` and
+            `bert_tokenizer`; without a fusion head of its own the checkpoint gets a new one.
         revision, bert_revision: commit, tag or branch, of hub ids.
         keep_bert: takes `bert` only where the checkpoint has no text model of its own.
 
@@ -90,7 +90,7 @@ def open_checkpoint(
         for part in folders
         if isinstance(entry := index.get(part), list) and len(entry) == 2
     }
-    if keep_bert and classes.get("text_encoder_2"):
+    if keep_bert and classes.get("bert"):
         bert = None
     sources = {str(source): folder}
     if bert is not None:

@@ -77,7 +77,7 @@ def write(checkpoint: Checkpoint, parts: dict[str, Part], folder: Path) -> None:
         "latent_channels": unet.config.in_channels,
         "encoders": [
             _encoder(checkpoint, parts[model], tokenizer, folder)
-            for model, tokenizer in (("clip_text", "tokenizer"), ("bert", "tokenizer_2"))
+            for model, tokenizer in (("clip_text", "tokenizer"), ("bert", "bert_tokenizer"))
         ],
         "fusion_inputs": list(parts["fusion"].inputs),
         "unet_inputs": [n for n in parts["unet"].inputs if n not in ("sample", "timestep")],

@@ -31,7 +31,7 @@ MODELS = ("clip_text", "bert", "fusion", "unet", "vqgan_decoder")
 # The part of a checkpoint that holds each model that can be pruned.
 SOURCE = {
     "clip_text": "text_encoder",
-    "bert": "text_encoder_2",
+    "bert": "bert",
     "unet": "unet",
     "vqgan_decoder": "vae",
 }
