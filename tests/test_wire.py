@@ -25,7 +25,8 @@ import tritonclient.grpc as grpc
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
-from twinbrush_client.wire import DATA_TYPES, NUMPY_TYPES, inputs
+from twinbrush_client.fields import DATA_TYPES
+from twinbrush_client.wire import NUMPY_TYPES, inputs
 
 UNARY, STREAM = "text_to_image", "text_to_image_stream"
 PICTURE = {"prompt": "a red circle", "image_format": "png"}
@@ -424,7 +425,7 @@ def test_a_live_request_can_be_cancelled_by_its_id(server):
     events, error = cancel(server, "mine")
     assert (events, error) == ([{"event": b"cancelled"}], None)
     start.join(10)
-    assert answers[0][1] == "the request was cancelled"
+    assert answers[0][1] == "CANCELLED: the request was cancelled"
 
 
 def test_a_live_request_over_http_can_be_cancelled_by_its_id(server):
@@ -462,7 +463,7 @@ def test_an_id_stops_all_live_requests_that_bear_it(server):
     assert cancel(server, "ours") == ([{"event": b"cancelled"}], None)
     for thread in threads:
         thread.join(10)
-    assert [error for _, error in answers] == ["the request was cancelled"] * 2
+    assert [error for _, error in answers] == ["CANCELLED: the request was cancelled"] * 2
 
 
 def test_cancelling_what_does_not_live_says_so(server):

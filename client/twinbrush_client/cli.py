@@ -11,8 +11,10 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from twinbrush_client.client import TIMEOUT, Client, Stream
-from twinbrush_client.wire import Picture, TwinbrushError
+from twinbrush_client.client import Client, Stream
+from twinbrush_client.connection import TIMEOUT
+from twinbrush_client.errors import TwinbrushError
+from twinbrush_client.wire import Picture
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 console = Console(highlight=False)
@@ -56,7 +58,7 @@ def generate(
         out.mkdir(parents=True, exist_ok=True)
         client = Client(server, timeout)
         stream = client.stream(
-            prompt, num_images, seed=seed, steps=steps, guidance_scale=guidance_scale,
+            prompt, num_images=num_images, seed=seed, steps=steps, guidance_scale=guidance_scale,
             negative_prompt=negative_prompt, sampler=sampler, width=width, height=height,
             deterministic=deterministic,
         )  # fmt: skip

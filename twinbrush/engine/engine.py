@@ -84,7 +84,9 @@ class Engine:
         self._conditioner = Conditioner(self._watchdog, config, tokenizer, limits.max_rows)
         self._to_encode: queue.SimpleQueue = queue.SimpleQueue()
         self._to_reply: queue.SimpleQueue = queue.SimpleQueue()
-        self._decoder = Decoder(self._watchdog, self._rows, self._finish, self._end_failed)
+        self._decoder = Decoder(
+            self._watchdog, self.config, self._rows, self._finish, self._end_failed
+        )
         loops = (self._encode_loop, self._denoise_loop, self._decoder.loop, self._reply_loop)
         self._threads = [start_guarded(loop.__qualname__, loop, self._fail) for loop in loops]
 
@@ -119,8 +121,8 @@ class Engine:
         )
         generation = Generation(request, self._plan.work(request), warnings, reply, self._end)
         now = time.monotonic()
-        if deadline_ms := getattr(request, "deadline_ms", 0):
-            generation.deadline = now + deadline_ms / 1000
+        if request.deadline_ms:
+            generation.deadline = now + request.deadline_ms / 1000
         with self._work:
             if self._closed or self._draining:
                 raise self._closed or EngineError.of_shutdown()

@@ -18,6 +18,7 @@ from twinbrush.engine.request import GenerationRequest
 from twinbrush.engine.samplers import guidance_embedding, trajectory
 
 UNET = "unet"
+PRIORITY_WEIGHTS = {"low": 0.25, "normal": 1.0, "high": 4.0}
 
 
 class Planner:
@@ -69,7 +70,8 @@ class Planner:
 
     def claim(self, request: GenerationRequest, latent: Latent) -> Claim:
         """The claim of one image on UNet calls."""
-        return Claim(self.key(request), [latent.rows] * latent.trajectory.steps)
+        rows = [latent.rows] * latent.trajectory.steps
+        return Claim(self.key(request), rows, PRIORITY_WEIGHTS[request.priority])
 
     def capacity(self, key: CallKey) -> Capacity:
         """What one call of a key may hold."""
