@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from twinbrush.engine.batcher import CallKey
+from twinbrush.engine.claims import CallKey
 
 SMOOTHING = 0.2  # weight of the latest call, once a class has had as many as make it the mean
 SMALL = 4  # rows: calls of at most that many are never made smaller
