@@ -46,7 +46,7 @@ def part(checkpoint: Checkpoint) -> Part:
     config = encoder.config
     layers = _layers(checkpoint, config.num_hidden_layers)
     positions = getattr(config, "max_position_embeddings", None) or MAX_TOKENS
-    tokenizer = load_tokenizer(checkpoint, "tokenizer_2")
+    tokenizer = load_tokenizer(checkpoint, "bert_tokenizer")
     length = min(MAX_TOKENS, positions, tokenizer.model_max_length)
     return Part(
         name="bert",
@@ -79,15 +79,15 @@ def _load(checkpoint: Checkpoint) -> nn.Module:
         options["attn_implementation"] = "eager"
     # The encoder alone, where a model also has a decoder.
     model_class = AutoModelForTextEncoding if encodes else AutoModel
-    return checkpoint.load("text_encoder_2", model_class, **options)
+    return checkpoint.load("bert", model_class, **options)
 
 
 def _config(checkpoint: Checkpoint, options: dict[str, Any]) -> Any:
-    folder = checkpoint.folders["text_encoder_2"]
+    folder = checkpoint.folders["bert"]
     try:
         return AutoConfig.from_pretrained(folder, **options)
     except Exception as error:
-        kind = checkpoint.config("text_encoder_2").get("model_type")
+        kind = checkpoint.config("bert").get("model_type")
         text = f"{folder} has a config.json that cannot be read: {first_line(error)}"
         if kind not in CONFIG_MAPPING:
             text = f"{folder} has model_type {kind!r}, which transformers does not know"

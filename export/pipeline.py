@@ -76,7 +76,7 @@ def write(checkpoint: Checkpoint, parts: dict[str, Part], folder: Path) -> None:
         "clip_tokens": parts["clip_text"].inputs["input_ids"].axes[0],
         "bert_tokens": parts["bert"].inputs["input_ids"].axes[0],
         "clip_pad": _padding(checkpoint, "tokenizer", folder / "clip_tokenizer.json"),
-        "bert_pad": _padding(checkpoint, "tokenizer_2", folder / "bert_tokenizer.json"),
+        "bert_pad": _padding(checkpoint, "bert_tokenizer", folder / "bert_tokenizer.json"),
         "timestep_cond": unet.config.time_cond_proj_dim,
         "latent_to_rgb": index.get("latent_to_rgb") or latent_to_rgb(parts["vqgan_decoder"]),
     }

@@ -210,20 +210,20 @@ def test_codes_are_looked_up_unless_the_decoder_learnt_from_latents_as_painted(b
 
 def a_text_model_with_code(folder):
     code = {"AutoConfig": "code.Config", "AutoModel": "code.Model"}
-    change(folder / "text_encoder_2" / "config.json", model_type="novel", auto_map=code)
+    change(folder / "bert" / "config.json", model_type="novel", auto_map=code)
 
 
 def a_tokenizer_with_code(folder):
     code = {"AutoTokenizer": ["code.Slow", "code.Fast"]}
-    file = folder / "tokenizer_2" / "tokenizer_config.json"
+    file = folder / "bert_tokenizer" / "tokenizer_config.json"
     change(file, tokenizer_class="Novel", auto_map=code)
 
 
 @pytest.mark.parametrize(
     ("bringing", "message"),
     [
-        (a_text_model_with_code, "text_encoder_2 has model_type 'novel', which transformers does"),
-        (a_tokenizer_with_code, "tokenizer_2 has no tokenizer that can be served: "),
+        (a_text_model_with_code, "bert has model_type 'novel', which transformers does"),
+        (a_tokenizer_with_code, "bert_tokenizer has no tokenizer that can be served: "),
     ],
 )
 def test_code_that_a_checkpoint_brings_is_not_asked_about(
@@ -326,7 +326,7 @@ def a_default_that_no_request_may_have(folder):
 
 
 def no_model_type(folder):
-    change(folder / "text_encoder_2" / "config.json", model_type=None)
+    change(folder / "bert" / "config.json", model_type=None)
 
 
 def index_of_another_kind(folder):
@@ -361,7 +361,7 @@ def mismatched_widths(folder):
         (epsilon_from_pure_noise, "prediction_type='epsilon' is not allowed where alpha_bar"),
         (an_unknown_default, r"cannot be served: pipeline\.json is not .*'colour'"),
         (a_default_that_no_request_may_have, "guidance_scale='high' is not allowed"),
-        (no_model_type, "text_encoder_2 has model_type None, which transformers does not know"),
+        (no_model_type, "bert has model_type None, which transformers does not know"),
         (mismatched_widths, "fusion has width 64, its encoder has 32"),
     ],
 )

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import compress, pairwise
@@ -21,7 +20,6 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from benchmarks.local_engine import local_engine
@@ -40,9 +38,9 @@ from examples.scenes.scenes import (
     says_between,
     spelled_out,
 )
+from export.painting import paint
 from twinbrush.engine.engine import Engine
-from twinbrush.engine.generation import End, Event, Finished
-from twinbrush.engine.request import GenerationRequest, InvalidArgument
+from twinbrush.engine.request import InvalidArgument
 from twinbrush.runtimes.onnx_runtime import LocalModels
 
 SEED = 90_000_000  # of the held-out scenes; picture k is painted from seed k
@@ -173,44 +171,6 @@ def scene_engine(repository: Path) -> Iterator[Engine]:
         if (side := engine.config.native_side) != SIDE:
             sys.exit(f"error: --repository: its pictures have {side} pixels a side, not {SIDE}")
         yield engine
-
-
-def paint(engine: Engine, prompts: list[str], **fields: np.ndarray) -> list[np.ndarray]:
-    """Pictures (H, W, 3) uint8 of the prompts, all requests at once.
-
-    Raises:
-        RuntimeError: a request ended in an error.
-    """
-    pictures: dict[int, np.ndarray] = {}
-    errors: list[str] = []
-    places = threading.Semaphore(64)
-
-    def replier(k: int, side: tuple[int, int]) -> Callable[[Event], None]:
-        def reply(event: Event) -> None:
-            if isinstance(event, Finished):
-                pictures[k] = np.frombuffer(event.image, np.uint8).reshape(*side, 3)
-            elif isinstance(event, End):
-                if event.error:
-                    errors.append(str(event.error))
-                places.release()
-
-        return reply
-
-    for k, prompt in enumerate(track(prompts, "painting", console=console, transient=True)):
-        given = {
-            "prompt": np.array([prompt.encode()], object),
-            "seed": np.array([k]),
-            "image_format": np.array([b"raw"], object),
-            "progress": np.array([False]),
-        }
-        request = GenerationRequest.parse(given | fields, engine.config)
-        places.acquire()
-        engine.submit(request, replier(k, (request.height, request.width)))
-    for _ in range(64):
-        places.acquire()
-    if errors:
-        raise RuntimeError(errors[0])
-    return [pictures[k] for k in range(len(prompts))]
 
 
 def interval(hits: int, n: int) -> tuple[float, float]:
