@@ -43,6 +43,7 @@ def check_configs(checkpoint: Checkpoint) -> None:
         fusion = checkpoint.config("fusion")
         bert.check_layers(checkpoint)
         _build(checkpoint, "fusion", lambda: FusionHead.from_config(fusion))
+    _check_fusion(checkpoint, width)
     if unet.get("cross_attention_dim", 1280) != width:
         raise CheckpointError(
             f"unet has cross_attention_dim {unet.get('cross_attention_dim', 1280)},"

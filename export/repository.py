@@ -35,8 +35,6 @@ SOURCE = {
     "unet": "unet",
     "vqgan_decoder": "vae",
 }
-# The tokenizer whose ids each text model was trained on.
-TOKENIZER = {"clip_text": "clip_tokenizer.json", "bert": "bert_tokenizer.json"}
 FRONT_DOORS = ("text_to_image", ENGINE.parent.name)
 TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
 
@@ -223,7 +221,7 @@ def _kept(parts: dict[str, Part], repository: Path, only: Sequence[str]) -> dict
 
 def _check_tokenizers(kept: Container[str], repository: Path, stage: Path) -> None:
     """Refuses to give a text model that stays the token ids of another vocabulary."""
-    for model, name in TOKENIZER.items():
+    for model, name in pipeline.TOKENIZER.items():
         before = repository / ENGINE / name
         same = before.is_file() and before.read_bytes() == (stage / ENGINE / name).read_bytes()
         if model in kept and not same:

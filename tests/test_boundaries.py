@@ -4,9 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from twinbrush.engine.request import FIELDS
+import pytest
+
+from twinbrush.engine.field_tables import COPIES, replaced
+from twinbrush.engine.request import COMMANDS, FIELDS
 from twinbrush.runtimes.onnx_runtime import read_config
-from twinbrush_client.wire import DATA_TYPES
+from twinbrush_client.fields import DATA_TYPES
 
 ROOT = Path(__file__).parent.parent
 
@@ -45,9 +48,23 @@ def test_the_front_doors_and_the_client_take_the_fields_of_a_request():
 
     wire = {name: kind.replace("BYTES", "STRING") for name, kind in DATA_TYPES.items()}
     assert set(wire) == set(FIELDS)
-    assert taken("text_to_image_stream") == wire | {"cancel": "STRING"}
+    commands = {name: field.data_type for name, field in COMMANDS.items()}
+    assert commands == {"cancel": "STRING", "info": "BOOL"}
+    assert taken("text_to_image_stream") == wire | commands
     del wire["progress"], wire["preview_every"]
     assert taken("text_to_image") == wire
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_copies_of_the_request_table_are_up_to_date(name):
+    """If not: `python -m twinbrush.engine.field_tables`."""
+    text = (ROOT / name).read_text()
+    assert COPIES[name](text) == text
+
+
+def test_a_copy_without_its_marks_is_no_copy():
+    with pytest.raises(ValueError, match="no text between"):
+        replaced("a\nb\n", ("a\n", "c\n"), "text")
 
 
 def test_nothing_reads_pickles_or_remote_code():

@@ -20,6 +20,7 @@ from twinbrush.engine.capacity import capacities
 from twinbrush.engine.config import MAX_SIDE, PipelineConfig, read_parameters, whole_numbers
 from twinbrush.engine.engine import Engine
 from twinbrush.engine.generation import End, EngineError, Finished, Generation, Progress
+from twinbrush.engine.limits import Limits
 from twinbrush.engine.request import GenerationRequest
 from twinbrush.runtimes.onnx_runtime import LocalModels, read_config
 
@@ -31,7 +32,7 @@ def request(engine: Engine, prompt: str = PROMPTS[0], **fields) -> GenerationReq
     tensors = {
         name: np.array([v.encode() if isinstance(v, str) else v],
                        object if isinstance(v, str) else types.get(name))
-        for name, v in {"prompt": prompt, "seed": 1, **fields}.items()
+        for name, v in {"prompt": prompt, "seed": 1, "image_format": "png", **fields}.items()
     }  # fmt: skip
     return GenerationRequest.parse(tensors, engine.config)
 
@@ -74,11 +75,11 @@ class Watched:
         self.calls: list[int] = []  # rows of each UNet call
         self.before_unet = lambda inputs: None
 
-    def run(self, model, inputs, output):
+    def run(self, model, inputs):
         if model == "unet":
             self.before_unet(inputs)
             self.calls.append(len(inputs["sample"]))
-        return self.models.run(model, inputs, output)
+        return self.models.run(model, inputs)
 
 
 @pytest.fixture
@@ -168,7 +169,7 @@ def test_requests_share_unet_calls(repository, watched):
 
 def test_buckets_pad_calls_and_leave_images_as_they_are(repository, watched):
     plain = open_engine(repository)
-    padded = open_engine(repository, watched, buckets=(1, 4, 16))
+    padded = open_engine(repository, watched, limits=Limits(row_buckets=(1, 4, 16)))
     wanted = request(plain, num_images=3, guidance_scale=1.0)
     expected, got = Client(plain, wanted).images, Client(padded, wanted).images
     assert set(watched.calls) <= {1, 4, 16}
@@ -206,12 +207,12 @@ def test_a_cancel_at_any_step_frees_its_rows_before_the_next_call(repository, wa
     after = Client(engine, request(engine, steps=2, guidance_scale=1.0))
     assert after.error is None
     assert watched.calls == [2] * step + [1] * 2
-    assert not engine._live
+    assert not engine._admission.live
     engine.close()
 
 
 def test_a_cancelled_place_is_taken_in_the_very_next_call(repository, watched):
-    engine = open_engine(repository, watched, max_rows=2)
+    engine = open_engine(repository, watched, limits=Limits(2))
     clients: list[Client] = []
     reached, go_on = threading.Event(), threading.Event()
 
@@ -233,14 +234,15 @@ def test_a_cancelled_place_is_taken_in_the_very_next_call(repository, watched):
     engine.close()
 
 
-def test_a_full_queue_answers_unavailable_and_recovers(repository, watched):
-    engine = open_engine(repository, watched, queue_size=3)
+def test_a_full_queue_refuses_and_recovers(repository, watched):
+    engine = open_engine(repository, watched, limits=Limits(queue_size=3))
     hold = threading.Event()
     watched.before_unet = lambda inputs: hold.wait(10)
     clients = [Client(engine, request(engine, seed=i)) for i in range(3)]
     with pytest.raises(EngineError, match="the queue is full") as error:
         Client(engine, request(engine))
-    assert error.value.code == "UNAVAILABLE"
+    assert error.value.code == "RESOURCE_EXHAUSTED"
+    assert error.value.retry_after >= 1
     hold.set()
     assert all(client.error is None for client in clients)
     assert Client(engine, request(engine)).error is None
@@ -261,7 +263,7 @@ def test_a_failing_call_fails_its_own_requests_only(repository, watched, caplog)
     assert broken.error.code == "INTERNAL"
     assert "secret" not in str(broken.error)
     assert "secret detail" in caplog.text
-    assert not engine._live
+    assert not engine._admission.live
     engine.close()
 
 
@@ -269,14 +271,14 @@ def test_a_picture_that_is_not_finite_fails_its_own_request_only(repository, wat
     engine = open_engine(repository, watched)
     run, held, go_on = watched.models.run, threading.Event(), threading.Event()
 
-    def spoil(model, inputs, output):
-        result = run(model, inputs, output)
+    def spoil(model, inputs):
+        result = run(model, inputs)
         if model == "vqgan_decoder":
             held.set()
             assert go_on.wait(60)
-            if len(result) == 2:
-                result = np.array(result)
-                result[0, 0, 0, 0] = np.nan
+            if len(result["image"]) == 2:
+                result["image"] = np.array(result["image"])
+                result["image"][0, 0, 0, 0] = np.nan
         return result
 
     watched.models.run = spoil  # type: ignore[method-assign]
@@ -284,7 +286,7 @@ def test_a_picture_that_is_not_finite_fails_its_own_request_only(repository, wat
     assert held.wait(60)
     clients += [Client(engine, request(engine, seed=i, steps=1)) for i in range(2)]
     until = time.monotonic() + 60
-    while engine._to_decode.qsize() < 2:  # to be decoded in one call
+    while engine._decoder._waiting.qsize() < 2:  # to be decoded in one call
         assert time.monotonic() < until
         time.sleep(0.01)
     go_on.set()
@@ -295,13 +297,13 @@ def test_a_picture_that_is_not_finite_fails_its_own_request_only(repository, wat
 
 
 def test_a_decoder_is_given_few_pictures_at_a_time(repository, watched):
-    engine = open_engine(repository, watched, max_rows=16)
+    engine = open_engine(repository, watched, limits=Limits(16))
     run, sizes = watched.models.run, []
 
-    def watch(model, inputs, output):
+    def watch(model, inputs):
         if model == "vqgan_decoder":
             sizes.append(len(inputs["latent"]))
-        return run(model, inputs, output)
+        return run(model, inputs)
 
     watched.models.run = watch  # type: ignore[method-assign]
     for side, most in ((32, 2), (64, 1)):
@@ -317,7 +319,7 @@ def test_a_decoder_is_given_few_pictures_at_a_time(repository, watched):
 @pytest.mark.parametrize("native_side", [64, 512, 768, 1024, 4096])
 def test_calls_of_larger_pictures_have_a_quarter_of_the_rows(repository, native_side, rows):
     config = PipelineConfig.load(repository / "text_to_image_stream" / "1" / "pipeline.json")
-    sized = replace(config, native_side=native_side)
+    sized = replace(config, native_width=native_side, native_height=native_side)
     found = capacities(sized, rows)
     assert found[0].side == native_side
     assert found[0].rows == rows
@@ -328,7 +330,7 @@ def test_calls_of_larger_pictures_have_a_quarter_of_the_rows(repository, native_
 
 
 def test_larger_pictures_share_smaller_calls_and_no_bucket_pads_past_them(repository, watched):
-    engine = open_engine(repository, watched, max_rows=16, buckets=(1, 3, 8))
+    engine = open_engine(repository, watched, limits=Limits(16, (1, 3, 8)))
     for side, calls in ((32, [8]), (48, [4, 3]), (64, [4, 3]), (80, [2, 2, 2, 1])):
         watched.calls.clear()
         asked = request(engine, num_images=7, steps=1, guidance_scale=1.0, height=side)
@@ -338,12 +340,12 @@ def test_larger_pictures_share_smaller_calls_and_no_bucket_pads_past_them(reposi
 
 
 def test_what_waits_has_drawn_no_noise(repository, watched):
-    engine = open_engine(repository, watched, max_rows=2)
+    engine = open_engine(repository, watched, limits=Limits(2))
     reached, hold = threading.Event(), threading.Event()
     watched.before_unet = lambda inputs: (reached.set(), hold.wait(10))
     client = Client(engine, request(engine, num_images=4, steps=1, guidance_scale=1.0))
     assert reached.wait(10)
-    drawn = [hasattr(job, "x") for job in client.generation.jobs]
+    drawn = [hasattr(engine._images[claim].latent, "x") for claim in client.generation.claims]
     hold.set()
     assert client.error is None
     assert drawn == [True, True, False, False]
@@ -355,13 +357,13 @@ def test_a_failing_encoder_call_fails_only_who_fails_alone(repository, watched, 
     engine = open_engine(repository, watched)
     run, reached, hold = watched.models.run, threading.Event(), threading.Event()
 
-    def refuse(model, inputs, output):
+    def refuse(model, inputs):
         if model == "clip_text":
             reached.set()
             hold.wait(10)
             if len(inputs["input_ids"]) > 1 or broken == 4:
                 raise RuntimeError("too many texts")
-        return run(model, inputs, output)
+        return run(model, inputs)
 
     watched.models.run = refuse  # type: ignore[method-assign]
     fields = {"guidance_scale": 1.0, "steps": 1}
@@ -448,9 +450,9 @@ def test_prompts_are_encoded_once(repository, watched):
     engine = open_engine(repository, watched)
     encoded = []
     run = watched.models.run
-    watched.models.run = lambda model, inputs, output: (  # type: ignore[method-assign]
+    watched.models.run = lambda model, inputs: (  # type: ignore[method-assign]
         encoded.append((model, len(next(iter(inputs.values()))))),
-        run(model, inputs, output),
+        run(model, inputs),
     )[1]
     for seed in range(3):
         assert Client(engine, request(engine, seed=seed, guidance_scale=3.0)).error is None
@@ -459,10 +461,10 @@ def test_prompts_are_encoded_once(repository, watched):
     engine.close()
 
 
-def test_a_cut_prompt_is_reported(engine):
+def test_a_truncated_prompt_is_reported(engine):
     client = Client(engine, request(engine, "very " * 30 + "red circle")).wait()
     finished = next(event for event in client.events if isinstance(event, Finished))
-    assert any("CLIP tokens and was cut to 16" in text for text in finished.warnings)
+    assert any("truncated to the 16 of clip_text" in text for text in finished.warnings)
 
 
 def test_a_negative_prompt_without_effect_is_reported(engine):

@@ -1,10 +1,11 @@
-"""Tokens are those of transformers, and what is cut is told."""
+"""Tokens equal those of transformers, and truncation is reported."""
 
 import numpy as np
 import pytest
 from harness import open_engine
 from transformers import BertTokenizer, CLIPTokenizer
 
+from twinbrush.engine.config import ENGINE, PipelineConfig
 from twinbrush.engine.prompt import PromptTokenizer
 
 PROMPTS = ["a large red circle", "A Café, ünïcode — and 数字 12!", "x", "very " * 40 + "long"]
@@ -23,22 +24,24 @@ def test_ids_and_masks_are_those_of_transformers(tiny, tokenizer):
                 "return_tensors": "np"}  # fmt: skip
     clip = CLIPTokenizer.from_pretrained(tiny / "tokenizer")(PROMPTS, **settings)
     bert = BertTokenizer.from_pretrained(tiny / "bert_tokenizer")(PROMPTS, **settings)
-    np.testing.assert_array_equal(tokens.clip_ids, clip["input_ids"])
-    np.testing.assert_array_equal(tokens.bert_ids, bert["input_ids"])
-    np.testing.assert_array_equal(tokens.bert_mask, bert["attention_mask"])
+    assert tokens["clip_text"].keys() == {"input_ids"}
+    np.testing.assert_array_equal(tokens["clip_text"]["input_ids"], clip["input_ids"])
+    np.testing.assert_array_equal(tokens["bert"]["input_ids"], bert["input_ids"])
+    np.testing.assert_array_equal(tokens["bert"]["attention_mask"], bert["attention_mask"])
 
 
-def test_only_what_is_cut_is_told(tokenizer):
+def test_only_truncated_texts_have_warnings(tokenizer):
     assert tokenizer.warnings("prompt", "a red circle") == []
     clip, bert = tokenizer.warnings("prompt", PROMPTS[-1])
     assert clip.startswith("prompt has ")
-    assert clip.endswith("CLIP tokens and was cut to 16")
-    assert bert.endswith("BERT tokens and was cut to 16")
+    assert clip.endswith(" tokens and was truncated to the 16 of clip_text")
+    assert bert.endswith(" tokens and was truncated to the 16 of bert")
 
 
 @pytest.mark.parametrize("content", [None, "{"])
-def test_a_tokenizer_that_cannot_be_read_is_named(tmp_path, content):
+def test_a_tokenizer_that_cannot_be_read_is_named(repository, tmp_path, content):
+    config = PipelineConfig.load(repository / ENGINE / "pipeline.json")
     if content is not None:
         (tmp_path / "clip_tokenizer.json").write_text(content)
     with pytest.raises(ValueError, match=r"clip_tokenizer\.json cannot be read .*export"):
-        PromptTokenizer(tmp_path, config=None)  # type: ignore[arg-type]
+        PromptTokenizer(tmp_path, config)

@@ -11,14 +11,14 @@ import pytest
 
 from twinbrush.engine.generation import EngineError, Finished
 from twinbrush.engine.request import GenerationRequest
-from twinbrush.triton.relay import RelayClient, RelayServer
+from twinbrush.triton.relay import LENGTHS, RelayClient, RelayServer, _frame
 
 WAIT = 60  # seconds
 
 
 def fields(**given) -> dict[str, np.ndarray]:
     types = {str: object, int: np.int32, float: np.float32, bool: bool}
-    given = {"prompt": "a red circle", "progress": False, **given}
+    given = {"prompt": "a red circle", "progress": False, "image_format": "png", **given}
     return {
         name: np.array([v.encode() if isinstance(v, str) else v], types[type(v)])
         for name, v in given.items()
@@ -51,7 +51,7 @@ def relay(engine):
     relay.server.close()
 
 
-def test_images_come_back_in_order_with_all_that_was_asked(relay):
+def test_images_come_back_in_order_with_every_field(relay):
     _, answers = relay.ask(num_images=3, seed=5, steps=2, guidance_scale=2.5, prompt="élan\n")
     images = answers.get(timeout=WAIT)
     assert [(type(i), i.index, i.seed) for i in images] == [(Finished, k, 5 + k) for k in range(3)]
@@ -66,10 +66,10 @@ def test_many_at_once_get_their_own(relay):
 def test_errors_keep_their_code(relay):
     error = relay.ask(steps=0)[1].get(timeout=WAIT)
     assert isinstance(error, EngineError)
-    assert (error.code, "steps=0 is not allowed" in str(error)) == ("INVALID_ARG", True)
+    assert (error.code, "steps=0 is invalid" in str(error)) == ("INVALID_ARG", True)
 
 
-def test_what_nobody_foresaw_is_an_error_of_that_request_alone(relay, monkeypatch, caplog):
+def test_an_unforeseen_error_fails_its_request_alone(relay, monkeypatch, caplog):
     monkeypatch.setattr(relay.engine, "submit", lambda *_: 1 / 0)
     assert relay.ask()[1].get(timeout=WAIT).code == "INTERNAL"
     assert "ZeroDivisionError" in caplog.text
@@ -104,9 +104,15 @@ def test_an_engine_that_closes_says_so(relay):
 
 @pytest.mark.parametrize(
     "last_words",
-    [b"", b'{"tick', b'{"ticket": 0, "index": 0, "seed": 1, "warnings": [], "bytes": 9}\nabc'],
+    [
+        b"",
+        b"\1\0",
+        _frame({"ticket": 0})[:12],
+        _frame({"ticket": 0}, b"an image")[:-3],
+        LENGTHS.pack(2**32 - 1, 0),
+    ],
 )
-def test_an_engine_that_is_lost_is_told_and_found_again(relay, last_words):
+def test_a_lost_engine_is_reported_and_found_again(relay, last_words):
     address = relay.address + "-lost"
     client, answers = RelayClient(address), queue.SimpleQueue()
     with socket.socket(socket.AF_UNIX) as lost:
@@ -128,9 +134,18 @@ def test_an_engine_that_is_lost_is_told_and_found_again(relay, last_words):
 def test_a_request_that_was_cut_short_harms_nobody(relay, capfd):
     with socket.socket(socket.AF_UNIX) as cut:
         cut.connect(relay.address)
-        cut.sendall(b'{"ticket": 0, "fie')
+        cut.sendall(_frame({"ticket": 0, "fields": []})[:-3])
     assert relay.ask(steps=1, seed=6)[1].get(timeout=WAIT)[0].seed == 6
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_frame_that_is_too_large_is_not_read(relay):
+    with socket.socket(socket.AF_UNIX) as huge:
+        huge.connect(relay.address)
+        huge.sendall(LENGTHS.pack(16, 2**31) + bytes(4096))
+        huge.settimeout(WAIT)
+        assert huge.recv(1) == b""  # the connection was closed
+    assert relay.ask(steps=1, seed=7)[1].get(timeout=WAIT)[0].seed == 7
 
 
 def test_without_an_engine_a_request_is_refused():

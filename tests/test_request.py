@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 
 from twinbrush.engine.config import Defaults, PipelineConfig
-from twinbrush.engine.request import GenerationRequest, InvalidArgument
+from twinbrush.engine.fields import InvalidArgument, shown
+from twinbrush.engine.request import FIELDS, GenerationRequest
 from twinbrush.engine.samplers import NoiseSchedule
 
 CONFIG = PipelineConfig(
     checkpoint="test",
     schedule=NoiseSchedule(alphas_cumprod=(0.9, 0.5, 0.1)),
     defaults=Defaults(steps=8, guidance_scale=3.0, sampler="dpmpp_2m"),
-    native_side=64, side_multiple=16, scale_factor=8, latent_channels=4, clip_tokens=40,
-    bert_tokens=40, clip_pad=1, bert_pad=0, timestep_cond=None, latent_to_rgb=(),
+    native_width=64, native_height=64, side_multiple=16, scale_factor=8, latent_channels=4, encoders=(),
+    fusion_inputs=(), unet_inputs=(), timestep_cond=None, latent_to_rgb=(),
 )  # fmt: skip
 TYPES = {int: np.int32, float: np.float32, bool: np.bool_}
 
@@ -35,14 +36,14 @@ def parse(**fields):
 
 @pytest.mark.parametrize(("native", "most"), [(64, 256), (512, 2048), (768, 2048), (4096, 4096)])
 def test_sides_end_where_networks_do(native, most):
-    assert replace(CONFIG, native_side=native).max_side == most
+    assert replace(CONFIG, native_width=native, native_height=native).max_side == most
 
 
 def test_silence_takes_the_checkpoints_defaults():
     request = parse()
     assert (request.steps, request.guidance_scale, request.sampler) == (8, 3.0, "dpmpp_2m")
     assert (request.width, request.height, request.num_images) == (64, 64, 1)
-    assert request.image_format == "png"
+    assert request.image_format == "png_base64"  # valid in JSON
 
 
 def test_a_guidance_scale_of_zero_is_not_silence():
@@ -54,33 +55,33 @@ def test_an_absent_seed_is_random():
 
 
 BAD = [
-    ({"prompt": None}, "prompt", "required"),
+    ({"prompt": None}, "prompt", "must be given"),
     ({"prompt": b""}, "prompt", "not empty"),
     ({"prompt": b"  \n"}, "prompt", "not empty"),
     ({"prompt": b"x" * 2001}, "prompt", "at most 2000 characters"),
     ({"prompt": b"a \xff circle"}, "prompt", "UTF-8"),
     ({"prompt": b"a\0b"}, "prompt", "NUL"),
     ({"negative_prompt": b"\xc3("}, "negative_prompt", "UTF-8"),
-    ({"steps": 0}, "steps=0", "1 to 50"),
-    ({"steps": -3}, "steps=-3", "1 to 50"),
-    ({"steps": 10_000}, "steps=10000", "1 to 50"),
+    ({"steps": 0}, "steps=0", "must be between 1 and 50"),
+    ({"steps": -3}, "steps=-3", "must be between 1 and 50"),
+    ({"steps": 10_000}, "steps=10000", "must be between 1 and 50"),
     ({"width": 0}, "width=0", "multiple of 16"),
     ({"height": 65}, "height=65", "multiple of 16"),
     ({"width": -64}, "width=-64", "multiple of 16"),
-    ({"width": 100_000}, "width=100000", "16 to 256"),
-    ({"seed": -1}, "seed=-1", "0 to 9223372036854775807"),
-    ({"seed": 2**63 - 1, "num_images": 2}, "seed=", "0 to 9223372036854775806"),
+    ({"width": 100_000}, "width=100000", "between 16 and 256 pixels"),
+    ({"seed": -1}, "seed=-1", "between 0 and 9223372036854775807"),
+    ({"seed": 2**63 - 1, "num_images": 2}, "seed=", "between 0 and 9223372036854775806"),
     ({"guidance_scale": float("nan")}, "guidance_scale=nan", "finite"),
     ({"guidance_scale": float("inf")}, "guidance_scale=inf", "finite"),
-    ({"guidance_scale": -1.0}, "guidance_scale=-1.0", "0 to 50"),
+    ({"guidance_scale": -1.0}, "guidance_scale=-1.0", "between 0 and 50"),
     ({"sampler": b"heun"}, "sampler='heun'", "lcm, ddim, euler, dpmpp_2m"),
-    ({"image_format": b"gif"}, "image_format='gif'", "png, jpeg, raw, png_base64"),
-    ({"num_images": 0}, "num_images=0", "1 to 16"),
-    ({"num_images": 1000}, "num_images=1000", "1 to 16"),
-    ({"preview_every": -1}, "preview_every=-1", "0 to 50"),
-    ({"steps": np.array([1, 2], np.int32)}, "steps=", r"shape must be \[1\]"),
+    ({"image_format": b"gif"}, "image_format='gif'", "png, jpeg, .*raw, png_base64"),
+    ({"num_images": 0}, "num_images=0", "between 1 and 16"),
+    ({"num_images": 1000}, "num_images=1000", "between 1 and 16"),
+    ({"preview_every": -1}, "preview_every=-1", "between 0 and 50"),
+    ({"steps": np.array([1, 2], np.int32)}, "steps=", r"must have the shape \[1\]"),
     ({"steps": np.array([4.0], np.float32)}, "steps=4.0", "integer"),
-    ({"scale": 3}, "scale=3", "inputs are prompt"),
+    ({"scale": 3}, "scale=3", "is no input; the inputs are prompt, "),
 ]
 
 
@@ -95,3 +96,48 @@ def test_a_long_value_does_not_flood_the_message():
     with pytest.raises(InvalidArgument) as error:
         parse(prompt=b"y" * 100_000)
     assert len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize("name", ["prompt", "negative_prompt", "sampler", "image_format"])
+def test_a_huge_text_is_refused_without_being_decoded(name):
+    class Huge(bytes):
+        """A text that must not be read."""
+
+        def decode(self, *arguments):
+            raise AssertionError("it was decoded")
+
+    tensor = np.array([None], object)
+    tensor[0] = Huge(b"x" * 100_000)
+    with pytest.raises(InvalidArgument, match=r"at most .*; it has 100000 bytes\.$") as error:
+        parse(**{name: tensor})
+    assert str(error.value).startswith(f"{name}='xxx")
+
+
+def test_a_text_of_the_longest_characters_fits():
+    assert len(parse(prompt="𝕏".encode() * 2000).prompt) == 2000
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (b"\xff" * 10**6, repr("\ufffd" * 60) + "..."),
+        ("é" * 61, repr("é" * 60) + "..."),
+        ([1, 2], "[1, 2]"),
+        ([1] * 10**6, "<list>"),
+        (object(), "<object>"),
+        (None, "None"),
+    ],
+)
+def test_values_are_shown_at_bounded_length(value, text):
+    assert shown(value) == text
+
+
+def test_a_number_is_not_a_flag_nor_a_flag_a_number():
+    with pytest.raises(InvalidArgument, match=r"^steps=True is invalid: must be an integer"):
+        parse(steps=True)
+    with pytest.raises(InvalidArgument, match=r"^deterministic=1 is invalid: must be true or"):
+        parse(deterministic=1)
+
+
+def test_every_field_says_what_it_is_for():
+    assert [name for name, field in FIELDS.items() if not field.help.endswith(".")] == []

@@ -28,11 +28,12 @@ from tritonclient.utils import InferenceServerException
 from twinbrush_client.wire import DATA_TYPES, NUMPY_TYPES, inputs
 
 UNARY, STREAM = "text_to_image", "text_to_image_stream"
+PICTURE = {"prompt": "a red circle", "image_format": "png"}
 
 
 def infer(server, model=UNARY, timeout=60, **fields):
     client = grpc.InferenceServerClient(server.address)
-    return client.infer(model, inputs({"prompt": "a red circle", **fields}), client_timeout=timeout)
+    return client.infer(model, inputs(PICTURE | fields), client_timeout=timeout)
 
 
 def stream(server, request_id="", on_answer=None, raw=None, **fields):
@@ -41,7 +42,7 @@ def stream(server, request_id="", on_answer=None, raw=None, **fields):
     with grpc.InferenceServerClient(server.address) as client:
         client.start_stream(lambda result, error: answers.put((result, error)))
         client.async_stream_infer(
-            STREAM, raw or inputs({"prompt": "a red circle", **fields}), request_id=request_id,
+            STREAM, raw or inputs(PICTURE | fields), request_id=request_id,
             enable_empty_final_response=True,
         )  # fmt: skip
         events: list[dict] = []
@@ -96,6 +97,56 @@ def test_http_generate_gives_base64(server):
     assert np.abs(png(base64.b64decode(answer["image"])).astype(int) - png(direct)).max() <= 1
 
 
+def test_http_without_a_format_is_json_with_a_picture(server):
+    """Raw bytes in a JSON string are what no parser reads."""
+    answer = json.loads(post(server, f"{UNARY}/generate", seed=5))
+    assert png(base64.b64decode(answer["image"])).shape == (32, 32, 3)
+    text = post(server, f"{STREAM}/generate_stream", progress=False, preview_every=2, steps=3)
+    events = [json.loads(line[5:]) for line in text.splitlines() if line.startswith("data:")]
+    assert [event["event"] for event in events] == ["preview", "image"]
+    for event in events:
+        assert png(base64.b64decode(event["image"])).ndim == 3
+
+
+def test_a_server_describes_itself_over_grpc_and_http(server):
+    wanted = grpc.InferInput("info", [1], "BOOL")
+    wanted.set_data_from_numpy(np.array([True]))
+    (event,), error = stream(server, raw=[wanted])
+    assert (error, event["event"]) == (None, b"info")
+    info = json.loads(event["info"])
+    assert info["defaults"]["image_format"] == "png_base64"
+    assert info["sizes"] == {"native": 32, "multiple_of": 8, "largest": 128}
+    assert [field["name"] for field in info["fields"]] == list(DATA_TYPES)
+    answer = post(server, f"{STREAM}/generate", prompt=None, info=True)
+    assert json.loads(json.loads(answer)["info"]) == info
+
+
+@pytest.mark.parametrize(
+    ("fields", "value"), [({"info": False}, "False"), ({"info": True, "steps": 3}, "True")]
+)
+def test_info_is_alone_in_its_request(server, fields, value):
+    with pytest.raises(urllib.error.HTTPError) as error:
+        post(server, f"{STREAM}/generate", prompt=None, **fields)
+    assert (
+        f"info={value} is invalid: must be true and the only input" in error.value.read().decode()
+    )
+
+
+def test_huge_inputs_are_refused_by_name_and_size(server):
+    """By both doors, before they are copied, decoded or passed on."""
+    text = "x" * 10_000_000
+    for fields in ({"prompt": text}, {"sampler": text}):
+        (name,) = fields
+        message = f"{name}='x{{60}}'... is invalid: must have at most .*; it has 10000000 bytes"
+        with pytest.raises(InferenceServerException, match=message):
+            infer(server, **fields)
+        assert f"{name}='xxx" in stream(server, **fields)[1]
+    with pytest.raises(urllib.error.HTTPError) as error:
+        post(server, f"{UNARY}/generate", wdith=text[:1_000_000])
+    assert "parameters='" in (body := error.value.read().decode())
+    assert len(body) < 500
+
+
 def test_http_generate_stream_tells_every_event(server):
     text = post(server, f"{STREAM}/generate_stream", steps=3, image_format="png_base64",
                 preview_every=2)  # fmt: skip
@@ -121,23 +172,23 @@ def test_progress_can_be_left_out(server):
 
 
 BAD = [
-    ({"prompt": ""}, "prompt='' is not allowed"),
+    ({"prompt": ""}, "prompt='' is invalid"),
     ({"prompt": "x" * 3000}, "at most 2000 characters"),
     ({"prompt": "a\0b"}, "NUL"),
     ({"prompt": b"\xff\xfe"}, "UTF-8"),
-    ({"steps": 0}, "steps=0 is not allowed: an integer from 1 to 50"),
+    ({"steps": 0}, "steps=0 is invalid: must be between 1 and 50"),
     ({"steps": -1}, "steps=-1"),
     ({"steps": 10_000}, "steps=10000"),
     ({"width": 0}, "width=0"),
-    ({"width": 33}, "a multiple of 8 from 8 to 128 pixels"),
+    ({"width": 33}, "a multiple of 8 between 8 and 128 pixels"),
     ({"height": 1 << 20}, "height=1048576"),
     ({"seed": -1}, "seed=-1"),
     ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
     ({"guidance_scale": float("inf")}, "guidance_scale=inf"),
     ({"sampler": "heun"}, "one of lcm, ddim, euler, dpmpp_2m"),
-    ({"image_format": "gif"}, "one of png, jpeg, raw, png_base64"),
+    ({"image_format": "gif"}, "one of png, jpeg, webp, avif, raw, png_base64"),
     ({"num_images": 0}, "num_images=0"),
-    ({"num_images": 1000}, "num_images=1000 is not allowed: an integer from 1 to 16"),
+    ({"num_images": 1000}, "num_images=1000 is invalid: must be between 1 and 16"),
 ]
 
 
@@ -188,8 +239,8 @@ def test_what_only_the_stream_takes_is_not_offered_by_the_unary_door(server):
     with pytest.raises(urllib.error.HTTPError) as error:
         post(server, f"{UNARY}/generate", preview_every=2)
     text = error.value.read().decode()
-    assert "preview_every=2 is not allowed: inputs are prompt, " in text
-    assert "preview_every" not in text.partition("inputs are")[2]
+    assert "preview_every=2 is invalid: is no input; the inputs are prompt, " in text
+    assert "preview_every" not in text.partition("the inputs are")[2]
 
 
 @pytest.mark.parametrize(
@@ -204,9 +255,9 @@ def test_bad_json_is_refused_by_name(server, fields, word):
     assert word in error.value.read().decode()
 
 
-def test_a_cut_prompt_is_reported(server):
+def test_a_truncated_prompt_is_reported(server):
     warning = infer(server, prompt="very " * 30 + "red").as_numpy("warning")[0].decode()
-    assert "CLIP tokens and was cut to 16" in warning
+    assert "truncated to the 16 of clip_text" in warning
 
 
 # Some seconds of work: pictures so large that the two rows of one image fill a UNet call.
@@ -418,7 +469,7 @@ def test_cancelling_what_does_not_live_says_so(server):
     assert "no live request has the id 'nobody'" in cancel(server, "nobody")[1]
 
 
-def test_a_full_queue_answers_unavailable_and_recovers(repository, start_server, tmp_path):
+def test_a_full_queue_refuses_and_recovers(repository, start_server, tmp_path):
     copy = shutil.copytree(repository, tmp_path / "copy")
     config = copy / STREAM / "config.pbtxt"
     text = config.read_text()
@@ -435,7 +486,7 @@ def test_a_full_queue_answers_unavailable_and_recovers(repository, start_server,
     ]
     refused = [answers.get(timeout=60) for _ in range(3)]
     assert {error.status() for error in refused} == {"StatusCode.UNAVAILABLE"}
-    assert "the queue is full (2 requests): try again later" in refused[0].message()
+    assert "RESOURCE_EXHAUSTED: the queue is full (2 requests): retry after" in refused[0].message()
     for call in calls:
         call.cancel()
     left = [answers.get(timeout=60) for _ in range(2)]

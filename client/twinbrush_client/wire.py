@@ -12,22 +12,8 @@ import tritonclient.grpc as grpc
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
-# Data type of each field on the wire; a field that is None is not sent.
-DATA_TYPES = {
-    "prompt": "BYTES",
-    "negative_prompt": "BYTES",
-    "seed": "INT64",
-    "steps": "INT32",
-    "guidance_scale": "FP32",
-    "width": "INT32",
-    "height": "INT32",
-    "sampler": "BYTES",
-    "num_images": "INT32",
-    "image_format": "BYTES",
-    "deterministic": "BOOL",
-    "progress": "BOOL",
-    "preview_every": "INT32",
-}
+from twinbrush_client.fields import DATA_TYPES
+
 NUMPY_TYPES = {"BYTES": object, "INT64": np.int64, "INT32": np.int32, "FP32": np.float32,
                "BOOL": np.bool_}  # fmt: skip
 

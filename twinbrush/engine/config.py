@@ -1,6 +1,6 @@
-"""What the engine is told: `pipeline.json` by the checkpoint, parameters by `config.pbtxt`.
+"""The engine's settings: `pipeline.json` of the checkpoint, and parameters of `config.pbtxt`.
 
-The first is written by `export/`, beside the two tokenizers. This module only reads.
+`export/` writes `pipeline.json` beside the tokenizers. This module only reads.
 """
 
 from __future__ import annotations
@@ -21,11 +21,30 @@ MAX_SIDE = 2048  # pixels; past 2,896 a decoder of 256 channels has tensors that
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a request gets where it is silent."""
+    """Values of request fields that a request leaves out."""
 
     steps: int
     guidance_scale: float
     sampler: str
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """One text encoder.
+
+    Attributes:
+        model: its served model, whose outputs are known by their own names.
+        tokenizer: file of its tokenizer, beside `pipeline.json`.
+        length: tokens that texts are padded or truncated to, L.
+        pad: id of the padding token.
+        mask: whether the model takes `attention_mask`.
+    """
+
+    model: str
+    tokenizer: str
+    length: int
+    pad: int
+    mask: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,12 +55,14 @@ class PipelineConfig:
         checkpoint: its name, for messages.
         schedule: the noise schedule of the UNet.
         defaults: steps, guidance scale and sampler of a request that names none.
-        native_side: side of the pictures that the UNet was trained on, in pixels.
+        native_width, native_height: of the pictures that the UNet was trained on, in pixels.
         side_multiple: width and height must be multiples of this, in pixels.
         scale_factor: pixels a latent cell, each way.
         latent_channels: C.
-        clip_tokens, bert_tokens: lengths that prompts are padded to, L and Lb.
-        clip_pad, bert_pad: ids of the padding tokens.
+        encoders: the text encoders; they run side by side.
+        fusion_inputs: the encoders' tensors that the fusion head takes; its outputs condition the
+            UNet, and so does every encoder output that `unet_inputs` names.
+        unet_inputs: inputs of the UNet besides `sample` and `timestep`.
         timestep_cond: width E of the guidance embedding, or None where guidance takes two rows.
         latent_to_rgb: the linear map of previews, see `images.preview`.
     """
@@ -49,16 +70,21 @@ class PipelineConfig:
     checkpoint: str
     schedule: NoiseSchedule
     defaults: Defaults
-    native_side: int
+    native_width: int
+    native_height: int
     side_multiple: int
     scale_factor: int
     latent_channels: int
-    clip_tokens: int
-    bert_tokens: int
-    clip_pad: int
-    bert_pad: int
+    encoders: tuple[EncoderConfig, ...]
+    fusion_inputs: tuple[str, ...]
+    unet_inputs: tuple[str, ...]
     timestep_cond: int | None
     latent_to_rgb: tuple[tuple[float, float, float], ...]
+
+    @property
+    def native_side(self) -> int:
+        """The longer native side, in pixels."""
+        return max(self.native_width, self.native_height)
 
     @property
     def max_side(self) -> int:
@@ -76,6 +102,9 @@ class PipelineConfig:
             schedule = fields.pop("schedule")
             schedule["alphas_cumprod"] = tuple(schedule["alphas_cumprod"])
             fields["latent_to_rgb"] = tuple(tuple(row) for row in fields["latent_to_rgb"])
+            fields["encoders"] = tuple(EncoderConfig(**entry) for entry in fields["encoders"])
+            for name in ("fusion_inputs", "unet_inputs"):
+                fields[name] = tuple(fields[name])
             return cls(
                 schedule=NoiseSchedule(**schedule),
                 defaults=Defaults(**fields.pop("defaults")),

@@ -1,8 +1,8 @@
 """The engine: tokenize, encode, denoise, decode, reply, for many requests at once.
 
-Four threads, each with a queue of its own, so that encoding, decoding and answering run
-beside the next UNet call. It sees networks through `Models` and clients through a `reply`
-callback; it knows nothing of Triton.
+Each stage is a loop in a thread of its own, so encoding, decoding and replying run beside the
+next UNet call. It sees networks through `Models` and clients through a `reply` callback; it knows
+nothing of Triton.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import logging
 import queue
 import sys
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,23 +20,25 @@ from typing import Any
 import numpy as np
 
 from twinbrush.engine import images
-from twinbrush.engine.batcher import StepBatcher
-from twinbrush.engine.capacity import Capacity, capacities, decoder_pictures
-from twinbrush.engine.conditioning import Conditioner, Text
-from twinbrush.engine.config import PipelineConfig, whole_numbers
-from twinbrush.engine.denoise import ImageJob, Models, denoise_step
+from twinbrush.engine.admission import Admission
+from twinbrush.engine.batcher import CallKey, Claim, StepBatcher
+from twinbrush.engine.capacity import LEAST_ROWS
+from twinbrush.engine.conditioning import Conditioner
+from twinbrush.engine.config import PipelineConfig
+from twinbrush.engine.decode import Decoder, LiveImage, batches
+from twinbrush.engine.denoise import denoise_step
 from twinbrush.engine.generation import End, EngineError, Event, Finished, Generation, Progress
+from twinbrush.engine.limits import Limits
+from twinbrush.engine.models import Models
+from twinbrush.engine.plan import Planner
 from twinbrush.engine.prompt import PromptTokenizer
 from twinbrush.engine.request import GenerationRequest
-from twinbrush.engine.samplers import guidance_embedding, trajectory
+from twinbrush.engine.threads import Watchdog, start_guarded
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(eq=False)
-class _Job(ImageJob):
-    generation: Generation
-    index: int
+# How runtimes word that memory is exhausted.
+OUT_OF_MEMORY = ("out of memory", "failed to allocate memory", "bad_alloc", "memoryerror")
 
 
 class Engine:
@@ -46,10 +48,10 @@ class Engine:
         models: the served networks.
         config: the checkpoint.
         tokenizer: its tokenizers.
-        max_rows: rows of a UNet call at the native size; fewer for larger pictures, see `capacity`.
-        buckets: row counts that UNet calls are padded up to, at most those that are allowed, for
-            runtimes that compile shapes.
-        queue_size: requests that may live at once; one more is refused.
+        limits: bounds on calls and queues.
+        fail: called with a sentence when the engine cannot go on, because a thread died or a
+            model call does not return; by default every request ends with INTERNAL.
+        beat: called about twice a second while the engine is well.
     """
 
     def __init__(
@@ -57,216 +59,236 @@ class Engine:
         models: Models,
         config: PipelineConfig,
         tokenizer: PromptTokenizer,
-        max_rows: int = 32,
-        buckets: Sequence[int] = (),
-        queue_size: int = 128,
+        limits: Limits | None = None,
+        fail: Callable[[str], None] | None = None,
+        beat: Callable[[], None] = lambda: None,
     ):
+        limits = limits or Limits()
         self.config = config
-        self._models, self._tokenizer = models, tokenizer
-        self._capacities = capacities(config, max_rows)
-        self._buckets, self._queue_size = buckets, queue_size
+        self._limits, self._tokenizer = limits, tokenizer
+        self._plan = Planner(config, limits.max_rows)
+        self._fail = fail or self._give_up
         self._latent_to_rgb = np.array(config.latent_to_rgb, np.float32)
-        self._batcher: StepBatcher[_Job] = StepBatcher()
-        self._work = threading.Condition()  # guards the batcher, _live and every `ended`
-        self._live: set[Generation] = set()
-        self._closing = False
-        self._conditioner = Conditioner(models, tokenizer, max_rows)
+        self._work = threading.Condition()  # guards what follows, and every `ended`
+        self._batcher = StepBatcher(self._rows, self._seconds)
+        self._admission = Admission(limits.queue_size, limits.queue_work)
+        self._images: dict[Claim, LiveImage] = {}
+        self._reduced: dict[CallKey, int] = {}  # rows a call, since memory was exhausted
+        self._closed: EngineError | None = None
+        self._draining = False
+        self._watchdog = Watchdog(
+            models, limits.call_seconds, self._fail, partial(self._tick, beat)
+        )
+        self._conditioner = Conditioner(self._watchdog, config, tokenizer, limits.max_rows)
         self._to_encode: queue.SimpleQueue = queue.SimpleQueue()
-        self._to_decode: queue.SimpleQueue = queue.SimpleQueue()
         self._to_reply: queue.SimpleQueue = queue.SimpleQueue()
-        loops = (self._encode_loop, self._denoise_loop, self._decode_loop, self._reply_loop)
-        self._threads = [
-            threading.Thread(target=loop, name=loop.__name__, daemon=True) for loop in loops
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._decoder = Decoder(self._watchdog, self._rows, self._finish, self._end_failed)
+        loops = (self._encode_loop, self._denoise_loop, self._decoder.loop, self._reply_loop)
+        self._threads = [start_guarded(loop.__qualname__, loop, self._fail) for loop in loops]
 
     @classmethod
-    def of_model(cls, folder: Path, config: Mapping[str, Any], models: Models) -> Engine:
+    def of_model(
+        cls, folder: Path, config: Mapping[str, Any], models: Models, **options: Any
+    ) -> Engine:
         """The engine of a served model: its version folder, and its `config.pbtxt` as JSON.
+
+        `options` are those of the class.
 
         Raises:
             ValueError: a file of the folder, or a parameter, is not as it must be.
         """
         pipeline = PipelineConfig.load(folder / "pipeline.json")
-        (max_rows,) = whole_numbers(config, "max_rows", 1)
-        (queue_size,) = whole_numbers(config, "queue_size", 1)
-        return cls(
-            models,
-            pipeline,
-            PromptTokenizer(folder, pipeline),
-            max_rows=max_rows,
-            buckets=whole_numbers(config, "row_buckets"),
-            queue_size=queue_size,
-        )
+        tokenizer = PromptTokenizer(folder, pipeline)
+        return cls(models, pipeline, tokenizer, Limits.of_config(config), **options)
 
     def submit(self, request: GenerationRequest, reply: Callable[[Event], None]) -> Generation:
         """Takes a request and returns at once.
 
-        `reply` gets its events in order from one thread, `End` last and exactly once.
+        `reply` receives its events in order from one thread, `End` last and exactly once.
 
         Raises:
-            EngineError: UNAVAILABLE, when the queue is full or the engine is closing.
+            EngineError: UNAVAILABLE when the engine drains or has closed, RESOURCE_EXHAUSTED when
+                its queue is full, DEADLINE_EXCEEDED when the deadline cannot be met.
         """
-        warnings = tuple(self._warnings(request))
-        generation = Generation(request, warnings, reply, self._end)
+        warnings = (
+            *self._tokenizer.warnings("prompt", request.prompt),
+            *self._tokenizer.warnings("negative_prompt", request.negative_prompt),
+            *self._plan.warnings(request),
+        )
+        generation = Generation(request, self._plan.work(request), warnings, reply, self._end)
+        now = time.monotonic()
+        if deadline_ms := getattr(request, "deadline_ms", 0):
+            generation.deadline = now + deadline_ms / 1000
         with self._work:
-            if self._closing:
-                raise EngineError.of_shutdown()
-            if len(self._live) >= self._queue_size:
-                text = f"the queue is full ({self._queue_size} requests): try again later"
-                raise EngineError("UNAVAILABLE", text)
-            self._live.add(generation)
+            if self._closed or self._draining:
+                raise self._closed or EngineError.of_shutdown()
+            self._admission.add(generation, now)
         self._to_encode.put(generation)
         return generation
 
+    def drain(self, seconds: float) -> bool:
+        """Refuses new requests and waits for the live ones; returns whether all have ended."""
+        with self._work:
+            self._draining = True
+            return self._work.wait_for(lambda: not self._admission.live, seconds)
+
     def close(self) -> None:
         """Ends every live request with UNAVAILABLE and stops the threads."""
+        self._end_all(EngineError.of_shutdown())
+        self._to_encode.put(None)
+        self._decoder.close()
+        for thread in self._threads[:-1]:
+            thread.join()
+        self._to_reply.put(None)
+        self._threads[-1].join()
+        self._conditioner.close()
+        self._watchdog.close()
+
+    def _give_up(self, reason: str) -> None:
+        self._end_all(EngineError("INTERNAL", f"the engine has stopped: {reason}"))
+
+    def _end_all(self, error: EngineError) -> None:
         with self._work:
-            self._closing = True
-            live = list(self._live)
+            self._closed = error
+            live = list(self._admission.live)
             self._work.notify_all()
         for generation in live:
-            self._end(generation, EngineError.of_shutdown())
-        for waiting in (self._to_encode, self._to_decode, self._to_reply):
-            waiting.put(None)
-        for thread in self._threads:
-            thread.join()
-        self._conditioner.close()
+            self._end(generation, error)
+
+    def _tick(self, beat: Callable[[], None]) -> None:
+        """Ends requests that are past their deadline."""
+        with self._work:
+            overdue = self._admission.overdue(time.monotonic())
+        for generation in overdue:
+            text = f"deadline_ms={generation.request.deadline_ms} has passed"
+            self._end(generation, EngineError("DEADLINE_EXCEEDED", text))
+        beat()
 
     # Encode -----------------------------------------------------------------------------
 
     def _encode_loop(self) -> None:
-        for batch in _batches(self._to_encode):
+        for batch in batches(self._to_encode):
             self._encode([generation for generation in batch if not generation.ended])
 
     def _encode(self, generations: Sequence[Generation]) -> None:
         try:
-            hidden = self._conditioner([self._texts(g.request) for g in generations])
-            jobs = [
-                job for g, h in zip(generations, hidden, strict=True) for job in self._jobs(g, h)
+            encoded = self._conditioner([self._plan.texts(g.request) for g in generations])
+            made = [
+                LiveImage(g, index, latent, self._plan.claim(g.request, latent))
+                for g, tensors in zip(generations, encoded, strict=True)
+                for index, latent in enumerate(self._plan.latents(g.request, tensors))
             ]
         except Exception as error:
             if len(generations) > 1 and not isinstance(error, EngineError):
                 log.warning("encoding %d prompts at once failed", len(generations), exc_info=True)
-                for generation in generations:  # whose fault it is
+                for generation in generations:  # only those that fail alone are at fault
                     if not generation.ended:
                         self._encode([generation])
             else:
-                self._fail(generations, "encoding the prompt")
+                self._end_failed(generations, "encoding the prompt")
             return
         with self._work:
-            for job in jobs:
-                if not job.generation.ended:
-                    job.generation.jobs.append(job)
-                    self._batcher.add(job)
-            self._work.notify()
-
-    def _texts(self, request: GenerationRequest) -> list[Text]:
-        """What conditions the rows: the prompt and, with two, what guidance leads away from."""
-        if self.config.timestep_cond:
-            guided = bool(request.negative_prompt)  # else the embedding carries the guidance
-        else:
-            guided = request.guidance_scale != 1
-        texts = [request.prompt, request.negative_prompt] if guided else [request.prompt]
-        return [Text(text, alone=request.deterministic) for text in texts]
-
-    def _jobs(self, generation: Generation, hidden: np.ndarray) -> list[_Job]:
-        """The images of a request, conditioned on `hidden` (rows, L, D)."""
-        request, config = generation.request, self.config
-        rows, embedding = len(hidden), None
-        if config.timestep_cond:
-            told = request.guidance_scale if rows == 1 else 1.0
-            embedding = np.tile(guidance_embedding(told, config.timestep_cond), (rows, 1))
-        height, width = request.height // config.scale_factor, request.width // config.scale_factor
-        capacity = rows if request.deterministic else self._capacity(request).rows
-        return [
-            _Job(
-                group=(height, width, rows if request.deterministic else 0),
-                rows=rows,
-                steps=request.steps,
-                capacity=capacity,
-                trajectory=trajectory(request.sampler, config.schedule, request.steps),
-                hidden=hidden,
-                timestep_cond=embedding,
-                guidance_scale=request.guidance_scale,
-                noise=np.random.default_rng(request.seed + index),
-                shape=(config.latent_channels, height, width),
-                generation=generation,
-                index=index,
-            )
-            for index in range(request.num_images)
-        ]
-
-    def _capacity(self, request: GenerationRequest) -> Capacity:
-        side = max(request.height, request.width)
-        return next(capacity for capacity in self._capacities if side <= capacity.side)
+            for image in made:
+                if not image.generation.ended:
+                    image.generation.claims.append(image.claim)
+                    image.claim.deadline = image.generation.deadline
+                    self._images[image.claim] = image
+                    self._batcher.add(image.claim)
+            self._work.notify_all()
 
     # Denoise ----------------------------------------------------------------------------
 
     def _denoise_loop(self) -> None:
         while True:
             with self._work:
-                self._work.wait_for(lambda: self._closing or len(self._batcher))
-                if self._closing:
+                self._work.wait_for(lambda: self._closed or len(self._batcher))
+                if self._closed:
                     return
-                jobs = self._batcher.next_batch()
-            most = self._capacity(jobs[0].generation.request).rows
-            buckets = [*(size for size in self._buckets if size < most), most]
-            try:
-                denoise_step(self._models, jobs, buckets if self._buckets else ())
-            except Exception:
-                self._fail([job.generation for job in jobs], "denoising")
-                continue
-            for job in jobs:
-                if job.generation.ended:
-                    continue
-                self._report(job)
-                if job.step == job.steps:
-                    self._to_decode.put(job)
+                call = [self._images[claim] for claim in self._batcher.schedule(time.monotonic())]
+            self._denoise(call)
 
-    def _report(self, job: _Job) -> None:
-        request, done = job.generation.request, job.step == job.steps
-        every = request.preview_every
-        if every and job.step % every == 0 and not done:
-            event = partial(self._preview, job, job.step, job.clean)
+    def _denoise(self, call: Sequence[LiveImage]) -> None:
+        """One UNet call."""
+        key, counts = call[0].claim.key, [image.latent.rows for image in call]
+        started = time.monotonic()
+        try:
+            denoise_step(self._watchdog, key.model, [i.latent for i in call], self._buckets(key))
+        except Exception as error:
+            self._retry(call, error)
+            return
+        with self._work:
+            seconds = time.monotonic() - started
+            self._admission.observe(self._plan.call_work(key, sum(counts)), seconds)
+            self._batcher.advance([image.claim for image in call])
+            for image, count in zip(call, counts, strict=True):
+                self._admission.complete(image.generation, self._plan.call_work(key, count))
+                if image.latent.finished:
+                    self._images.pop(image.claim, None)
+        for image in call:
+            if not image.generation.ended:
+                self._report(image)
+                if image.latent.finished:
+                    self._decoder.put(image)
+
+    def _retry(self, call: Sequence[LiveImage], error: Exception) -> None:
+        """Tries each half of a failed call, down to the images at fault, which fail alone."""
+        key = call[0].claim.key
+        if any(text in repr(error).lower() for text in OUT_OF_MEMORY):
+            self._reduce_rows(key, sum(image.latent.rows for image in call))
+        if len(call) == 1 or isinstance(error, EngineError):
+            self._end_failed([image.generation for image in call], "denoising")
+            return
+        log.warning("a UNet call of %d images failed: trying halves", len(call), exc_info=True)
+        for half in (call[: len(call) // 2], call[len(call) // 2 :]):
+            if left := [image for image in half if not image.generation.ended]:
+                self._denoise(left)
+
+    def _seconds(self, key: CallKey, rows: int) -> float:
+        """The estimated time of a call."""
+        return self._admission.pace * self._plan.call_work(key, rows)
+
+    def _rows(self, key: CallKey) -> int:
+        return self._reduced.get(key, self._plan.capacity(key).rows)
+
+    def _reduce_rows(self, key: CallKey, failed: int) -> None:
+        """Later calls have at most half of the rows of one that ran out of memory."""
+        with self._work:
+            rows = self._reduced[key] = max(LEAST_ROWS, min(failed, self._rows(key)) // 2)
+        log.error(
+            "a UNet call of %d rows ran out of memory: calls of %s have at most %d rows now",
+            failed, key, rows,
+        )  # fmt: skip
+
+    def _buckets(self, key: CallKey) -> Sequence[int]:
+        most = self._plan.capacity(key).rows
+        buckets = self._limits.row_buckets
+        return (*(size for size in buckets if size < most), most) if buckets else ()
+
+    def _report(self, image: LiveImage) -> None:
+        request, latent = image.generation.request, image.latent
+        every, step = request.preview_every, latent.done
+        if every and step % every == 0 and not latent.finished:
+            event = partial(self._preview, image, step, latent.clean)
         elif request.progress:
-            event = partial(Progress, job.index, job.step, job.steps)
+            event = partial(Progress, image.index, step, request.steps)
         else:
             return
-        self._to_reply.put((job.generation, event))
+        self._to_reply.put((image.generation, event))
 
-    def _preview(self, job: _Job, step: int, clean: np.ndarray) -> Progress:
+    def _preview(self, image: LiveImage, step: int, clean: np.ndarray) -> Progress:
+        request = image.generation.request
         pixels = images.preview(clean, self._latent_to_rgb)
-        image = images.encode(pixels, job.generation.request.image_format)
-        return Progress(job.index, step, job.steps, image)
-
-    # Decode -----------------------------------------------------------------------------
-
-    def _decode_loop(self) -> None:
-        for batch in _batches(self._to_decode):
-            groups: dict[Hashable, list[_Job]] = {}
-            for job in batch:
-                groups.setdefault(job.group, []).append(job)
-            for jobs in groups.values():
-                most = decoder_pictures(jobs[0].capacity)  # 1 where calls are not shared
-                for i in range(0, len(jobs), most):
-                    self._decode(jobs[i : i + most])
-
-    def _decode(self, jobs: list[_Job]) -> None:
-        jobs = [job for job in jobs if not job.generation.ended]
-        if not jobs:
-            return
-        try:
-            latent = np.stack([job.x for job in jobs])
-            decoded = self._models.run("vqgan_decoder", {"latent": latent}, "image")
-        except Exception:
-            self._fail([job.generation for job in jobs], "decoding")
-            return
-        for job, image in zip(jobs, decoded, strict=True):
-            self._to_reply.put((job.generation, partial(_finished, job, image)))
+        return Progress(
+            image.index, step, request.steps, images.encode(pixels, request.image_format)
+        )
 
     # Reply ------------------------------------------------------------------------------
+
+    def _finish(self, image: LiveImage, data: bytes) -> None:
+        generation = image.generation
+        seed = generation.request.seed + image.index
+        event = Finished(image.index, seed, data, generation.warnings)
+        self._to_reply.put((generation, lambda: event))
 
     def _reply_loop(self) -> None:
         while (item := self._to_reply.get()) is not None:
@@ -277,7 +299,7 @@ class Engine:
                     continue
                 generation.reply(event)
             except Exception:
-                self._fail([generation], "answering")
+                self._end_failed([generation], "replying")
                 continue
             if isinstance(event, Finished):
                 generation.images_left -= 1
@@ -289,40 +311,24 @@ class Engine:
             if generation.ended:
                 return
             generation.ended = True
-            self._live.discard(generation)
-            for job in generation.jobs:
-                self._batcher.remove(job)
-            generation.jobs.clear()  # which hold it in turn, and the latents of whole calls
+            self._admission.remove(generation)
+            for claim in generation.claims:
+                self._batcher.remove(claim)
+                self._images.pop(claim, None)
+            generation.claims.clear()
             self._to_reply.put((generation, partial(End, error)))  # before `close` stops the queue
+            self._work.notify_all()
 
-    def _fail(self, generations: Iterable[Generation], doing: str) -> None:
+    def _end_failed(
+        self,
+        generations: Iterable[Generation],
+        stage: str,
+        reason: str = "the server's log says why",
+    ) -> None:
+        """Ends requests with the exception that is being handled; clients see the reason."""
         error = sys.exception()
         if not isinstance(error, EngineError):
-            log.exception("%s failed", doing)
-            error = EngineError("INTERNAL", f"{doing} failed: the server's log says why")
+            log.exception("%s failed", stage)
+            error = EngineError("INTERNAL", f"{stage} failed: {reason}")
         for generation in generations:
             self._end(generation, error)
-
-    def _warnings(self, request: GenerationRequest) -> Iterator[str]:
-        yield from self._tokenizer.warnings("prompt", request.prompt)
-        yield from self._tokenizer.warnings("negative_prompt", request.negative_prompt)
-        if request.negative_prompt and request.guidance_scale == 1:
-            yield "negative_prompt has no effect at guidance_scale 1"
-
-
-def _finished(job: _Job, image: np.ndarray) -> Finished:
-    generation = job.generation
-    request = generation.request
-    data = images.encode(images.to_pixels(image), request.image_format)
-    return Finished(job.index, request.seed + job.index, data, generation.warnings)
-
-
-def _batches(waiting: queue.SimpleQueue) -> Iterator[list]:
-    """All that waits, each time that something does, until None comes."""
-    while True:
-        batch = [waiting.get()]
-        while not waiting.empty():
-            batch.append(waiting.get())
-        yield [item for item in batch if item is not None]
-        if None in batch:
-            return

@@ -1,27 +1,33 @@
-"""A request while it lives, and the events that its client gets."""
+"""A live request, and the events that its client receives."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
+from twinbrush.engine.batcher import Claim
 from twinbrush.engine.request import GenerationRequest, InvalidArgument
 
 log = logging.getLogger(__name__)
 
 
 class EngineError(Exception):
-    """Why a request ended without its images: `code` is one of Triton's status names."""
+    """Why a request ended without its images.
 
-    def __init__(self, code: str, message: str):
+    Attributes:
+        code: a gRPC status name: INVALID_ARG, NOT_FOUND, UNAVAILABLE, RESOURCE_EXHAUSTED,
+            DEADLINE_EXCEEDED, CANCELLED or INTERNAL.
+        retry_after: seconds after which a retry makes sense, None where it never does.
+    """
+
+    def __init__(self, code: str, message: str, retry_after: float | None = None):
         super().__init__(message)
-        self.code = code
+        self.code, self.retry_after = code, retry_after
 
     @classmethod
     def of(cls, error: Exception) -> EngineError:
-        """What a client is told of `error`; the log gets what nobody foresaw."""
+        """The error that a client sees; an unforeseen one goes to the log."""
         if isinstance(error, EngineError):
             return error
         if isinstance(error, InvalidArgument):
@@ -31,13 +37,13 @@ class EngineError(Exception):
 
     @classmethod
     def of_shutdown(cls) -> EngineError:
-        """Another server can be asked the same."""
-        return cls("UNAVAILABLE", "the server is shutting down")
+        """A retry reaches another server, or this one after its restart."""
+        return cls("UNAVAILABLE", "the server is shutting down", retry_after=1.0)
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Image `index` has had `step` of `total_steps`; `image` holds a preview or nothing."""
+    """Image `index` has done `step` of `total_steps`; `image` is a preview or None."""
 
     index: int
     step: int
@@ -66,24 +72,35 @@ Event = Progress | Finished | End
 
 
 class Generation:
-    """A live request: how to answer it, what it still owes, and a way to stop it."""
+    """A live request.
+
+    Attributes:
+        request: the validated fields.
+        work: its cost that is still ahead, see `Planner.work`.
+        deadline: absolute seconds of the monotonic clock, or None.
+        claims: the claims of its images that are being denoised.
+        images_left: images that are not yet sent.
+        ended: whether its `End` is sent or on its way.
+    """
 
     def __init__(
         self,
         request: GenerationRequest,
+        work: float,
         warnings: tuple[str, ...],
         reply: Callable[[Event], None],
         end: Callable[[Generation, EngineError | None], None],
     ):
-        self.request, self.warnings, self.reply = request, warnings, reply
-        self.jobs: list[Any] = []  # the engine's, one an image
+        self.request, self.work, self.warnings, self.reply = request, work, warnings, reply
+        self.deadline: float | None = None
+        self.claims: list[Claim] = []
         self.images_left = request.num_images
         self.ended = False
         self._end = end
 
     def cancel(self) -> None:
-        """Ends it before the next UNet call, in which its rows are free for others.
+        """Ends the request before the next UNet call, which then has its rows for others.
 
-        From any thread, at any time; one that has ended stays as it is.
+        From any thread, at any time; has no effect on a request that has ended.
         """
         self._end(self, EngineError("CANCELLED", "the request was cancelled"))

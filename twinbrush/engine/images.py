@@ -1,12 +1,40 @@
-"""Pixels become bytes, and latents become small previews."""
+"""Pixels become files that carry how they were made, and latents become small previews.
+
+Knows nothing of requests: what a file carries is a mapping that the caller makes.
+"""
 
 from __future__ import annotations
 
 import base64
 import io
+import json
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, PngImagePlugin, features
+
+JSON_CHUNK = "twinbrush"  # the PNG text chunk with everything that `metadata` holds
+_SAVE_OPTIONS: dict[str, dict[str, Any]] = {
+    "png": {"compress_level": 1},
+    "jpeg": {"quality": 92},
+    "webp": {"quality": 90, "method": 2},
+    "avif": {"quality": 85, "speed": 8},
+}
+_FILES = tuple(f for f in _SAVE_OPTIONS if f in ("png", "jpeg") or features.check(f))
+_BASE64 = "_base64"
+IMAGE_FORMATS = (*_FILES, "raw", *(f"{name}{_BASE64}" for name in (*_FILES, "raw")))
+_LABELS = {  # of A1111's `parameters` text, in its order
+    "steps": "Steps",
+    "sampler": "Sampler",
+    "sigma_schedule": "Schedule type",
+    "guidance_scale": "CFG scale",
+    "seed": "Seed",
+    "size": "Size",
+    "checkpoint_hash": "Model hash",
+    "checkpoint": "Model",
+    "version": "Version",
+}
 
 
 def to_pixels(image: np.ndarray) -> np.ndarray:
@@ -21,17 +49,59 @@ def to_pixels(image: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(scaled.astype(np.uint8).transpose(1, 2, 0))
 
 
-def encode(pixels: np.ndarray, image_format: str) -> bytes:
-    """uint8 (H, W, 3) as `png`, `jpeg`, `raw` (RGB rows from the top) or `png_base64`."""
-    if image_format == "raw":
-        return pixels.tobytes()
-    buffer = io.BytesIO()
-    if image_format == "jpeg":
-        Image.fromarray(pixels).save(buffer, "jpeg", quality=92)
+def encode(
+    pixels: np.ndarray, image_format: str, metadata: Mapping[str, Any] | None = None
+) -> bytes:
+    """uint8 (H, W, 3) in one of `IMAGE_FORMATS`; `raw` is RGB rows from the top.
+
+    `metadata` (prompt, negative_prompt, seed, steps, sampler, …; values of JSON) goes into the
+    file: PNG gets A1111's `parameters` text and a JSON chunk, the others the same as EXIF's
+    UserComment and MakerNote. `raw` carries none.
+    """
+    name = image_format.removesuffix(_BASE64)
+    if name == "raw":
+        data = pixels.tobytes()
     else:
-        Image.fromarray(pixels).save(buffer, "png", compress_level=1)
-    data = buffer.getvalue()
-    return base64.b64encode(data) if image_format == "png_base64" else data
+        buffer = io.BytesIO()
+        options = _SAVE_OPTIONS[name] | (_carried(name, metadata) if metadata else {})
+        Image.fromarray(pixels).save(buffer, name, **options)
+        data = buffer.getvalue()
+    return base64.b64encode(data) if name != image_format else data
+
+
+def parameters_text(metadata: Mapping[str, Any]) -> str:
+    """The text that A1111's web UI writes into its images, and other tools read."""
+    lines = [str(metadata.get("prompt", ""))]
+    if negative := metadata.get("negative_prompt"):
+        lines.append(f"Negative prompt: {negative}")
+    values = dict(metadata)
+    if "width" in values and "height" in values:
+        values["size"] = f"{values['width']}x{values['height']}"
+    pairs = ((label, values.get(name)) for name, label in _LABELS.items())
+    lines.append(", ".join(f"{label}: {_quoted(value)}" for label, value in pairs if value))
+    return "\n".join(lines)
+
+
+def _quoted(value: Any) -> str:
+    """As A1111 does: a text that would break the list of pairs is a JSON string."""
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return json.dumps(text, ensure_ascii=False) if {",", ":", "\n"} & set(text) else text
+
+
+def _carried(name: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Pillow's options that put the metadata into a file."""
+    text, everything = parameters_text(metadata), json.dumps(dict(metadata), ensure_ascii=False)
+    if name == "png":
+        info = PngImagePlugin.PngInfo()
+        info.add_text("parameters", text)
+        info.add_itxt(JSON_CHUNK, everything)
+        return {"pnginfo": info}
+    exif = Image.Exif()
+    exif.get_ifd(ExifTags.IFD.Exif).update({
+        ExifTags.Base.UserComment: b"UNICODE\0" + text.encode("utf-16-be"),
+        ExifTags.Base.MakerNote: everything.encode(),
+    })  # fmt: skip
+    return {"exif": exif.tobytes()}
 
 
 def preview(latent: np.ndarray, latent_to_rgb: np.ndarray) -> np.ndarray:

@@ -1,68 +1,66 @@
-"""A prompt becomes CLIP ids, BERT ids and a mask. Knows nothing of what is done with them."""
+"""Texts become token ids, one tokenizer for each text encoder. Knows nothing of their use."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from twinbrush.engine.config import PipelineConfig
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Token ids of `B` texts.
-
-    Attributes:
-        clip_ids: (B, L) int64, padded.
-        bert_ids: (B, Lb) int64, padded.
-        bert_mask: (B, Lb) int64, 1 for a token and 0 for padding.
-    """
-
-    clip_ids: np.ndarray
-    bert_ids: np.ndarray
-    bert_mask: np.ndarray
+from twinbrush.engine.config import EncoderConfig, PipelineConfig
 
 
 class PromptTokenizer:
-    """Both tokenizers of a checkpoint, from `clip_tokenizer.json` and `bert_tokenizer.json`.
+    """The tokenizers of a checkpoint.
+
+    Args:
+        folder: where the tokenizer files are.
+        config: names them.
 
     Raises:
-        ValueError: a file is not there or is no tokenizer; the message names it.
+        ValueError: a file is missing or is not a tokenizer; the message names it.
     """
 
     def __init__(self, folder: Path, config: PipelineConfig):
-        self._clip = _load(folder / "clip_tokenizer.json")
-        self._bert = _load(folder / "bert_tokenizer.json")
-        self._config = config
+        self._encoders = [
+            (encoder, _load(folder / encoder.tokenizer)) for encoder in config.encoders
+        ]
 
-    def __call__(self, texts: Sequence[str]) -> Tokens:
-        """Tokens of the texts, cut where they are too long (see `warnings`)."""
-        config = self._config
-        clip = [_cut(self._clip, text, config.clip_tokens) for text in texts]
-        # A tokenizer without special tokens makes nothing of an empty text; one token stands in.
-        bert = [_cut(self._bert, text, config.bert_tokens) or [config.bert_pad] for text in texts]
-        return Tokens(
-            clip_ids=_padded(clip, config.clip_tokens, config.clip_pad),
-            bert_ids=_padded(bert, config.bert_tokens, config.bert_pad),
-            bert_mask=_padded([[1] * len(ids) for ids in bert], config.bert_tokens, 0),
-        )
+    def __call__(self, texts: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
+        """The inputs of every text encoder by model.
+
+        `input_ids` (B, L) int64 is padded and truncated to the encoder's length, and
+        `attention_mask` (B, L) int64 is 1 for a token and 0 for padding.
+        """
+        return {
+            encoder.model: _inputs(encoder, tokenizer, texts)
+            for encoder, tokenizer in self._encoders
+        }
 
     def warnings(self, field: str, text: str) -> list[str]:
-        """A sentence for each encoder that does not see the whole text."""
-        limits = (
-            ("CLIP", self._clip, self._config.clip_tokens),
-            ("BERT", self._bert, self._config.bert_tokens),
-        )
-        counts = ((name, len(tok.encode(text).ids), limit) for name, tok, limit in limits)
+        """A sentence for each encoder that truncates the text."""
+        counts = ((e, len(tokenizer.encode(text).ids)) for e, tokenizer in self._encoders)
         return [
-            f"{field} has {count} {name} tokens and was cut to {limit}"
-            for name, count, limit in counts
-            if count > limit
+            f"{field} has {count} tokens and was truncated to the {encoder.length} of"
+            f" {encoder.model}"
+            for encoder, count in counts
+            if count > encoder.length
         ]
+
+
+def _inputs(
+    encoder: EncoderConfig, tokenizer: Tokenizer, texts: Sequence[str]
+) -> dict[str, np.ndarray]:
+    rows = [_truncated(tokenizer, text, encoder.length) for text in texts]
+    if encoder.mask:
+        # A tokenizer without special tokens gives no ids for an empty text, and attention needs
+        # at least one token.
+        rows = [ids or [encoder.pad] for ids in rows]
+    inputs = {"input_ids": _padded(rows, encoder.length, encoder.pad)}
+    if encoder.mask:
+        inputs["attention_mask"] = _padded([[1] * len(ids) for ids in rows], encoder.length, 0)
+    return inputs
 
 
 def _load(path: Path) -> Tokenizer:
@@ -76,7 +74,7 @@ def _load(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def _cut(tokenizer: Tokenizer, text: str, length: int) -> list[int]:
+def _truncated(tokenizer: Tokenizer, text: str, length: int) -> list[int]:
     """Ids of a text; a long one loses its end but keeps the closing special token."""
     ids = tokenizer.encode(text).ids
     if len(ids) <= length:

@@ -1,144 +1,177 @@
-"""`GenerationRequest`: the wire fields, validated once and frozen.
+"""`GenerationRequest`: the table of request fields, each validated once and frozen.
 
-Every rule about what a client may ask for stands here, and is checked before any compute.
+Every rule about what a client may send stands here, and is checked before any compute. A new
+field is a row here and its use; `python -m twinbrush.engine.field_tables` then writes the copies
+that the front doors, the client and the README keep.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+import twinbrush
 from twinbrush.engine.config import PipelineConfig
+from twinbrush.engine.fields import (
+    REQUIRED,
+    Choice,
+    Field,
+    Flag,
+    FromConfig,
+    Integer,
+    InvalidArgument,
+    Number,
+    Side,
+    Text,
+    row,
+    single,
+    table,
+)
+from twinbrush.engine.images import IMAGE_FORMATS
 from twinbrush.engine.samplers import MAX_STEPS, SAMPLERS
 
 MAX_PROMPT_CHARACTERS = 2000
+MAX_ID_CHARACTERS = 256
 MAX_GUIDANCE_SCALE = 50.0
 MAX_IMAGES = 16
 MAX_SEED = 2**63 - 1
-IMAGE_FORMATS = ("png", "jpeg", "raw", "png_base64")
+
+_NATIVE_WIDTH = FromConfig("checkpoint's", lambda config: config.native_width)
+_NATIVE_HEIGHT = FromConfig("checkpoint's", lambda config: config.native_height)
 
 
-class InvalidArgument(ValueError):
-    """A field of a request is not allowed; the message names it, its value, and what is."""
-
-    def __init__(self, name: str, value: object, allowed: str):
-        shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
-        super().__init__(f"{name}={shown} is not allowed: {allowed}")
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
     """One request as the engine takes it; image `k` is drawn from `seed + k`."""
 
-    prompt: str
-    negative_prompt: str
-    seed: int
-    steps: int
-    guidance_scale: float
-    width: int
-    height: int
-    sampler: str
-    num_images: int
-    image_format: str
-    deterministic: bool
-    progress: bool
-    preview_every: int
+    prompt: str = row(
+        "STRING", REQUIRED, Text(MAX_PROMPT_CHARACTERS, blank=False),
+        "What to paint. A prompt longer than an encoder's limit is truncated; the response's "
+        "`warning` says so.",
+    )  # fmt: skip
+    negative_prompt: str = row(
+        "STRING", "", Text(MAX_PROMPT_CHARACTERS), "What guidance leads away from."
+    )
+    seed: int = row(
+        "INT64", FromConfig("random", lambda config: secrets.randbelow(2**32)),
+        Integer(0, MAX_SEED), "Image `k` is drawn from `seed + k`. Always returned.",
+    )  # fmt: skip
+    steps: int = row(
+        "INT32", FromConfig("checkpoint's", lambda config: config.defaults.steps),
+        Integer(1, MAX_STEPS), "Denoising steps.",
+    )  # fmt: skip
+    guidance_scale: float = row(
+        "FP32", FromConfig("checkpoint's", lambda config: config.defaults.guidance_scale),
+        Number(0, MAX_GUIDANCE_SCALE), "How closely to follow the prompt; 1 is no guidance.",
+    )  # fmt: skip
+    width: int = row("INT32", _NATIVE_WIDTH, Side(), "Width in pixels.")
+    height: int = row("INT32", _NATIVE_HEIGHT, Side(), "Height in pixels.")
+    sampler: str = row(
+        "STRING", FromConfig("checkpoint's", lambda config: config.defaults.sampler),
+        Choice(tuple(SAMPLERS)), "How latents go from one step to the next.",
+    )  # fmt: skip
+    num_images: int = row("INT32", 1, Integer(1, MAX_IMAGES), "Number of images.")
+    image_format: str = row(
+        "STRING", "png_base64", Choice(IMAGE_FORMATS),
+        "File format. The default is valid in JSON; over gRPC, formats without `_base64` save a "
+        "quarter of the bytes, and the Python client sends `png`. `raw` is RGB rows from the top.",
+    )  # fmt: skip
+    deterministic: bool = row(
+        "BOOL", False, Flag(),
+        "Same bytes however busy the server is; the request's UNet calls are not shared.",
+    )  # fmt: skip
+    progress: bool = row(
+        "BOOL", True, Flag(), "Send a `progress` event for every step.", stream_only=True
+    )
+    preview_every: int = row(
+        "INT32", 0, Integer(0, MAX_STEPS),
+        "Send a `preview`, one pixel a latent cell, every so many steps; 0 sends none.",
+        stream_only=True,
+    )  # fmt: skip
 
     @classmethod
-    def parse(cls, fields: Mapping[str, np.ndarray | None], config: PipelineConfig):
+    def parse(
+        cls, tensors: Mapping[str, np.ndarray | None], config: PipelineConfig
+    ) -> GenerationRequest:
         """A request from its tensors, one element each; absent fields are None or missing.
 
         Raises:
-            InvalidArgument: a field is not allowed.
+            InvalidArgument: a field is unknown, or its value is not allowed.
         """
-        defaults = config.defaults
-        values = {name: _single(name, tensor) for name, tensor in fields.items()}
-        unknown = values.keys() - cls.__dataclass_fields__.keys()
-        if unknown:
-            name = min(unknown)
-            raise InvalidArgument(name, values[name], f"inputs are {', '.join(FIELDS)}")
-
-        def value(name: str, default: Any) -> Any:
-            given = values.get(name)
-            return default if given is None else given
-
-        num_images = _integer("num_images", value("num_images", 1), 1, MAX_IMAGES)
-        last_seed = MAX_SEED - num_images + 1  # seed + k must be a seed too
-        steps = _integer("steps", value("steps", defaults.steps), 1, MAX_STEPS)
-        return cls(
-            prompt=_text("prompt", values.get("prompt"), empty_allowed=False),
-            negative_prompt=_text("negative_prompt", value("negative_prompt", "")),
-            seed=_integer("seed", value("seed", secrets.randbelow(2**32)), 0, last_seed),
-            steps=steps,
-            guidance_scale=_guidance(value("guidance_scale", defaults.guidance_scale)),
-            width=_side("width", value("width", config.native_side), config),
-            height=_side("height", value("height", config.native_side), config),
-            sampler=_choice("sampler", value("sampler", defaults.sampler), tuple(SAMPLERS)),
-            num_images=num_images,
-            image_format=_choice("image_format", value("image_format", "png"), IMAGE_FORMATS),
-            deterministic=bool(value("deterministic", False)),
-            progress=bool(value("progress", True)),
-            preview_every=_integer("preview_every", value("preview_every", 0), 0, MAX_STEPS),
-        )
+        check_sizes(tensors)
+        values = {name: field.parse(tensors.get(name), config) for name, field in FIELDS.items()}
+        last_seed = MAX_SEED - values["num_images"] + 1  # seed + k must be a seed too
+        if values["seed"] > last_seed:
+            allowed = f"must be between 0 and {last_seed} with {values['num_images']} images"
+            raise InvalidArgument("seed", values["seed"], allowed)
+        return cls(**values)
 
 
-FIELDS = tuple(GenerationRequest.__dataclass_fields__)
+FIELDS: Mapping[str, Field] = table(GenerationRequest)
+
+# What the streaming front door does besides painting; each is the only input of its request.
+COMMANDS: Mapping[str, Field] = {
+    field.name: field
+    for field in (
+        Field("cancel", "STRING", None, Text(MAX_ID_CHARACTERS, blank=False),
+              "Alone in its request: cancels the live requests with this request id (over HTTP, "
+              "the `id` in the body).", stream_only=True),
+        Field("info", "BOOL", None, Flag(),
+              "Alone in its request: send an `info` event, whose `info` is JSON: the checkpoint, "
+              "sizes, defaults and fields of this server.", stream_only=True),
+    )
+}  # fmt: skip
 
 
-def _single(name: str, tensor: np.ndarray | None) -> Any:
-    if tensor is None:
-        return None
-    if tensor.size != 1:
-        raise InvalidArgument(name, list(tensor.shape), "the shape must be [1]")
-    return tensor.reshape(-1)[0].item() if tensor.dtype != object else tensor.reshape(-1)[0]
+def check_sizes(tensors: Mapping[str, np.ndarray | None]) -> None:
+    """Refuses inputs that are unknown or too large, without reading, copying or decoding them.
+
+    Raises:
+        InvalidArgument: an input is unknown, is not one element, or has too many bytes.
+    """
+    for name, tensor in tensors.items():
+        field = FIELDS.get(name) or COMMANDS.get(name)
+        if field is None:
+            raise unknown_input(name, None if tensor is None else single(name, tensor), FIELDS)
+        if tensor is not None:
+            field.measure(tensor)
 
 
-def _text(name: str, value: Any, empty_allowed: bool = True) -> str:
-    if value is None:
-        raise InvalidArgument(name, None, "a text is required")
-    if isinstance(value, bytes):
-        try:
-            value = value.decode("utf-8")
-        except UnicodeDecodeError as error:
-            allowed = f"UTF-8 text (byte {error.start} is not)"
-            raise InvalidArgument(name, value, allowed) from None
-    if "\0" in value:
-        raise InvalidArgument(name, value, "text without NUL characters")
-    if len(value) > MAX_PROMPT_CHARACTERS:
-        allowed = f"at most {MAX_PROMPT_CHARACTERS} characters (it has {len(value)})"
-        raise InvalidArgument(name, value, allowed)
-    if not empty_allowed and not value.strip():
-        raise InvalidArgument(name, value, "a text that is not empty")
-    return value
+def unknown_input(name: str, value: object, names: Iterable[str]) -> InvalidArgument:
+    return InvalidArgument(name, value, f"is no input; the inputs are {', '.join(names)}")
 
 
-def _integer(name: str, value: Any, lowest: int, highest: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
-        raise InvalidArgument(name, value, f"an integer from {lowest} to {highest}")
-    return value
-
-
-def _guidance(value: Any) -> float:
-    if not isinstance(value, int | float) or not 0 <= value <= MAX_GUIDANCE_SCALE:
-        allowed = f"a finite number from 0 to {MAX_GUIDANCE_SCALE:g}"
-        raise InvalidArgument("guidance_scale", value, allowed)
-    return float(value)
-
-
-def _side(name: str, value: Any, config: PipelineConfig) -> int:
-    step, highest = config.side_multiple, config.max_side
-    if not isinstance(value, int) or value % step or not step <= value <= highest:
-        allowed = f"a multiple of {step} from {step} to {highest} pixels"
-        raise InvalidArgument(name, value, allowed)
-    return value
-
-
-def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
-    text = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
-    if text not in allowed:
-        raise InvalidArgument(name, text, f"one of {', '.join(allowed)}")
-    return text
+def describe_server(config: PipelineConfig) -> dict[str, Any]:
+    """What clients may want to know of a server: checkpoint, sizes, samplers, defaults, fields."""
+    defaults = {
+        name: field.parse(None, config)
+        for name, field in FIELDS.items()
+        if not field.required and name != "seed"
+    }
+    return {
+        "version": twinbrush.__version__,
+        "checkpoint": config.checkpoint,
+        "samplers": list(SAMPLERS),
+        "image_formats": list(IMAGE_FORMATS),
+        "defaults": defaults,
+        "sizes": {
+            "native": config.native_side,
+            "multiple_of": config.side_multiple,
+            "largest": config.max_side,
+        },
+        "fields": [
+            {
+                "name": name,
+                "type": field.data_type,
+                "required": field.required,
+                "allowed": field.rule.allowed(),
+                "help": field.help,
+                "stream_only": field.stream_only,
+            }
+            for name, field in FIELDS.items()
+        ],
+    }

@@ -136,8 +136,11 @@ class LocalModels:
             if model.exists():
                 self._sessions[path.parent.name] = open_session(model, read_config(path))
 
-    def run(self, model: str, inputs: Mapping[str, np.ndarray], output: str) -> np.ndarray:
-        return np.asarray(self._sessions[model].run([output], dict(inputs))[0])
+    def run(self, model: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """See `Models.run`."""
+        session = self._sessions[model]
+        names = [node.name for node in session.get_outputs()]
+        return dict(zip(names, map(np.asarray, session.run(names, dict(inputs))), strict=True))
 
 
 def read_config(path: Path) -> dict[str, Any]:

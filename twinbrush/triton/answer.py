@@ -4,29 +4,36 @@ from __future__ import annotations
 
 import logging
 import queue
+import shutil
 import threading
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
 
 from twinbrush.engine.generation import EngineError
+from twinbrush.engine.threads import Fail, start_guarded
 
 log = logging.getLogger(__name__)
+SHARED_MEMORY = "/dev/shm"
+MARGIN = 2**20  # bytes that a region grows by
+# Status names of the engine that Triton's Python API lacks, and the nearest that it has.
+TRITON_CODES = {"RESOURCE_EXHAUSTED": "UNAVAILABLE", "DEADLINE_EXCEEDED": "CANCELLED"}
 DTYPES = {"index": np.int32, "step": np.int32, "total_steps": np.int32, "seed": np.int64}
 
 
 class RequestMetrics:
-    """What `/metrics` tells of a model's requests; Triton itself counts each as a success.
+    """Request counters of `/metrics`; Triton itself counts every request as a success.
 
-    One thread makes all changes, beside the requests: the server dies of two at once. Without
-    metrics in the server it tells nothing.
+    One thread makes all changes, beside the requests, because the server dies of two at once. A
+    server without metrics counts nothing.
     """
 
-    def __init__(self, model: str):
+    def __init__(self, model: str, fail: Fail):
         self._model = model
-        self._told: queue.SimpleQueue[str | None] | None = None  # None: a request begins
+        self._changes: queue.SimpleQueue[str | None] | None = None  # None: a request begins
         kinds = pb_utils.MetricFamily
         try:
             self._live = kinds(
@@ -38,21 +45,21 @@ class RequestMetrics:
         except pb_utils.TritonModelException:
             log.warning("the server has no metrics: requests are not counted")
             return
-        self._told = queue.SimpleQueue()
-        threading.Thread(target=self._count, args=[self._told], name="metrics", daemon=True).start()
+        self._changes = queue.SimpleQueue()
+        start_guarded("metrics", partial(self._count, self._changes), fail)
 
     def began(self) -> None:
-        if self._told is not None:
-            self._told.put(None)
+        if self._changes is not None:
+            self._changes.put(None)
 
     def ended(self, code: str) -> None:
-        if self._told is not None:
-            self._told.put(code)
+        if self._changes is not None:
+            self._changes.put(code)
 
-    def _count(self, told: queue.SimpleQueue) -> None:
+    def _count(self, changes: queue.SimpleQueue) -> None:
         live, ended = self._live.Metric({"model": self._model}), {}
         while True:
-            if (code := told.get()) is None:
+            if (code := changes.get()) is None:
                 live.increment(1)
                 continue
             if code not in ended:
@@ -62,7 +69,7 @@ class RequestMetrics:
 
 
 class Answer:
-    """How one request is answered, by responses and exactly one end."""
+    """The responses of one request, and exactly one end."""
 
     def __init__(self, request: Any, metrics: RequestMetrics):
         self._sender = request.get_response_sender()
@@ -72,6 +79,12 @@ class Answer:
         metrics.began()
 
     def send(self, outputs: Mapping[str, Any], final: bool = False) -> None:
+        """Sends one response.
+
+        Raises:
+            EngineError: UNAVAILABLE, when shared memory has no room for it.
+        """
+        _check_shared_memory(outputs)
         tensors = [
             pb_utils.Tensor(name, np.array(value, DTYPES.get(name, object)).reshape(-1))
             for name, value in outputs.items()
@@ -79,7 +92,10 @@ class Answer:
         self._respond(pb_utils.InferenceResponse(tensors), "OK" if final else None)
 
     def fail(self, error: EngineError) -> None:
-        failure = pb_utils.TritonError(str(error), getattr(pb_utils.TritonError, error.code))
+        """Sends an error as the end; codes that Triton lacks stand in front of the message."""
+        code = TRITON_CODES.get(error.code, error.code)
+        message = str(error) if code == error.code else f"{error.code}: {error}"
+        failure = pb_utils.TritonError(message, getattr(pb_utils.TritonError, code))
         self._respond(pb_utils.InferenceResponse(error=failure), error.code)
 
     def end(self) -> None:
@@ -88,7 +104,7 @@ class Answer:
     def cancelled(self) -> bool:
         """Whether the client has cancelled; False once answered.
 
-        The server dies of the question when it comes after the end, hence the lock.
+        The lock is needed: the server dies when the sender is asked after its end.
         """
         with self._lock:
             return self._open and self._sender.is_cancelled()
@@ -106,3 +122,26 @@ class Answer:
                 raise
         if ends:
             self._metrics.ended(ends)
+
+
+_largest_sent = 0  # bytes; the process's region of shared memory has had room for as much
+
+
+def _check_shared_memory(outputs: Mapping[str, Any]) -> None:
+    """Refuses a response that the process's shared memory can hardly hold.
+
+    The server closes a sender before it finds that it has no room, so the request would never end.
+    A region does not shrink: whatever has been sent before still fits when `/dev/shm` is full.
+    """
+    global _largest_sent
+    images = outputs.get("image", b"")
+    size = sum(map(len, images)) if isinstance(images, list) else len(images)
+    if size <= _largest_sent:
+        return
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if size + MARGIN > free:
+        text = f"the images take {size / 1e6:.0f} MB of shared memory, of which {free / 1e6:.0f} MB"
+        text += f" are free in {SHARED_MEMORY}: ask for fewer or smaller images, or give the"
+        text += " server's container more with --shm-size"
+        raise EngineError("UNAVAILABLE", text)
+    _largest_sent = size

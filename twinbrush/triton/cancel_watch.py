@@ -1,35 +1,42 @@
-"""One thread that learns of cancelled requests. Knows neither Triton nor the engine."""
+"""One thread that finds cancelled requests. Knows neither Triton nor diffusion."""
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
 from typing import Protocol
 
+from twinbrush.engine.threads import Fail, start_guarded
+
+log = logging.getLogger(__name__)
+
 
 class Watched(Protocol):
-    """A request that can tell, at some cost, whether its client has cancelled it."""
+    """A request that knows, at some cost, whether its client has cancelled it."""
 
     def cancelled(self) -> bool: ...
 
 
 class CancelWatch:
-    """Asks for live requests whether their client has cancelled.
+    """Polls live requests for a cancel by their client.
 
-    Each question is a round trip to the server, so after a round it pauses in proportion to the
-    round's length: asking takes a small share of a core, however many requests live.
+    Each poll is a round trip to the server, so after a round the thread pauses in proportion to
+    the round's length: polling takes a small share of a core, however many requests live.
+
+    Args:
+        fail: called with a sentence when the thread dies.
     """
 
     SHORTEST_PAUSE, LONGEST_PAUSE = 0.05, 0.5  # seconds
-    PAUSE_PER_SECOND_ASKED = 40.0
+    PAUSE_PER_SECOND_POLLED = 40.0
 
-    def __init__(self) -> None:
+    def __init__(self, fail: Fail) -> None:
         self._watched: dict[Watched, Callable[[], None]] = {}
         self._changed = threading.Condition()
         self._closing = False
-        self._thread = threading.Thread(target=self._run, name="cancel-watch", daemon=True)
-        self._thread.start()
+        self._thread = start_guarded("cancel-watch", self._run, fail)
 
     def add(self, answer: Watched, on_cancel: Callable[[], None]) -> None:
         """`on_cancel` is called once a round after a cancel, until `discard`."""
@@ -56,8 +63,12 @@ class CancelWatch:
                 watched = list(self._watched.items())
             started = time.monotonic()
             for answer, on_cancel in watched:
-                if answer.cancelled():
-                    on_cancel()
-            asked = time.monotonic() - started
-            pause = max(self.SHORTEST_PAUSE, asked * self.PAUSE_PER_SECOND_ASKED)
+                try:
+                    if answer.cancelled():
+                        on_cancel()
+                except Exception:  # of one request; the others are polled further
+                    log.exception("polling a request for a cancel failed")
+                    self.discard(answer)
+            polled = time.monotonic() - started
+            pause = max(self.SHORTEST_PAUSE, polled * self.PAUSE_PER_SECOND_POLLED)
             time.sleep(min(pause, self.LONGEST_PAUSE))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,13 +13,23 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
 
+from twinbrush.control import Control
 from twinbrush.engine.engine import Engine
+from twinbrush.engine.fields import InvalidArgument, shortened
 from twinbrush.engine.generation import End, EngineError, Event, Finished, Generation, Progress
-from twinbrush.engine.request import GenerationRequest, InvalidArgument
+from twinbrush.engine.request import (
+    GenerationRequest,
+    check_sizes,
+    describe_server,
+    unknown_input,
+)
 from twinbrush.triton.answer import Answer, RequestMetrics
 from twinbrush.triton.cancel_watch import CancelWatch
 from twinbrush.triton.models import TritonModels
 from twinbrush.triton.relay import RelayClient, RelayServer, relay_address
+
+log = logging.getLogger(__name__)
+MAX_PARAMETERS = 1 << 16  # bytes of a request's parameters, as JSON
 
 
 class StreamModel:
@@ -26,13 +37,16 @@ class StreamModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         _log_to_the_server(args["model_name"])
-        self._metrics = RequestMetrics(args["model_name"])
+        self._metrics = RequestMetrics(args["model_name"], _end_process)
         folder = Path(args["model_repository"]) / args["model_version"]
         config = json.loads(args["model_config"])
         self._inputs = _input_names(config)
-        self._engine = Engine.of_model(folder, config, TritonModels())
+        self._control = Control.from_environment()
+        self._engine = Engine.of_model(
+            folder, config, TritonModels(), fail=_end_process, beat=self._beat
+        )
         self._relay = RelayServer(relay_address(), self._submit)
-        self._watch = CancelWatch()
+        self._watch = CancelWatch(_end_process)
         self._live: dict[Answer, tuple[str, Generation]] = {}  # and the id that the client gave
 
     def execute(self, requests: list[Any]) -> None:
@@ -43,6 +57,13 @@ class StreamModel:
             except Exception as error:
                 answer.fail(EngineError.of(error))
 
+    def _beat(self) -> None:
+        if self._control is None:
+            return
+        self._control.beat()
+        if self._control.drain_requested and self._engine.drain(0):
+            self._control.report_drained()
+
     def finalize(self) -> None:
         self._relay.close()
         self._engine.close()
@@ -52,6 +73,9 @@ class StreamModel:
         fields = _fields(request, self._inputs)
         if (target := fields.pop("cancel", None)) is not None:
             self._cancel(target, fields, answer)
+            return
+        if (wanted := fields.pop("info", None)) is not None:
+            self._describe(wanted, fields, answer)
             return
         request_id = request.request_id()
 
@@ -78,7 +102,7 @@ class StreamModel:
     def _cancel(self, target: np.ndarray, others: dict[str, Any], answer: Answer) -> None:
         name = target.reshape(-1)[0].decode("utf-8", "replace")
         if others:
-            raise InvalidArgument("cancel", name, "it must be the only input of its request")
+            raise InvalidArgument("cancel", name, "must be the only input of its request")
         named = [generation for given, generation in list(self._live.values()) if given == name]
         if not named:
             raise EngineError("NOT_FOUND", f"no live request has the id {name!r}")
@@ -86,16 +110,22 @@ class StreamModel:
             generation.cancel()
         answer.send({"event": b"cancelled"}, final=True)
 
+    def _describe(self, wanted: np.ndarray, others: dict[str, Any], answer: Answer) -> None:
+        if others or not wanted.all():
+            raise InvalidArgument("info", bool(wanted.all()), "must be true and the only input")
+        described = json.dumps(describe_server(self._engine.config))
+        answer.send({"event": b"info", "info": described.encode()}, final=True)
+
 
 class UnaryModel:
     """`text_to_image`: one response with all images, which `text_to_image_stream` makes."""
 
     def initialize(self, args: dict[str, str]) -> None:
         _log_to_the_server(args["model_name"])
-        self._metrics = RequestMetrics(args["model_name"])
+        self._metrics = RequestMetrics(args["model_name"], _end_process)
         self._inputs = _input_names(json.loads(args["model_config"]))
         self._relay = RelayClient(relay_address())
-        self._watch = CancelWatch()
+        self._watch = CancelWatch(_end_process)
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
@@ -113,10 +143,12 @@ class UnaryModel:
     def _start(self, fields: dict[str, np.ndarray], answer: Answer) -> None:
         def done(outcome: list[Finished] | EngineError) -> None:
             self._watch.discard(answer)
-            if isinstance(outcome, EngineError):
-                answer.fail(outcome)
-            else:
+            try:
+                if isinstance(outcome, EngineError):
+                    raise outcome
                 answer.send(_stacked(outcome), final=True)
+            except EngineError as error:
+                answer.fail(error)
 
         ticket = self._relay.new_ticket()
         self._watch.add(answer, lambda: self._relay.cancel(ticket))
@@ -139,14 +171,21 @@ def _fields(request: Any, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Copies of the inputs that a request brings: the server takes back its memory.
 
     Raises:
-        InvalidArgument: a JSON body had a member that is no input; the server makes such
-            members parameters of the request, and `id`, which it takes for the request's, too.
+        InvalidArgument: an input is too large; or a JSON body had a member that is no input:
+            the server makes such members parameters of the request, and `id`, which it takes
+            for the request's, too.
     """
-    for name, value in json.loads(request.parameters() or "{}").items():
+    parameters = request.parameters() or "{}"
+    if len(parameters) > MAX_PARAMETERS:
+        allowed = f"must have at most {MAX_PARAMETERS} bytes; it has {len(parameters)}"
+        raise InvalidArgument("parameters", shortened(parameters), allowed)
+    for name, value in json.loads(parameters).items():
         if name != "id" and not name.startswith("triton_"):
-            raise InvalidArgument(name, value, f"inputs are {', '.join(names)}")
-    tensors = {name: pb_utils.get_input_tensor_by_name(request, name) for name in names}
-    return {name: t.as_numpy().copy() for name, t in tensors.items() if t is not None}
+            raise unknown_input(name, value, names)
+    inputs = ((name, pb_utils.get_input_tensor_by_name(request, name)) for name in names)
+    tensors = {name: tensor.as_numpy() for name, tensor in inputs if tensor is not None}
+    check_sizes(tensors)
+    return {name: tensor.copy() for name, tensor in tensors.items()}
 
 
 def _tell(answer: Answer, event: Event) -> None:
@@ -165,6 +204,13 @@ def _tell(answer: Answer, event: Event) -> None:
             answer.end()
         case End(EngineError() as error):
             answer.fail(error)
+
+
+def _end_process(reason: str) -> None:
+    """Ends this stub, so that the launcher starts a server that works."""
+    log.critical("the engine cannot go on: %s", reason)
+    logging.shutdown()
+    os._exit(1)
 
 
 def _log_to_the_server(name: str) -> None:

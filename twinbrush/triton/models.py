@@ -14,12 +14,13 @@ SHUTDOWN = ("Server not ready", "Server is stopping")
 
 
 class TritonModels:
-    """`Models` that are called inside the server (business logic scripting)."""
+    """`Models` that are called inside the server."""
 
-    def run(self, model: str, inputs: Mapping[str, np.ndarray], output: str) -> np.ndarray:
+    def run(self, model: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """See `Models.run`."""
         request = pb_utils.InferenceRequest(
             model_name=model,
-            requested_output_names=[output],
+            requested_output_names=[],  # which asks for all
             inputs=[pb_utils.Tensor(name, np.ascontiguousarray(t)) for name, t in inputs.items()],
             preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0),
         )
@@ -29,4 +30,4 @@ class TritonModels:
             if any(text in reason for text in SHUTDOWN):
                 raise EngineError.of_shutdown()
             raise RuntimeError(f"{model}: {reason}")
-        return pb_utils.get_output_tensor_by_name(response, output).as_numpy()
+        return {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()}

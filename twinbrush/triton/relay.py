@@ -1,8 +1,9 @@
-"""The way from the unary front door's process to the engine's, a local socket.
+"""The socket from the unary front door's process to the engine's.
 
-Messages are lines of JSON; an image follows its line as bare bytes. The socket has an abstract
-name, so it leaves no file behind, and both sides refuse a peer of another user. Knows neither
-Triton nor diffusion.
+Messages are frames: the lengths of a header and of a body, the header as JSON, the body as bytes
+(images, or the values of fields). Both sides bound what they read. The socket has an abstract name,
+so it leaves no file behind, and both sides refuse a peer of another user. Knows neither Triton nor
+diffusion.
 """
 
 from __future__ import annotations
@@ -21,11 +22,24 @@ from typing import Any
 
 import numpy as np
 
-from twinbrush.engine.generation import End, EngineError, Event, Finished, Generation
+from twinbrush.engine.generation import (
+    End,
+    EngineError,
+    Event,
+    Finished,
+    Generation,
+    Progress,
+)
 
 log = logging.getLogger(__name__)
 Submit = Callable[[dict[str, np.ndarray], Callable[[Event], None]], Generation]
 Done = Callable[[list[Finished] | EngineError], None]
+
+LENGTHS = struct.Struct("<II")  # of header and body, in bytes
+MAX_HEADER = 1 << 16
+MAX_REQUEST = 1 << 20  # bytes of a request's body
+MAX_IMAGE = 1 << 31  # bytes of an image
+PEER = struct.Struct("3i")  # process, user, group
 
 
 def relay_address() -> str:
@@ -78,25 +92,25 @@ class _Connection(socketserver.StreamRequestHandler):
 
     def handle(self) -> None:
         try:
-            while (line := self.rfile.readline()).endswith(b"\n"):  # else it was cut short
-                message = json.loads(line)
+            while (frame := _read(self.rfile, MAX_REQUEST)) is not None:
+                message, body = frame
                 ticket = message["ticket"]
                 if "fields" in message:
-                    self._start(ticket, message["fields"])
+                    self._start(ticket, message["fields"], body)
                 elif (generation := self._live.get(ticket)) is not None:
                     generation.cancel()
         finally:
             for generation in list(self._live.values()):
                 generation.cancel()
 
-    def _start(self, ticket: int, fields: dict[str, list]) -> None:
+    def _start(self, ticket: int, layout: list[list], body: bytes) -> None:
         def reply(event: Event) -> None:
             if isinstance(event, End):
                 self._live.pop(ticket, None)
             self._send(ticket, event)
 
         try:
-            generation = self.server.submit(_arrays(fields), reply)
+            generation = self.server.submit(_unpacked(layout, body), reply)
         except Exception as error:
             self._send(ticket, End(EngineError.of(error)))
             return
@@ -110,11 +124,12 @@ class _Connection(socketserver.StreamRequestHandler):
         match event:
             case Finished(index, seed, image, warnings):
                 message |= {"index": index, "seed": seed, "warnings": warnings}
-                message["bytes"] = len(image)
             case End(error):
                 message["error"] = error and [error.code, str(error)]
-        with self._sending, contextlib.suppress(OSError):  # who has gone needs no answer
-            self.wfile.write(_line(message) + image)
+        if isinstance(event, Progress):
+            return  # a unary response has none
+        with self._sending, contextlib.suppress(OSError):  # the peer has gone
+            self.wfile.write(_frame(message, image))
 
 
 class RelayClient:
@@ -136,7 +151,8 @@ class RelayClient:
         Raises:
             EngineError: the engine is not there.
         """
-        message = _line({"ticket": ticket, "fields": _lists(fields)})
+        layout, body = _packed(fields)
+        message = _frame({"ticket": ticket, "fields": layout}, body)
         with self._lock:
             self._waiting[ticket] = ([], done)
             try:
@@ -147,10 +163,10 @@ class RelayClient:
                 raise EngineError("UNAVAILABLE", text) from None
 
     def cancel(self, ticket: int) -> None:
-        """Asks for the end of a request; one that has ended stays as it is."""
-        with self._lock, contextlib.suppress(OSError):  # the reader tells of a loss
+        """Cancels a request; has no effect on one that has ended."""
+        with self._lock, contextlib.suppress(OSError):  # the reader reports a loss
             if ticket in self._waiting and self._socket is not None:
-                self._socket.sendall(_line({"ticket": ticket}))
+                self._socket.sendall(_frame({"ticket": ticket}))
 
     def close(self) -> None:
         with self._lock:
@@ -168,8 +184,8 @@ class RelayClient:
     def _read(self, connection: socket.socket) -> None:
         with connection, connection.makefile("rb") as stream:
             try:
-                while (line := stream.readline()).endswith(b"\n"):  # else it was cut short
-                    self._take(json.loads(line), stream)
+                while (frame := _read(stream, MAX_IMAGE)) is not None:
+                    self._take(*frame)
             except OSError:
                 pass  # lost, as at the end of the stream
             finally:
@@ -178,22 +194,23 @@ class RelayClient:
                     lost = [done for _, done in self._waiting.values()]
                     self._waiting.clear()
         for done in lost:
-            _tell(done, EngineError("UNAVAILABLE", "the engine went away"))
+            _deliver(done, EngineError("UNAVAILABLE", "the engine went away"))
 
-    def _take(self, message: dict[str, Any], stream: Any) -> None:
+    def _take(self, message: dict[str, Any], image: bytes) -> None:
         ticket = message["ticket"]
         images, done = self._waiting[ticket]
         if "error" not in message:
-            image = stream.read(message["bytes"])
             warnings = tuple(message["warnings"])
             images.append(Finished(message["index"], message["seed"], image, warnings))
             return
         del self._waiting[ticket]
         error = message["error"]
-        _tell(done, EngineError(*error) if error else sorted(images, key=lambda image: image.index))
+        _deliver(
+            done, EngineError(*error) if error else sorted(images, key=lambda image: image.index)
+        )
 
 
-def _tell(done: Done, outcome: list[Finished] | EngineError) -> None:
+def _deliver(done: Done, outcome: list[Finished] | EngineError) -> None:
     try:
         done(outcome)
     except Exception:  # must not end the answers of others
@@ -213,30 +230,48 @@ def _connect(address: str) -> socket.socket:
 
 
 def _same_user(connection: socket.socket) -> bool:
-    layout = "3i"  # process, user, group
-    size = struct.calcsize(layout)
-    peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
-    return struct.unpack(layout, peer)[1] == os.getuid()
+    peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER.size)
+    return PEER.unpack(peer)[1] == os.getuid()
 
 
-def _line(message: dict[str, Any]) -> bytes:
-    return json.dumps(message).encode() + b"\n"
+def _frame(header: dict[str, Any], body: bytes = b"") -> bytes:
+    data = json.dumps(header).encode()
+    return LENGTHS.pack(len(data), len(body)) + data + body
 
 
-def _lists(fields: Mapping[str, np.ndarray]) -> dict[str, list]:
-    """Tensors for JSON: numpy's name of the type, and the values; bytes as Latin-1."""
-    return {
-        name: ["object", [value.decode("latin-1") for value in tensor.reshape(-1)]]
-        if tensor.dtype == object
-        else [tensor.dtype.name, tensor.reshape(-1).tolist()]
-        for name, tensor in fields.items()
-    }
+def _read(stream: Any, max_body: int) -> tuple[dict[str, Any], bytes] | None:
+    """The next frame; None where the stream ends, also inside a frame.
+
+    Raises:
+        OSError: the connection is lost, or a frame is larger than allowed.
+    """
+    lengths = stream.read(LENGTHS.size)
+    if len(lengths) < LENGTHS.size:
+        return None
+    header, body = LENGTHS.unpack(lengths)
+    if header > MAX_HEADER or body > max_body:
+        raise OSError(f"a frame of {header} and {body} bytes is too large")
+    data = stream.read(header + body)
+    if len(data) < header + body:
+        return None
+    return json.loads(data[:header]), data[header:]
 
 
-def _arrays(fields: Mapping[str, list]) -> dict[str, np.ndarray]:
-    return {
-        name: np.array([value.encode("latin-1") for value in values], object)
-        if dtype == "object"
-        else np.array(values, dtype)
-        for name, (dtype, values) in fields.items()
-    }
+def _packed(fields: Mapping[str, np.ndarray]) -> tuple[list[list], bytes]:
+    """Fields as their layout, [name, type, bytes] each, and their values one after the other."""
+    layout, values = [], []
+    for name, tensor in fields.items():
+        is_text = tensor.dtype == object
+        value = tensor.reshape(-1)[0] if is_text else tensor.tobytes()
+        layout.append([name, "text" if is_text else tensor.dtype.name, len(value)])
+        values.append(value)
+    return layout, b"".join(values)
+
+
+def _unpacked(layout: list[list], body: bytes) -> dict[str, np.ndarray]:
+    fields, start = {}, 0
+    for name, kind, length in layout:
+        value = body[start : start + length]
+        fields[name] = np.array([value], object) if kind == "text" else np.frombuffer(value, kind)
+        start += length
+    return fields

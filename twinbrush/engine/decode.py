@@ -1,0 +1,120 @@
+"""Finished latents become pictures and files: the decoder in chunks, then a pool of encoders."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from twinbrush.engine import images
+from twinbrush.engine.batcher import CallKey, Claim
+from twinbrush.engine.capacity import decoder_pictures
+from twinbrush.engine.denoise import Latent
+from twinbrush.engine.generation import Generation
+from twinbrush.engine.models import Models
+
+DECODER = "vqgan_decoder"
+IMAGE_ENCODERS = 2  # threads that write PNG and JPEG
+WAITING_PIXELS = 32 * 512 * 512  # that may wait for an image encoder; more hold the decoder back
+
+
+@dataclass(eq=False)
+class LiveImage:
+    """One image of a request while it is made."""
+
+    generation: Generation
+    index: int
+    latent: Latent
+    claim: Claim
+
+
+class Decoder:
+    """Decodes images that are put in, in calls of few, and encodes them to files.
+
+    Args:
+        models: the served networks.
+        rows: of a UNet call of a key; a decoder call has a share of them.
+        finish: takes an image and the bytes of its file, from any thread.
+        fail: takes the requests that the exception being handled ends, the stage, and what the
+            client may know of the reason.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        rows: Callable[[CallKey], int],
+        finish: Callable[[LiveImage, bytes], None],
+        fail: Callable[..., None],
+    ):
+        self._models, self._rows, self._finish, self._fail = models, rows, finish, fail
+        self._waiting: queue.SimpleQueue[LiveImage | None] = queue.SimpleQueue()
+        self._encoders = ThreadPoolExecutor(IMAGE_ENCODERS, "image-encoder")
+        self._pixels = 0  # decoded, and not encoded yet
+        self._encoded = threading.Condition()
+
+    def put(self, image: LiveImage) -> None:
+        self._waiting.put(image)
+
+    def close(self) -> None:
+        """Ends the loop; images that were put in before are finished."""
+        self._waiting.put(None)
+
+    def loop(self) -> None:
+        """Decodes until `close`. For one thread."""
+        for batch in batches(self._waiting):
+            groups: dict[CallKey, list[LiveImage]] = {}
+            for image in batch:
+                groups.setdefault(image.claim.key, []).append(image)
+            for key, group in groups.items():
+                most = 1 if key.alone else decoder_pictures(self._rows(key))
+                for i in range(0, len(group), most):
+                    self._decode(group[i : i + most])
+        self._encoders.shutdown()
+
+    def _decode(self, group: Sequence[LiveImage]) -> None:
+        group = [image for image in group if not image.generation.ended]
+        if not group:
+            return
+        try:
+            latent = np.stack([image.latent.x for image in group])
+            pictures = self._models.run(DECODER, {"latent": latent})["image"]
+        except Exception:
+            self._fail([image.generation for image in group], "decoding")
+            return
+        for image, picture in zip(group, pictures, strict=True):
+            try:
+                pixels = images.to_pixels(picture)
+            except ValueError as error:
+                self._fail([image.generation], "decoding", str(error))
+                continue
+            with self._encoded:
+                self._encoded.wait_for(lambda: self._pixels < WAITING_PIXELS)
+                self._pixels += pixels.size
+            self._encoders.submit(self._encode, image, pixels)
+
+    def _encode(self, image: LiveImage, pixels: np.ndarray) -> None:
+        generation = image.generation
+        try:
+            if not generation.ended:
+                self._finish(image, images.encode(pixels, generation.request.image_format))
+        except Exception:
+            self._fail([generation], "encoding the image")
+        finally:
+            with self._encoded:
+                self._pixels -= pixels.size
+                self._encoded.notify()
+
+
+def batches(waiting: queue.SimpleQueue) -> Iterator[list]:
+    """Everything that waits, each time that something does, until None comes."""
+    while True:
+        batch = [waiting.get()]
+        while not waiting.empty():
+            batch.append(waiting.get())
+        yield [item for item in batch if item is not None]
+        if None in batch:
+            return

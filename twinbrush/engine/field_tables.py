@@ -1,0 +1,158 @@
+"""Writes the copies of the request table: `python -m twinbrush.engine.field_tables`.
+
+Triton reads the front doors' inputs from `config.pbtxt`, the client stands alone, and the README
+is for people: each keeps a copy, between two marks where the file has other contents too.
+`tests/test_boundaries.py` compares them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from twinbrush.engine.fields import Field, FromConfig
+from twinbrush.engine.request import COMMANDS, FIELDS
+
+ROOT = Path(__file__).parents[2]
+PBTXT_MARKS = ("# Inputs, written by `python -m twinbrush.engine.field_tables`.\n",
+               "# End of inputs.\n")  # fmt: skip
+README_MARKS = ("<!-- fields -->\n", "<!-- end of fields -->\n")
+PYTHON_TYPES = {"STRING": "str", "BOOL": "bool", "INT32": "int", "INT64": "int", "FP32": "float"}
+
+
+def unary_inputs() -> str:
+    """The inputs of `text_to_image`."""
+    return "".join(_input(f, optional=not f.required) for f in FIELDS.values() if not f.stream_only)
+
+
+def stream_inputs() -> str:
+    """The inputs of `text_to_image_stream`; a command comes without a prompt."""
+    rows = (*FIELDS.values(), *COMMANDS.values())
+    return "".join(_input(field, optional=True) for field in rows)
+
+
+def _input(field: Field, optional: bool) -> str:
+    tail = " optional: true" if optional else ""
+    return f'input {{ name: "{field.name}" data_type: TYPE_{field.data_type} dims: [ 1 ]{tail} }}\n'
+
+
+def markdown() -> str:
+    """The README's table."""
+    lines = ["| field | type | default | allowed | |", "|---|---|---|---|---|"]
+    for field in (*FIELDS.values(), *COMMANDS.values()):
+        door = "Stream only. " if field.stream_only else ""
+        cells = (f"`{field.name}`", field.data_type.lower(), _default(field),
+                 field.rule.allowed(), door + field.help)  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _default(field: Field) -> str:
+    if field.required:
+        return "required"
+    if isinstance(field.default, FromConfig):
+        return field.default.text
+    empty = field.default is None or field.default == ""
+    return "" if empty else f"`{str(field.default).lower()}`"
+
+
+def client_module() -> str:
+    """`twinbrush_client/fields.py`: data types, help, and the type of keyword arguments."""
+    rows = FIELDS.values()
+    return "\n".join([
+        '"""The request fields of the server.',
+        "",
+        "Written by `python -m twinbrush.engine.field_tables`: do not edit.",
+        '"""',
+        "",
+        "from __future__ import annotations",
+        "",
+        "from typing import TypedDict",
+        "",
+        "# Triton's data type of each field.",
+        *_mapping("DATA_TYPES", ((f.name, f.data_type.replace("STRING", "BYTES")) for f in rows)),
+        "",
+        "HELP = {",
+        *(_help_line(field) for field in rows),
+        "}",
+        "",
+        *_mapping("ALLOWED", ((f.name, f.rule.allowed().replace("`", "")) for f in rows)),
+        "",
+        f"STREAM_ONLY = {tuple(f.name for f in rows if f.stream_only)!r}".replace("'", '"'),
+        "",
+        "",
+        "class RequestFields(TypedDict, total=False):",
+        '    """Keyword arguments of a request besides the prompt; None takes the default."""',
+        "",
+        *(_attribute(f) for f in rows if f.name != "prompt"),
+        "    num_inference_steps: int | None",
+        "    num_images_per_prompt: int | None",
+        "",
+    ])  # fmt: skip
+
+
+def _mapping(name: str, items: Iterable[tuple[str, str]]) -> list[str]:
+    lines = [line for key, value in items for line in _entry(key, value)]
+    return [f"{name} = {{", *lines, "}"]
+
+
+def _help_line(field: Field) -> str:
+    return "\n".join(_entry(field.name, field.help.replace("`", "")))
+
+
+def _entry(key: str, value: str) -> list[str]:
+    """A line of a mapping; a long text stands in brackets, a word-wrapped part a line."""
+    line = f'    "{key}": "{value}",'
+    if len(line) <= 100:
+        return [line]
+    parts, width = [""], 86
+    for word in value.split(" "):
+        if len(parts[-1]) + len(word) + 1 > width:
+            parts.append("")
+        parts[-1] += word + " "
+    parts[-1] = parts[-1].rstrip()
+    return [f'    "{key}": (', *(f'        "{part}"' for part in parts), "    ),"]
+
+
+def _attribute(field: Field) -> str:
+    return f"    {field.name}: {PYTHON_TYPES[field.data_type]} | None"
+
+
+def replaced(text: str, marks: tuple[str, str], inner: str) -> str:
+    """`text` with `inner` between its marks.
+
+    Raises:
+        ValueError: a mark is missing.
+    """
+    before, first, rest = text.partition(marks[0])
+    _, last, after = rest.partition(marks[1])
+    if not first or not last:
+        raise ValueError(f"no text between {marks[0].strip()!r} and {marks[1].strip()!r}")
+    return f"{before}{first}{inner}{last}{after}"
+
+
+Render = Callable[[str], str]
+COPIES: dict[str, Render] = {  # what each file has to be, from what it is
+    "model_repository/text_to_image/config.pbtxt": lambda text: replaced(
+        text, PBTXT_MARKS, unary_inputs()
+    ),
+    "model_repository/text_to_image_stream/config.pbtxt": lambda text: replaced(
+        text, PBTXT_MARKS, stream_inputs()
+    ),
+    "client/twinbrush_client/fields.py": lambda text: client_module(),
+    "README.md": lambda text: replaced(text, README_MARKS, markdown()),
+}
+
+
+def main() -> None:
+    for name, render in COPIES.items():
+        path = ROOT / name
+        old = path.read_text() if path.exists() else ""
+        if (new := render(old)) != old:
+            path.write_text(new)
+            sys.stdout.write(f"{name}\n")
+
+
+if __name__ == "__main__":
+    main()
