@@ -107,14 +107,14 @@ def open_checkpoint(
     return opened
 
 
-def _find_parts(
-    source: Source, keep_bert: bool
-) -> tuple[Checkpoint, dict[str, tuple[Tree, str]]]:
+def _find_parts(source: Source, keep_bert: bool) -> tuple[Checkpoint, dict[str, tuple[Tree, str]]]:
     """The parts of a checkpoint, and the tree and folder name that each is from."""
     name, scratch, tree = _open_root(source)
     file = tree.folder / "model_index.json"
     if "model_index.json" not in tree.names:
-        raise CheckpointError(f"checkpoint {tree.folder} has no model_index.json: not diffusers layout")
+        raise CheckpointError(
+            f"checkpoint {tree.folder} has no model_index.json: not diffusers layout"
+        )
     index = read_json(file)
     names, classes = _read_index(index, file)
     trees = {part: (tree, names[part]) for part in names}
@@ -125,7 +125,10 @@ def _find_parts(
     if source.vae is not None:
         trees["vae"], classes["vae"] = _open_vae(source.vae)
     if source.tokenizer is not None:
-        trees["tokenizer"], classes["tokenizer"] = (open_tree(source.tokenizer), ""), "CLIPTokenizer"
+        trees["tokenizer"], classes["tokenizer"] = (
+            (open_tree(source.tokenizer), ""),
+            "CLIPTokenizer",
+        )
     if "fusion" not in classes and source.bert is not None:
         del trees["fusion"]
     for part, (place, folder) in trees.items():
@@ -158,7 +161,7 @@ def _read_index(index: dict[str, Any], file: Path) -> tuple[dict[str, str], dict
         raise CheckpointError(f"{text}: {', '.join(PIPELINES)} are")
     defaults = index.get("defaults", {})
     if not isinstance(defaults, dict):
-        allowed = "an object of request fields, as {\"steps\": 4}"
+        allowed = 'an object of request fields, as {"steps": 4}'
         raise CheckpointError(f"{file} has defaults {defaults!r}, which is not allowed: {allowed}")
     names = {part: part for part in (*PARTS, *OTHERS)}
     classes = {}

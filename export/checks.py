@@ -29,7 +29,7 @@ def check_configs(checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: with part, field, value and what is allowed.
     """
-    from export import bert, pipeline
+    from export import pipeline
 
     text, unet = checkpoint.config("text_encoder"), checkpoint.config("unet")
     for name in ("hidden_size", "max_position_embeddings", "vocab_size"):
@@ -39,10 +39,6 @@ def check_configs(checkpoint: Checkpoint) -> None:
     check_unet(checkpoint, unet)
     _build(checkpoint, "unet", lambda: UNet2DConditionModel.from_config(unet))
     width = clip.config.hidden_size
-    if "fusion" in checkpoint.folders:
-        fusion = checkpoint.config("fusion")
-        bert.check_layers(checkpoint)
-        _build(checkpoint, "fusion", lambda: FusionHead.from_config(fusion))
     _check_fusion(checkpoint, width)
     if unet.get("cross_attention_dim", 1280) != width:
         raise CheckpointError(
@@ -50,7 +46,6 @@ def check_configs(checkpoint: Checkpoint) -> None:
             f" text_encoder has hidden_size {width}"
         )
     check_vae(checkpoint, checkpoint.config("vae"))
-    _build(checkpoint, "bert", lambda: bert.build(checkpoint))
     pipeline.check(checkpoint)
 
 
@@ -78,7 +73,9 @@ def check_vae(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
         if name == "shift_factor" and value is None:
             continue
         _check_number(checkpoint, "vae", name, value, positive=name == "scaling_factor")
-    check_widths(checkpoint, "vae", config, "decoder_block_out_channels" if tiny else "block_out_channels")
+    check_widths(
+        checkpoint, "vae", config, "decoder_block_out_channels" if tiny else "block_out_channels"
+    )
     if tiny and config.get("upsampling_scaling_factor", 2) != 2:
         value = config["upsampling_scaling_factor"]
         raise CheckpointError(f"vae has upsampling_scaling_factor {value!r}, only 2 is served")
@@ -105,24 +102,24 @@ def check_whole(checkpoint: Checkpoint, part: str, name: str, value: Any) -> Non
     """Raises CheckpointError where a field is no whole number above 0."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         file = checkpoint.folders[part] / "config.json"
-        raise CheckpointError(f"{file}: {name}={value!r} is invalid: must be a whole number above 0")
+        raise CheckpointError(
+            f"{file}: {name}={value!r} is invalid: must be a whole number above 0"
+        )
 
 
-def check_widths(
-    checkpoint: Checkpoint, part: str, config: Mapping[str, Any], name: str
-) -> None:
+def check_widths(checkpoint: Checkpoint, part: str, config: Mapping[str, Any], name: str) -> None:
     """Raises CheckpointError where a field is no list of whole numbers above 0."""
     values = config.get(name, [1])
     good = isinstance(values, list) and values
-    if not good or not all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in values):
+    if not good or not all(
+        isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in values
+    ):
         file = checkpoint.folders[part] / "config.json"
         text = f"{file}: {name}={values!r} is invalid"
         raise CheckpointError(f"{text}: must be a list of whole numbers above 0")
 
 
-def _check_number(
-    checkpoint: Checkpoint, part: str, name: str, value: Any, positive: bool
-) -> None:
+def _check_number(checkpoint: Checkpoint, part: str, name: str, value: Any, positive: bool) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or (positive and value <= 0):
         file = checkpoint.folders[part] / "config.json"
@@ -141,3 +138,22 @@ def _build(checkpoint: Checkpoint, part: str, make: Any) -> Any:
         file = checkpoint.folders[part] / "config.json"
         name = checkpoint.classes.get(part)
         raise CheckpointError(f"{file} makes no {name}: {first_line(error)}") from error
+
+
+def _check_fusion(checkpoint: Checkpoint, width: int) -> None:
+    """Checks that the fusion head fits the encoders on both of its sides."""
+    from export import bert
+
+    network = _build(checkpoint, "bert", lambda: bert.build(checkpoint))
+    check_whole(checkpoint, "bert", "hidden_size", network.config.hidden_size)
+    if "fusion" not in checkpoint.folders:
+        return
+    bert.check_layers(checkpoint)
+    config = checkpoint.config("fusion")
+    head = _build(checkpoint, "fusion", lambda: FusionHead.from_config(config)).config
+    for name, value, other in (
+        ("width", head.width, width),
+        ("bert_width", head.bert_width, network.config.hidden_size),
+    ):
+        if value != other:
+            raise CheckpointError(f"fusion has {name} {value}, its encoder has {other}")

@@ -13,8 +13,8 @@ import numpy as np
 
 from export.checkpoint import Checkpoint, first_line
 from export.part import Part
-from export.tokenizer import load_tokenizer
 from export.sizes import native_size, scale_factor, side_multiple
+from export.tokenizer import load_tokenizer
 from export.vqgan_decoder import latent_to_rgb
 from networks.loading import CheckpointError
 from twinbrush.engine.config import PipelineConfig

@@ -118,7 +118,9 @@ def open_tree(place: str, revision: str | None = None, subfolder: str | None = N
         return Tree(folder, _names(folder))
     if not HUB_ID.fullmatch(place):
         raise CheckpointError(f"checkpoint {place} is not there, and is no hub id")
-    top = _download(place, revision, [f"{prefix}{deep}{p}" for deep in ("", "*/") for p in SMALL_FILES])
+    top = _download(
+        place, revision, [f"{prefix}{deep}{p}" for deep in ("", "*/") for p in SMALL_FILES]
+    )
     if not (top / prefix).is_dir():
         raise CheckpointError(f"--subfolder {subfolder} is not in {place}")
     commit = top.name

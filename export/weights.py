@@ -53,10 +53,15 @@ def choose_weights(
     return choice, _whole(found[choice], names, folder, choice)
 
 
+def variant_of(name: str) -> str | None:
+    """The variant that a weight file is named after; None of a plain or unknown one."""
+    match = NAME.fullmatch(name)
+    return match and (match["before"] or match["after"])
+
+
 def variants_of(names: Iterable[str]) -> set[str]:
     """The variants that files are named after."""
-    matches = [match for name in names if (match := NAME.fullmatch(name))]
-    return {v for match in matches if (v := match["before"] or match["after"])}
+    return {variant for name in names if (variant := variant_of(name))}
 
 
 def _choose(found: dict[str | None, list[str]], folder: Path, wanted: str | None) -> str | None:

@@ -98,10 +98,10 @@ def test_large_pictures_are_painted_one_at_a_time(tiny, served, monkeypatch):
     rows = []
 
     class Watched(LocalModels):
-        def run(self, model, inputs, output):
+        def run(self, model, inputs):
             if model == "unet":
                 rows.append(len(inputs["sample"]))
-            return super().run(model, inputs, output)
+            return super().run(model, inputs)
 
     monkeypatch.setattr("export.gate.LocalModels", Watched)
     gate = Gate(open_checkpoint(tiny), [], served, psnr())
