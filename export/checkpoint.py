@@ -144,8 +144,15 @@ def _find_parts(source: Source, keep_bert: bool) -> tuple[Checkpoint, dict[str, 
 def _open_root(source: Source) -> tuple[str, tempfile.TemporaryDirectory | None, Tree]:
     path = Path(source.checkpoint).expanduser()
     if path.is_file() and path.suffix.lower() == ".safetensors":
+        from export.resources import check_disk
         from export.single_file import unpack
 
+        if source.tokenizer is None:
+            text = f"{path} is a single file, which has no tokenizer"
+            raise CheckpointError(
+                f"{text}: --tokenizer names a folder with CLIP's vocab.json and merges.txt"
+            )
+        check_disk(Path(tempfile.gettempdir()), path.stat().st_size)
         scratch = tempfile.TemporaryDirectory(prefix="twinbrush-")
         unpack(path, Path(scratch.name))
         return path.stem, scratch, open_tree(scratch.name)

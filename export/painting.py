@@ -1,4 +1,4 @@
-"""Paints prompts with the serving engine, in this process. Knows nothing of what a picture shows."""
+"""Paints prompts with the serving engine, in this process. Knows not what a picture shows."""
 
 from __future__ import annotations
 

@@ -125,12 +125,14 @@ def read_header(file: Path) -> dict[str, Any]:
             if LFS.startswith(start) and start:
                 raise CheckpointError(lfs_pointer(file))
             length = int.from_bytes(start, "little")
-            if start[:2] == b"PK" or start[:1] == b"\x80":
+            pickled = start.startswith((b"PK\x03\x04", b"\x80\x02"))
+            if pickled and stream.read(1) != b"{":
                 text = f"{file} is a pickle under another name, which is not read"
                 raise CheckpointError(f"{text}: convert it to safetensors")
             if size < 8 or 8 + length > size:
                 text = f"{file} is cut short at {size} bytes or is no safetensors file"
                 raise CheckpointError(f"{text}: download it again")
+            stream.seek(8)
             header = json.loads(stream.read(length))
             header.pop("__metadata__", None)
             end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
