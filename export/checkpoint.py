@@ -125,10 +125,9 @@ def _find_parts(source: Source, keep_bert: bool) -> tuple[Checkpoint, dict[str, 
     if source.vae is not None:
         trees["vae"], classes["vae"] = _open_vae(source.vae)
     if source.tokenizer is not None:
-        trees["tokenizer"], classes["tokenizer"] = (
-            (open_tree(source.tokenizer), ""),
-            "CLIPTokenizer",
-        )
+        other = open_tree(source.tokenizer)
+        place = "tokenizer" if other.within("tokenizer") else ""
+        trees["tokenizer"], classes["tokenizer"] = (other, place), "CLIPTokenizer"
     if "fusion" not in classes and source.bert is not None:
         del trees["fusion"]
     for part, (place, folder) in trees.items():

@@ -195,7 +195,11 @@ def _schedule(checkpoint: Checkpoint) -> dict[str, Any]:
         text = f"scheduler is no {name} that can be read: {first_line(error)}"
         raise CheckpointError(text) from error
     alpha_bar = exact.alphas_cumprod
-    if not ((alpha_bar >= 0) & (alpha_bar <= 1)).all() or not (alpha_bar.diff() <= 0).all():
+    if (
+        alpha_bar.ndim != 1
+        or not ((alpha_bar >= 0) & (alpha_bar <= 1)).all()
+        or not (alpha_bar.diff() <= 0).all()
+    ):
         betas = ", ".join(f"{beta}={given[beta]!r}" for beta in BETAS if beta in given)
         text = "scheduler_config.json makes noise that does not grow from 0 to 1"
         raise CheckpointError(f"{checkpoint.folders['scheduler']}/{text}: {betas}")

@@ -251,9 +251,7 @@ class _Tower:
         self.config = type("Config", (), {"hidden_size": width})
 
 
-def _prediction(
-    tensors: Mapping[str, Tensor], family: Family, metadata: Mapping[str, str]
-) -> str:
+def _prediction(tensors: Mapping[str, Tensor], family: Family, metadata: Mapping[str, str]) -> str:
     """What the UNet predicts: as the file says, else as its family does."""
     written = metadata.get("modelspec.prediction_type", "")
     if written.startswith("v") or "v_pred" in tensors:

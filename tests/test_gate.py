@@ -12,12 +12,12 @@ import pytest
 import torch
 from harness import contents, export_command, skeleton
 
+from examples.scenes.gate import AllCorrect, all_correct
 from examples.scenes.quality import tasks
 from examples.scenes.scenes import render
 from export import pipeline
 from export.checkpoint import open_checkpoint
 from export.convert import to_onnx
-from examples.scenes.gate import AllCorrect, all_correct
 from export.gate import PROMPTS, Gate, GateError, Psnr, psnr
 from export.prune import prune_checkpoint, save_part
 from export.repository import SOURCE, build, load_parts
