@@ -232,7 +232,9 @@ def test_a_unet_without_a_size_takes_that_of_its_autoencoder(copied, bert):
     change(copied / "unet" / "config.json", sample_size=None)
     change(copied / "vae" / "config.json", sample_size=[32, 64])
     assert native_size(open_checkpoint(copied, bert)) == (8, 16)
-    change(copied / "vae" / "config.json", sample_size=None)
+    config = json.loads((copied / "vae" / "config.json").read_text())
+    del config["sample_size"]
+    (copied / "vae" / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"unet/config\.json has no sample_size: add"):
         open_checkpoint(copied, bert)
 
@@ -427,11 +429,16 @@ def test_no_configuration_ends_in_a_traceback(tiny, tmp_path, name):
     for place, field in enumerate(good):
         for wrong in (None, float("nan"), others[place % len(others)]):
             file.write_text(json.dumps(good | {field: wrong}))
-            try:
-                open_checkpoint(folder)
-            except CheckpointError as error:
-                assert "\n" not in str(error), (field, wrong)
-                refused += 1
-            except Exception as error:
-                raise AssertionError(f"{name}: {field}={wrong!r} gives {error!r}") from error
+            text = refusal(folder)
+            assert "\n" not in text, (field, wrong)
+            refused += bool(text)
     assert refused >= len(good)  # NaN is never right
+
+
+def refusal(folder: Path) -> str:
+    """Why a checkpoint is refused; empty where it opens. Other errors are the test's."""
+    try:
+        open_checkpoint(folder)
+    except CheckpointError as error:
+        return str(error)
+    return ""

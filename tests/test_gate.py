@@ -161,7 +161,8 @@ def scene_gate(tiny, tmp_path) -> tuple[SceneGate, Path]:
     (stage / ENGINE).mkdir(parents=True)
     pipeline.write(opened, load_parts(opened), stage / ENGINE)
     file = stage / ENGINE / "pipeline.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"native_width": 64, "native_height": 64}))
+    sides = {"native_width": 64, "native_height": 64}
+    file.write_text(json.dumps(json.loads(file.read_text()) | sides))
     measure = all_correct(loss=5, prompts=20)
     return SceneGate(opened, [*SceneGate.spoils], tmp_path / "repository", measure), stage
 
