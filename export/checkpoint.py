@@ -153,7 +153,7 @@ def _open_root(source: Source) -> tuple[str, tempfile.TemporaryDirectory | None,
             )
         check_disk(Path(tempfile.gettempdir()), path.stat().st_size)
         scratch = tempfile.TemporaryDirectory(prefix="twinbrush-")
-        unpack(path, Path(scratch.name))
+        unpack(path, Path(scratch.name), PIPELINES)
         return path.stem, scratch, open_tree(scratch.name)
     tree = open_tree(source.checkpoint, source.revision, source.subfolder)
     return Path(source.checkpoint).resolve().name, None, tree

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,14 +63,20 @@ FAMILIES = (
 XL_SECOND = "conditioner.embedders.1.model."
 
 
-def unpack(file: Path, folder: Path) -> None:
+def unpack(file: Path, folder: Path, pipelines: Sequence[str]) -> None:
     """Writes the parts of `file` into `folder`; tensors keep their precision.
+
+    Args:
+        pipelines: classes that are served; files of others are rejected before they are read.
 
     Raises:
         CheckpointError: it is cut short, a pointer, or no checkpoint of a family that is read.
     """
     header = read_header(file)
     family = _family(file, header)
+    if family.pipeline not in pipelines:
+        text = f"{file} is a checkpoint of {family.pipeline}, which is not served"
+        raise CheckpointError(f"{text}: {', '.join(pipelines)} are")
     shapes = {name: tuple(tensor["shape"]) for name, tensor in header.items()}
     try:
         with safe_open(file, "pt") as stored:

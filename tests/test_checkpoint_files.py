@@ -442,3 +442,15 @@ def refusal(folder: Path) -> str:
     except CheckpointError as error:
         return str(error)
     return ""
+
+
+def test_a_single_file_of_another_family_is_named_before_it_is_read(plain, bert, tmp_path):
+    file = write_single_file(plain, tmp_path / "xl.safetensors")
+    tensors = {
+        name.replace("cond_stage_model.", "conditioner.embedders.0."): tensor
+        for name, tensor in load_file(file).items()
+    }
+    save_file(tensors, file)
+    source = Source(str(file), bert=str(bert), tokenizer=str(plain / "tokenizer"))
+    with pytest.raises(CheckpointError, match="StableDiffusionXLPipeline, which is not served"):
+        open_checkpoint(source)
