@@ -192,7 +192,9 @@ def _open(options: Options) -> tuple[Checkpoint, Checkpoint]:
     # A pruned checkpoint has the text model that --bert gives to its original.
     opened = open_checkpoint(options.source, keep_bert=against is not None)
     if against is not None:
-        source = replace(options.source, checkpoint=against, revision=None)
+        source = replace(
+            options.source, checkpoint=against, revision=None, subfolder=None, variant=None
+        )
         return opened, open_checkpoint(source)
     pruned = [name for name, part in SOURCE.items() if pruning_of(opened.folders[part])]
     if gate and pruned:
