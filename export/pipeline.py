@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import inspect
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import numpy as np
 
-from export.checkpoint import Checkpoint
+from export.checkpoint import Checkpoint, first_line
 from export.part import Part
+from export.sizes import native_size, scale_factor, side_multiple
 from export.tokenizer import load_tokenizer
-from export.unet import side_multiple
-from export.vqgan_decoder import latent_to_rgb, scale_factor
+from export.vqgan_decoder import latent_to_rgb
 from networks.loading import CheckpointError
 from twinbrush.engine.config import PipelineConfig
 from twinbrush.engine.prompt import PromptTokenizer
@@ -67,12 +68,14 @@ def write(checkpoint: Checkpoint, parts: dict[str, Part], folder: Path) -> None:
     index = checkpoint.index
     unet = parts["unet"].module.unet
     scale = scale_factor(checkpoint)
+    height, width = native_size(checkpoint)
     pipeline = {
         "checkpoint": checkpoint.name,
         "schedule": _schedule(checkpoint),
         "defaults": defaults(checkpoint),
-        "native_side": native_side(checkpoint),
-        "side_multiple": side_multiple(unet) * scale,
+        "native_width": width * scale,
+        "native_height": height * scale,
+        "side_multiple": side_multiple(unet.config) * scale,
         "scale_factor": scale,
         "latent_channels": unet.config.in_channels,
         "encoders": [
@@ -91,17 +94,67 @@ def write(checkpoint: Checkpoint, parts: dict[str, Part], folder: Path) -> None:
 def _check(checkpoint: Checkpoint, folder: Path) -> None:
     """Reads the files as the engine does, and a request that is silent."""
     try:
-        config = PipelineConfig.load(folder / "pipeline.json")
-        PromptTokenizer(folder, config)
-        GenerationRequest.parse({"prompt": np.array(["a"], object)}, config)
+        PromptTokenizer(folder, _parse_silent_request(folder / "pipeline.json"))
     except ValueError as error:
         text = str(error).replace(f"{folder}/", "")
         raise CheckpointError(f"{checkpoint.name} cannot be served: {text}") from error
 
 
+def _parse_silent_request(file: Path) -> PipelineConfig:
+    """Reads `pipeline.json` as the engine does, and a request that has a prompt only."""
+    config = PipelineConfig.load(file)
+    GenerationRequest.parse({"prompt": np.array(["a"], object)}, config)
+    return config
+
+
 def native_side(checkpoint: Checkpoint) -> int:
-    """Side of the pictures that the UNet learnt, in pixels."""
-    return checkpoint.config("unet")["sample_size"] * scale_factor(checkpoint)
+    """Longer side of the pictures that the UNet was trained on, in pixels."""
+    return max(native_size(checkpoint)) * scale_factor(checkpoint)
+
+
+def check(checkpoint: Checkpoint) -> None:
+    """Checks the scheduler, the defaults and the native size, without loading a part.
+
+    Raises:
+        CheckpointError: one of them cannot be served.
+    """
+    schedule = _schedule(checkpoint)
+    scale = scale_factor(checkpoint)
+    height, width = native_size(checkpoint)
+    fields = {
+        "checkpoint": checkpoint.name,
+        "schedule": schedule,
+        "defaults": defaults(checkpoint),
+        "native_width": width * scale,
+        "native_height": height * scale,
+        "side_multiple": scale * side_multiple(checkpoint.config("unet")),
+        "scale_factor": scale,
+        "latent_channels": checkpoint.config("unet").get("in_channels", 4),
+        "encoders": [],
+        "fusion_inputs": [],
+        "unet_inputs": [],
+        "timestep_cond": checkpoint.config("unet").get("time_cond_proj_dim"),
+        "latent_to_rgb": [],
+    }
+    try:
+        _check_preview(checkpoint)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "pipeline.json")
+            file.write_text(json.dumps(fields))
+            _parse_silent_request(file)
+    except (ValueError, TypeError) as error:
+        text = str(error).replace(f"{folder}/", "")
+        raise CheckpointError(f"{checkpoint.name} cannot be served: {text}") from error
+
+
+def _check_preview(checkpoint: Checkpoint) -> None:
+    table = checkpoint.index.get("latent_to_rgb")
+    if table is None:
+        return
+    rows = 9 * checkpoint.config("unet").get("in_channels", 4) + 1
+    shape = np.shape(np.array(table, float)) if isinstance(table, list) else ()
+    if shape != (rows, 3) or not np.isfinite(np.array(table, float)).all():
+        raise ValueError(f"latent_to_rgb in model_index.json must be {rows} rows of 3 numbers")
 
 
 def _encoder(checkpoint: Checkpoint, part: Part, source: str, folder: Path) -> dict[str, Any]:
@@ -139,7 +192,21 @@ def _schedule(checkpoint: Checkpoint) -> dict[str, Any]:
             rescale_betas_zero_snr=config.get("rescale_betas_zero_snr", False),
         )
     except Exception as error:
-        raise CheckpointError(f"scheduler is no {name} that can be read: {error}") from error
+        text = f"scheduler is no {name} that can be read: {first_line(error)}"
+        raise CheckpointError(text) from error
+    alpha_bar = exact.alphas_cumprod
+    if (
+        alpha_bar.ndim != 1
+        or not ((alpha_bar >= 0) & (alpha_bar <= 1)).all()
+        or not (alpha_bar.diff() <= 0).all()
+    ):
+        betas = ", ".join(f"{beta}={given[beta]!r}" for beta in BETAS if beta in given)
+        text = "scheduler_config.json makes noise that does not grow from 0 to 1"
+        raise CheckpointError(f"{checkpoint.folders['scheduler']}/{text}: {betas}")
+    for field in ("steps_offset", "original_inference_steps"):
+        if type(config.get(field, 0)) is not int or config.get(field, 0) < 0:
+            text = f"scheduler has {field} {config[field]!r}, which is not allowed"
+            raise CheckpointError(f"{text}: a whole number from 0 on")
     return {
         "alphas_cumprod": exact.alphas_cumprod.double().tolist(),
         "prediction_type": config.prediction_type,

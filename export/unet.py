@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from export.checkpoint import Checkpoint
 from export.part import Part, TensorSpec, integers, normal
+from export.sizes import native_size, side_multiple
 from networks.loading import CheckpointError
 
 
@@ -58,7 +59,7 @@ def part(checkpoint: Checkpoint, fusion: Part) -> Part:
     }
     if embedding:
         inputs["timestep_cond"] = TensorSpec(torch.float32, (embedding,))
-    multiple = side_multiple(unet)
+    multiple = side_multiple(unet.config)
 
     def example(batch: int, size: int) -> dict[str, Tensor]:
         shape = (batch, channels, multiple * size, multiple * (size + 1))
@@ -72,13 +73,8 @@ def part(checkpoint: Checkpoint, fusion: Part) -> Part:
         return tensors
 
     return Part(
-        "unet", UNet(unet), inputs, ("model_output", latent), example, side=unet.config.sample_size
+        "unet", UNet(unet), inputs, ("model_output", latent), example, side=native_size(checkpoint)
     )
-
-
-def side_multiple(unet: UNet2DConditionModel) -> int:
-    """Latent sides must be multiples of this, or the skip connections would not meet."""
-    return 2 ** (len(unet.config.block_out_channels) - 1)
 
 
 def _check_inputs(unet: UNet2DConditionModel) -> None:

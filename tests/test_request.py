@@ -14,7 +14,7 @@ CONFIG = PipelineConfig(
     checkpoint="test",
     schedule=NoiseSchedule(alphas_cumprod=(0.9, 0.5, 0.1)),
     defaults=Defaults(steps=8, guidance_scale=3.0, sampler="dpmpp_2m"),
-    native_side=64, side_multiple=16, scale_factor=8, latent_channels=4, encoders=(),
+    native_width=64, native_height=64, side_multiple=16, scale_factor=8, latent_channels=4, encoders=(),
     fusion_inputs=(), unet_inputs=(), timestep_cond=None, latent_to_rgb=(),
 )  # fmt: skip
 TYPES = {int: np.int32, float: np.float32, bool: np.bool_}
@@ -36,7 +36,7 @@ def parse(**fields):
 
 @pytest.mark.parametrize(("native", "most"), [(64, 256), (512, 2048), (768, 2048), (4096, 4096)])
 def test_sides_end_where_networks_do(native, most):
-    assert replace(CONFIG, native_side=native).max_side == most
+    assert replace(CONFIG, native_width=native, native_height=native).max_side == most
 
 
 def test_silence_takes_the_checkpoints_defaults():

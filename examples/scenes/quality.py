@@ -38,6 +38,7 @@ from examples.scenes.scenes import (
     says_between,
     spelled_out,
 )
+from export.painting import paint
 from twinbrush.engine.engine import Engine
 from twinbrush.engine.request import InvalidArgument
 from twinbrush.runtimes.onnx_runtime import LocalModels

@@ -49,7 +49,8 @@ NOT_IN_METADATA = frozenset({
     "preview_every",
 })  # fmt: skip
 
-_NATIVE_SIDE = FromConfig("checkpoint's", lambda config: config.native_side)
+_NATIVE_WIDTH = FromConfig("checkpoint's", lambda config: config.native_width)
+_NATIVE_HEIGHT = FromConfig("checkpoint's", lambda config: config.native_height)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +77,8 @@ class GenerationRequest:
         "FP32", FromConfig("checkpoint's", lambda config: config.defaults.guidance_scale),
         Number(0, MAX_GUIDANCE_SCALE), "How closely to follow the prompt; 1 is no guidance.",
     )  # fmt: skip
-    width: int = row("INT32", _NATIVE_SIDE, Side(), "Width in pixels.")
-    height: int = row("INT32", _NATIVE_SIDE, Side(), "Height in pixels.")
+    width: int = row("INT32", _NATIVE_WIDTH, Side(), "Width in pixels.")
+    height: int = row("INT32", _NATIVE_HEIGHT, Side(), "Height in pixels.")
     sampler: str = row(
         "STRING", FromConfig("checkpoint's", lambda config: config.defaults.sampler),
         Choice(tuple(SAMPLERS)), "How latents go from one step to the next.",
