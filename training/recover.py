@@ -47,7 +47,7 @@ from training.diffusion import (
 )
 from training.preparation import Preparation
 from training.run import Run, digest
-from twinbrush.engine.samplers import guidance_embedding
+from twinbrush.engine.guidance import guidance_embedding
 
 LEARNING_RATE, EMA_DECAY = 3e-4, 0.99
 HELD_OUT = 1_000_000  # the step whose captions and noise the distillation error is measured on

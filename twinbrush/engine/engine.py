@@ -28,7 +28,8 @@ from twinbrush.engine.denoise import ImageJob, Models, denoise_step
 from twinbrush.engine.generation import End, EngineError, Event, Finished, Generation, Progress
 from twinbrush.engine.prompt import PromptTokenizer
 from twinbrush.engine.request import GenerationRequest
-from twinbrush.engine.samplers import guidance_embedding, trajectory
+from twinbrush.engine.guidance import guidance_embedding
+from twinbrush.engine.samplers import trajectory
 
 log = logging.getLogger(__name__)
 
