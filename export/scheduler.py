@@ -125,6 +125,8 @@ def read_schedule(
         if name in SERVED
     }
     fields = {name: merged[name] for name in SAME_NAME if name in merged}
+    if fields.get("variance_type") is None:  # dpmpp's class has None where nothing is learned
+        fields.pop("variance_type", None)
     fields |= _shared_fields(config, merged)
     fields["alphas_cumprod"] = _alphas_cumprod(scheduler_class, merged)
     if merged.get("solver_type") not in (None, "midpoint", "heun", "bh1", "bh2", "logrho"):

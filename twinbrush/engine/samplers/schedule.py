@@ -230,8 +230,8 @@ class NoiseSchedule:
     def _timesteps_of(self, sigmas: np.ndarray) -> np.ndarray:
         """Fractional training timesteps of noise levels, linear in log sigma."""
         table = np.log(self._rounded_sigmas())
-        logs = np.log(np.maximum(sigmas, 1e-10))
-        low = np.cumsum(logs - table[:, None] >= 0, axis=0).argmax(axis=0)
+        logs = np.log(np.maximum(sigmas, 1e-10)).astype(np.float32)
+        low = np.cumsum(logs >= table[:, None], axis=0).argmax(axis=0)
         low = np.minimum(low, len(table) - 2)
         share = np.clip((table[low] - logs) / (table[low] - table[low + 1]), 0, 1)
         return (1 - share) * low + share * (low + 1)

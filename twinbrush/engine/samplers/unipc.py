@@ -61,6 +61,8 @@ def _step(
     with np.errstate(divide="ignore"):
         logs = -np.log(levels.sigmas[: i + 2])  # lambda
     h = logs[i + 1] - logs[i]
+    if order > 1 and np.isinf(h):
+        return of_x, np.full(4, np.nan)  # refused by `build`
     gain = -np.expm1(-h)
     weights = np.array([0.0, gain, 0.0, 0.0])
     scale = h if schedule.solver_type == "bh1" else gain  # -B(h)
