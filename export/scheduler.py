@@ -120,9 +120,7 @@ def read_schedule(
     if replacement is None:
         _check_options(class_name, config, known)
     merged = {
-        name: config.get(name, option.default)
-        for name, option in known.items()
-        if name in SERVED
+        name: config.get(name, option.default) for name, option in known.items() if name in SERVED
     }
     fields = {name: merged[name] for name in SAME_NAME if name in merged}
     if fields.get("variance_type") is None:  # dpmpp's class has None where nothing is learned
@@ -172,7 +170,7 @@ def _alphas_cumprod(scheduler_class: type, merged: dict[str, Any]) -> list[float
 
 def _check_options(class_name: str, config: dict[str, Any], known: Any) -> None:
     for name, value in config.items():
-        if name not in known or value == known[name].default and name != "clip_sample":
+        if name not in known or (value == known[name].default and name != "clip_sample"):
             continue
         if name not in SERVED:
             raise CheckpointError(_refusal(name, value, "left out"))
@@ -205,9 +203,7 @@ def _refusal(option: str, value: object, allowed: str) -> str:
     return f"the scheduler's {option}={value!r} is not served: must be {allowed}."
 
 
-def family_defaults(
-    sampler: str, name: str, timestep_cond: bool
-) -> tuple[dict[str, Any], bool]:
+def family_defaults(sampler: str, name: str, timestep_cond: bool) -> tuple[dict[str, Any], bool]:
     """Steps, guidance scale and sampler for requests, and whether they are a guess.
 
     Args:
@@ -255,7 +251,9 @@ def parse_defaults(text: str) -> dict[str, Any]:
         try:
             defaults[name] = kinds[name](value)
         except ValueError:
-            raise CheckpointError(f"--default {item!r} is invalid: {value!r} is no number.") from None
+            raise CheckpointError(
+                f"--default {item!r} is invalid: {value!r} is no number."
+            ) from None
     return check_defaults(defaults)
 
 

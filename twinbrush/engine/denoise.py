@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from twinbrush.engine.batcher import Job
-from twinbrush.engine.samplers import Trajectory
+from twinbrush.engine.samplers import Latent, Trajectory, advance
 
 
 class Models(Protocol):
@@ -31,8 +31,7 @@ class ImageJob(Job):
         guidance_scale: weight of the first row against the second.
         noise: draws of this image alone.
         shape: of the latent, (C, h, w).
-        x: the latent now, (C, h, w); drawn at the first step, so that what waits is small.
-        clean: the last prediction of the finished latent, (C, h, w).
+        latent: its state; drawn at the first step, so that what waits is small.
     """
 
     trajectory: Trajectory
@@ -41,12 +40,18 @@ class ImageJob(Job):
     guidance_scale: float
     noise: np.random.Generator
     shape: tuple[int, int, int]
-    x: np.ndarray = field(init=False)
-    clean: np.ndarray = field(init=False)
+    latent: Latent = field(init=False)
 
     def begin(self) -> None:
-        self.x = self.draw() * np.float32(self.trajectory.initial_scale)
-        self.clean = np.zeros_like(self.x)
+        self.latent = Latent.start(self.draw(), self.trajectory)
+
+    @property
+    def x(self) -> np.ndarray:
+        return self.latent.x
+
+    @property
+    def clean(self) -> np.ndarray:
+        return self.latent.clean
 
     def draw(self) -> np.ndarray:
         return self.noise.standard_normal(self.shape, np.float32)
@@ -82,15 +87,9 @@ def denoise_step(models: Models, jobs: Sequence[ImageJob], buckets: Sequence[int
     last = output[first + rows - 1]
     scale = _column([job.guidance_scale for job in jobs])
     model_output = last + scale * (output[first] - last)  # one row: last is first
-    table = np.stack([job.trajectory.table[job.step - 1] for job in jobs])  # (jobs, 6)
-    a, b, c, d, p, q = (_column(column) for column in table.T)
-    x = sample[first]
-    x_next = a * x + b * model_output + c * np.stack([job.clean for job in jobs])
-    clean = p * x + q * model_output
-    for i, job in enumerate(jobs):
-        job.x, job.clean = x_next[i], clean[i]
-        if table[i, 3]:
-            job.x += d[i] * job.draw()
+    table = np.stack([job.trajectory.table[job.step - 1] for job in jobs])
+    latents = [job.latent for job in jobs]
+    advance(latents, table, sample[first], model_output, lambda i: jobs[i].draw())
 
 
 def _column(values) -> np.ndarray:

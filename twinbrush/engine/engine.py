@@ -26,9 +26,9 @@ from twinbrush.engine.conditioning import Conditioner, Text
 from twinbrush.engine.config import PipelineConfig, whole_numbers
 from twinbrush.engine.denoise import ImageJob, Models, denoise_step
 from twinbrush.engine.generation import End, EngineError, Event, Finished, Generation, Progress
+from twinbrush.engine.guidance import guidance_embedding
 from twinbrush.engine.prompt import PromptTokenizer
 from twinbrush.engine.request import GenerationRequest
-from twinbrush.engine.guidance import guidance_embedding
 from twinbrush.engine.samplers import trajectory
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from twinbrush.engine.samplers.rows import Trajectory, build
-from twinbrush.engine.samplers.schedule import Levels, NoiseSchedule
+from twinbrush.engine.samplers.schedule import NoiseSchedule
 
 FEW_STEPS = 15  # below this many steps, `lower_order_final` lowers the order of the last two
 
@@ -65,7 +65,7 @@ def _dpmpp(schedule: NoiseSchedule, steps: int, stochastic: bool) -> Trajectory:
     of_x = sigma[1:] / sigma[:-1] * (np.exp(-h) if stochastic else 1.0)
     weights = np.zeros((steps, 3))
     for i in range(steps):
-        order = _order(schedule, steps, i, ends_at_zero=levels.sigmas[-1] == 0)
+        order = _order(schedule, steps, i, schedule.euler_at_final or levels.sigmas[-1] == 0)
         weights[i] = alpha[i + 1] * _dpmpp_weights(schedule, order, h[: i + 1], span[i], stochastic)
     return build(
         levels.timesteps,
@@ -73,7 +73,7 @@ def _dpmpp(schedule: NoiseSchedule, steps: int, stochastic: bool) -> Trajectory:
         output=weights[:, 0] * q,
         past1=weights[:, 1],
         past2=weights[:, 2],
-        noise=sigma[1:] * np.sqrt(1 - decay) if stochastic else 0.0,
+        noise=sigma[1:] * np.sqrt(np.maximum(1 - decay, 0)) if stochastic else 0.0,
         clean_x=p,
         clean_output=q,
         kept_x=p,
@@ -110,11 +110,11 @@ def _dpmpp_weights(
     return value + slope * first + curve * second
 
 
-def _order(schedule: NoiseSchedule, steps: int, i: int, ends_at_zero: bool = False) -> int:
+def _order(schedule: NoiseSchedule, steps: int, i: int, first_order_last: bool = False) -> int:
     """Order of step i: as many predictions as there are, fewer in the last two steps."""
     order = min(schedule.solver_order, i + 1)
     lowered = schedule.lower_order_final and steps < FEW_STEPS
-    if i == steps - 1 and (lowered or ends_at_zero):
+    if i == steps - 1 and (lowered or first_order_last):
         return 1
     return min(order, 2) if i == steps - 2 and lowered else order
 
@@ -124,6 +124,7 @@ def _integrate_lagrange(nodes: np.ndarray, start: float, end: float) -> np.ndarr
 
     The antiderivatives of 1, u and u² for u = log rho are rho·(1, u - 1, u² - 2u + 2).
     """
+
     def moments(rho: float) -> np.ndarray:
         u = np.log(rho)
         return rho * np.array([1.0, u - 1, u**2 - 2 * u + 2])

@@ -177,7 +177,8 @@ class NoiseSchedule:
 
     def sigmas(self) -> np.ndarray:
         """Noise over signal of every training timestep, (T,) float64."""
-        alpha_bar = np.maximum(np.asarray(self.alphas_cumprod), ALPHA_BAR_FLOOR)
+        alpha_bar = np.asarray(self.alphas_cumprod)
+        alpha_bar = np.where(alpha_bar > 0, alpha_bar, ALPHA_BAR_FLOOR)
         return np.sqrt((1 - alpha_bar) / alpha_bar)
 
     def final_sigma(self) -> float:
@@ -211,7 +212,8 @@ class NoiseSchedule:
 
     def _rounded_sigmas(self) -> np.ndarray:
         """`sigmas` in float32: timesteps of a sigma schedule are truncated, so bits matter."""
-        alpha_bar = np.maximum(np.asarray(self.alphas_cumprod, np.float32), ALPHA_BAR_FLOOR)
+        alpha_bar = np.asarray(self.alphas_cumprod, np.float32)
+        alpha_bar = np.where(alpha_bar > 0, alpha_bar, np.float32(ALPHA_BAR_FLOOR))
         return np.sqrt((1 - alpha_bar) / alpha_bar)
 
     def _reshape_sigmas(self, steps: int, low: float, high: float) -> np.ndarray:
