@@ -165,7 +165,9 @@ def _alphas_cumprod(scheduler_class: type, merged: dict[str, Any]) -> list[float
     try:
         return reader(**options).alphas_cumprod.double().tolist()
     except Exception as error:
-        raise CheckpointError(f"the scheduler's betas cannot be read: {error}") from error
+        raise CheckpointError(
+            f"the scheduler's betas ({', '.join(BETAS)}) cannot be read: {error}"
+        ) from error
 
 
 def _check_options(class_name: str, config: dict[str, Any], known: Any) -> None:

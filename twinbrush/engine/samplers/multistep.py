@@ -103,10 +103,7 @@ def _dpmpp_weights(
     older = np.array([0.0, 1.0, -1.0]) / r1  # D1_1
     first = back + r0 / (r0 + r1) * (back - older)
     second = (back - older) / (r0 + r1)
-    if stochastic:
-        curve = (gain - span) / span**2 - 0.5
-    else:
-        curve = -((span - gain) / span**2 - 0.5)
+    curve = (gain - span) / span**2 + (-0.5 if stochastic else 0.5)
     return value + slope * first + curve * second
 
 

@@ -5,6 +5,8 @@ arXiv:2202.09778. Transfer F(x, t -> t', output) is DDIM's step, written for the
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from twinbrush.engine.samplers.rows import COLUMNS, Trajectory, build
@@ -64,7 +66,7 @@ def _plms(schedule: NoiseSchedule, timesteps: np.ndarray) -> Trajectory:
 def _runge_kutta_and_plms(schedule: NoiseSchedule, timesteps: np.ndarray) -> Trajectory:
     stride = len(schedule.alphas_cumprod) // len(timesteps)
     at, rows = [], []
-    for t, following in zip(timesteps, timesteps[1:4], strict=False):
+    for t, following in pairwise(timesteps[: RUNGE_KUTTA_STEPS + 1]):
         middle = following + stride // 2
         at += [t, middle, middle, following]
         rows += _runge_kutta_rows(schedule, t, middle, following, stride // 2)
