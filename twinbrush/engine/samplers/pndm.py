@@ -6,6 +6,7 @@ arXiv:2202.09778. Transfer F(x, t -> t', output) is DDIM's step, written for the
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -128,6 +129,8 @@ def _build(
     timesteps = np.array(at)
     alpha_bar = np.maximum(schedule.alpha_bar(timesteps), ALPHA_BAR_FLOOR)
     p, q = schedule.clean(np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar))
-    columns = {name: np.array([row.get(name, 0.0) for row in rows]) for name in COLUMNS}
+    columns: dict[str, Any] = {
+        name: np.array([row.get(name, 0.0) for row in rows]) for name in COLUMNS
+    }
     columns |= {"clean_x": p, "clean_output": q}
     return build(timesteps, ends_step=ends_step, **columns)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from twinbrush.engine.samplers.rows import Trajectory, build
@@ -32,15 +34,15 @@ def unipc(schedule: NoiseSchedule, steps: int) -> Trajectory:
         after[i] = of_x * corrected[i]
         after[i, :5] += [weights[1] * p[i], weights[1] * q[i], *weights[2:], 0.0]
     names = ("x", "output", "past1", "past2", "past3", "anchor")
-    anchors = [f"anchor_{name}" for name in names]
+    columns: dict[str, Any] = dict(zip(names, after.T, strict=True))
+    columns |= {f"anchor_{name}": column for name, column in zip(names, corrected.T, strict=True)}
     return build(
         levels.timesteps,
         clean_x=p,
         clean_output=q,
         kept_x=p,
         kept_output=q,
-        **dict(zip(names, after.T, strict=True)),
-        **dict(zip(anchors, corrected.T, strict=True)),
+        **columns,
     )
 
 
