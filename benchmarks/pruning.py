@@ -23,12 +23,13 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from benchmarks.local_engine import local_engine, paint
+from benchmarks.local_engine import local_engine
 from benchmarks.machine import write_result
 from export.checkpoint import open_checkpoint
 from export.convert import to_onnx
 from export.gate import PROMPTS
 from export.macs import native_rows
+from export.painting import paint
 from export.part import Part
 from export.pipeline import native_side
 from export.prune import RatioError, prune_checkpoint

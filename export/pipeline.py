@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 
-from export.checkpoint import Checkpoint, first_line
+from export.checkpoint import Checkpoint
 from export.part import Part
+from export.scheduler import check_defaults, choose_sampler, family_defaults, read_schedule
 from export.sizes import native_size, scale_factor, side_multiple
 from export.tokenizer import load_tokenizer
 from export.vqgan_decoder import latent_to_rgb
@@ -23,36 +22,6 @@ from twinbrush.engine.request import GenerationRequest
 
 # File of the tokenizer whose ids each text model was trained on.
 TOKENIZER = {"clip_text": "clip_tokenizer.json", "bert": "bert_tokenizer.json"}
-# The sampler that a checkpoint's scheduler class stands for.
-SAMPLER_OF = {
-    "LCMScheduler": "lcm",
-    "DDIMScheduler": "ddim",
-    "PNDMScheduler": "dpmpp_2m",
-    "EulerDiscreteScheduler": "euler",
-    "DPMSolverMultistepScheduler": "dpmpp_2m",
-}
-BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
-# What the engine's samplers stand for, of options that a scheduler may set otherwise. Where
-# clip_sample is left out it is off, whatever its class says, as in pipelines of diffusers.
-OPTIONS = {
-    "clip_sample": False,
-    "thresholding": False,
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-    "use_lu_lambdas": False,
-    "use_flow_sigmas": False,
-    "interpolation_type": "linear",
-    "timestep_type": "discrete",
-    "final_sigmas_type": "zero",
-    "algorithm_type": "dpmsolver++",
-    "solver_order": 2,
-    "solver_type": "midpoint",
-    "timestep_scaling": 10.0,
-}
-DISTILLED = {"steps": 4, "guidance_scale": 8.0}
-FUSED = {"steps": 4, "guidance_scale": 1.0}  # an LCM-LoRA in a UNet that is told no guidance
-UNDISTILLED = {"steps": 20, "guidance_scale": 7.5}
 
 
 def write(checkpoint: Checkpoint, parts: dict[str, Part], folder: Path) -> None:
@@ -173,55 +142,12 @@ def _encoder(checkpoint: Checkpoint, part: Part, source: str, folder: Path) -> d
 
 
 def _schedule(checkpoint: Checkpoint) -> dict[str, Any]:
-    given = checkpoint.config("scheduler")
-    name = checkpoint.classes["scheduler"]
-    if name not in SAMPLER_OF:
-        allowed = ", ".join(SAMPLER_OF)
-        raise CheckpointError(f"scheduler is a {name}, which is not served: {allowed} are")
-    scheduler_class = getattr(diffusers, name)
-    known = inspect.signature(scheduler_class).parameters
-    for option, served in OPTIONS.items():
-        if option in known and given.get(option) not in (None, served):
-            text = f"scheduler has {option} {given[option]!r}, which is not served"
-            raise CheckpointError(f"{text}: {served!r} is")
-    try:
-        config = scheduler_class.from_config(given).config
-        # DDIM and LCM keep alpha_bar exact where others round a zero up.
-        exact = diffusers.DDIMScheduler(
-            **{beta: config[beta] for beta in BETAS},
-            rescale_betas_zero_snr=config.get("rescale_betas_zero_snr", False),
-        )
-    except Exception as error:
-        text = f"scheduler is no {name} that can be read: {first_line(error)}"
-        raise CheckpointError(text) from error
-    alpha_bar = exact.alphas_cumprod
-    if (
-        alpha_bar.ndim != 1
-        or not ((alpha_bar >= 0) & (alpha_bar <= 1)).all()
-        or not (alpha_bar.diff() <= 0).all()
-    ):
-        betas = ", ".join(f"{beta}={given[beta]!r}" for beta in BETAS if beta in given)
-        text = "scheduler_config.json makes noise that does not grow from 0 to 1"
-        raise CheckpointError(f"{checkpoint.folders['scheduler']}/{text}: {betas}")
-    for field in ("steps_offset", "original_inference_steps"):
-        if type(config.get(field, 0)) is not int or config.get(field, 0) < 0:
-            text = f"scheduler has {field} {config[field]!r}, which is not allowed"
-            raise CheckpointError(f"{text}: a whole number from 0 on")
-    return {
-        "alphas_cumprod": exact.alphas_cumprod.double().tolist(),
-        "prediction_type": config.prediction_type,
-        "timestep_spacing": config.timestep_spacing,
-        "steps_offset": config.steps_offset,
-        "set_alpha_to_one": config.get("set_alpha_to_one", True),
-        "original_inference_steps": config.get("original_inference_steps", 50),
-    }
+    return read_schedule(checkpoint.classes["scheduler"], checkpoint.config("scheduler"))
 
 
 def defaults(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Of requests: what the checkpoint says, and where it does not, what suits its kind."""
-    sampler = SAMPLER_OF.get(checkpoint.classes["scheduler"])
-    if checkpoint.config("unet").get("time_cond_proj_dim"):
-        usual = DISTILLED
-    else:
-        usual = FUSED if sampler == "lcm" else UNDISTILLED
-    return {"sampler": sampler, **usual, **checkpoint.index.get("defaults", {})}
+    """Defaults of requests: the checkpoint's, or those of its family."""
+    sampler = choose_sampler(checkpoint.classes["scheduler"], checkpoint.config("scheduler"))
+    timestep_cond = bool(checkpoint.config("unet").get("time_cond_proj_dim"))
+    usual, _ = family_defaults(sampler, checkpoint.name, timestep_cond)
+    return usual | check_defaults(checkpoint.index.get("defaults", {}))

@@ -54,7 +54,7 @@ def part(checkpoint: Checkpoint, fusion: Part) -> Part:
     latent = TensorSpec(torch.float32, (channels, "height", "width"))
     inputs = {
         "sample": latent,
-        "timestep": TensorSpec(torch.int64, ()),
+        "timestep": TensorSpec(torch.float32, ()),
         "encoder_hidden_states": TensorSpec(torch.float32, hidden_axes),
     }
     if embedding:
@@ -65,7 +65,7 @@ def part(checkpoint: Checkpoint, fusion: Part) -> Part:
         shape = (batch, channels, multiple * size, multiple * (size + 1))
         tensors = {
             "sample": normal(shape),
-            "timestep": integers((batch,), 1000),
+            "timestep": integers((batch,), 1000).float(),
             "encoder_hidden_states": normal((batch, *hidden_axes)),
         }
         if embedding:

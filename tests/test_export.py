@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 import export.repository as repository_module
 from examples.scenes import world
-from export import pipeline
+from export import pipeline, scheduler
 from export.checkpoint import open_checkpoint
 from export.convert import ParityError, parity_error, to_onnx
 from export.precision import Precision
@@ -161,7 +161,7 @@ def change(file, **fields):
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
-@pytest.mark.parametrize("name", pipeline.SAMPLER_OF)
+@pytest.mark.parametrize("name", scheduler.SAMPLER_OF)
 def test_a_schedule_is_that_of_its_class_where_the_file_is_silent(broken, tmp_path, name):
     (broken / "scheduler" / "scheduler_config.json").write_text("{}")
     change(broken / "model_index.json", scheduler=["diffusers", name])

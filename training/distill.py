@@ -31,7 +31,7 @@ from training.latents import latent_batches, noised
 from training.loop import Trainer
 from training.run import Run, check_trained, load_start, save_part
 from training.sampling import Sampler
-from twinbrush.engine.samplers import guidance_embedding
+from twinbrush.engine.guidance import guidance_embedding
 
 STEPS, BATCH = 600, 64
 PHASES = 4  # parts of the noise levels, and steps of the student

@@ -26,7 +26,7 @@ from export.tokenizer import load_tokenizer
 from networks.fusion_head import FusionHead
 from networks.loading import CheckpointError
 from training.latents import LatentBatch, encoded, noised
-from twinbrush.engine.samplers import guidance_embedding
+from twinbrush.engine.guidance import guidance_embedding
 
 SECOND = ("text_encoder_2", "tokenizer_2")  # SDXL's second CLIP
 PREDICTIONS = ("epsilon", "v_prediction", "sample")

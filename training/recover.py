@@ -40,7 +40,7 @@ from training.cli import NO_DATA, pick_device
 from training.latents import FIRST_DRAW, EncodedBatches, LatentBatch, encoded, noised
 from training.preparation import Preparation
 from training.run import Run, digest
-from twinbrush.engine.samplers import guidance_embedding
+from twinbrush.engine.guidance import guidance_embedding
 
 LEARNING_RATE, EMA_DECAY = 3e-4, 0.99
 HELD_OUT = 1_000_000  # the step whose captions and noise the distillation error is measured on

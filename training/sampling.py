@@ -17,7 +17,7 @@ from networks.fusion_head import FusionHead
 from networks.loading import load_part
 from training.data import Source
 from training.sheets import grid
-from twinbrush.engine.samplers import guidance_embedding
+from twinbrush.engine.guidance import guidance_embedding
 
 COLUMNS, COUNT = 4, 8
 SEED = 58_999_999  # of the prompts

@@ -47,7 +47,7 @@ HELP = {
     "sigma_schedule": (
         "How the noise levels of the steps are spaced; the default is the checkpoint's own."
     ),
-    "eta": "Share of fresh noise in each step of samplers that have it.",
+    "eta": "Share of fresh noise in each step, of ddim and tcd alone.",
     "guidance_rescale": (
         "How far guided predictions are brought back to the contrast of unguided ones."
     ),
@@ -78,8 +78,10 @@ ALLOWED = {
     "guidance_scale": "0 to 50",
     "width": "multiples of the checkpoint's grid, up to four times its native side and 2,048",
     "height": "multiples of the checkpoint's grid, up to four times its native side and 2,048",
-    "sampler": "lcm, ddim, euler, dpmpp_2m",
-    "sigma_schedule": "default, karras, exponential, beta, sgm_uniform",
+    "sampler": (
+        "lcm, ddim, euler, dpmpp_2m, ddpm, euler_a, heun, lms, dpmpp_2m_sde, unipc, deis, pndm, tcd"
+    ),
+    "sigma_schedule": "default, normal, karras, exponential, beta, sgm_uniform",
     "eta": "0 to 1",
     "guidance_rescale": "0 to 1",
     "guidance_start": "0 to 1",

@@ -22,7 +22,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.local_engine import local_engine, paint
+from benchmarks.local_engine import local_engine
 from benchmarks.machine import write_result
 from examples.scenes.reader import Reading, read
 from examples.scenes.scenes import (

@@ -14,7 +14,7 @@ from twinbrush.engine import images
 from twinbrush.engine.batcher import CallKey, Claim
 from twinbrush.engine.capacity import decoder_pictures
 from twinbrush.engine.config import PipelineConfig
-from twinbrush.engine.denoise import Latent
+from twinbrush.engine.denoise import Painting
 from twinbrush.engine.generation import Generation
 from twinbrush.engine.models import Models
 
@@ -29,7 +29,7 @@ class LiveImage:
 
     generation: Generation
     index: int
-    latent: Latent
+    painting: Painting
     claim: Claim
 
 
@@ -84,7 +84,7 @@ class Decoder:
         if not group:
             return
         try:
-            latent = np.stack([image.latent.x for image in group])
+            latent = np.stack([image.painting.latent.x for image in group])
             pictures = self._models.run(DECODER, {"latent": latent})["image"]
         except Exception:
             self._fail([image.generation for image in group], "decoding")

@@ -33,7 +33,7 @@ from twinbrush.engine.fields import (
     table,
 )
 from twinbrush.engine.images import IMAGE_FORMATS
-from twinbrush.engine.samplers import MAX_STEPS, SAMPLERS
+from twinbrush.engine.samplers import MAX_STEPS, SAMPLERS, SIGMA_SCHEDULES, trajectory
 
 MAX_PROMPT_CHARACTERS = 2000
 MAX_ID_CHARACTERS = 256
@@ -42,7 +42,7 @@ MAX_IMAGES = 16
 MAX_SEED = 2**63 - 1
 MAX_DEADLINE_MS = 24 * 3600 * 1000
 PRIORITIES = ("low", "normal", "high")
-SIGMA_SCHEDULES = ("default", "karras", "exponential", "beta", "sgm_uniform")
+CHECKPOINTS_OWN = "default"  # sigma schedule
 # What says how a picture is delivered, not how it looks.
 NOT_IN_METADATA = frozenset({
     "num_images", "image_format", "metadata", "priority", "deadline_ms", "progress",
@@ -84,12 +84,13 @@ class GenerationRequest:
         Choice(tuple(SAMPLERS)), "How latents go from one step to the next.",
     )  # fmt: skip
     sigma_schedule: str = row(
-        "STRING", "default", Choice(SIGMA_SCHEDULES),
+        "STRING", "default", Choice((CHECKPOINTS_OWN, *SIGMA_SCHEDULES)),
         "How the noise levels of the steps are spaced; the default is the checkpoint's own.",
     )  # fmt: skip
-    eta: float = row(
-        "FP32", 0.0, Number(0, 1), "Share of fresh noise in each step of samplers that have it."
-    )
+    eta: float | None = row(
+        "FP32", FromConfig("sampler's", lambda config: None), Number(0, 1),
+        "Share of fresh noise in each step, of `ddim` and `tcd` alone.",
+    )  # fmt: skip
     guidance_rescale: float = row(
         "FP32", 0.0, Number(0, 1),
         "How far guided predictions are brought back to the contrast of unguided ones.",
@@ -149,7 +150,20 @@ class GenerationRequest:
         if start > end:
             allowed = f"must be at most guidance_end, which is {end:g}"
             raise InvalidArgument("guidance_start", start, allowed)
-        return cls(**values)
+        request = cls(**values)
+        try:
+            trajectory(
+                request.sampler, config.schedule, request.steps,
+                request.chosen_sigma_schedule, request.eta,
+            )  # fmt: skip
+        except ValueError as error:
+            raise InvalidArgument.worded(str(error)) from error
+        return request
+
+    @property
+    def chosen_sigma_schedule(self) -> str | None:
+        """None where it is the checkpoint's own."""
+        return None if self.sigma_schedule == CHECKPOINTS_OWN else self.sigma_schedule
 
     def metadata_of(self, index: int, config: PipelineConfig, checkpoint_hash: str = "") -> dict:
         """What the file of image `index` carries: enough to ask for it again. Empty if not wanted.

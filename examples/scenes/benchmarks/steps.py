@@ -23,8 +23,8 @@ from benchmarks.local_engine import local_engine
 from benchmarks.machine import write_result
 from examples.scenes.quality import NAMES, Score, Task, measure, table_of, tasks
 from export.checkpoint import Checkpoint, open_checkpoint
-from export.pipeline import SAMPLER_OF
 from export.repository import build
+from export.scheduler import SAMPLER_OF
 from networks.loading import CheckpointError
 from twinbrush.runtimes.onnx_runtime import LocalModels
 
