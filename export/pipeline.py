@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from export.vqgan_decoder import latent_to_rgb
 from networks.loading import CheckpointError
 from twinbrush.engine.config import PipelineConfig
 from twinbrush.engine.prompt import PromptTokenizer
-from twinbrush.engine.request import GenerationRequest
+from twinbrush.engine.request import FIELDS, GenerationRequest
 
 # File of the tokenizer whose ids each text model was trained on.
 TOKENIZER = {"clip_text": "clip_tokenizer.json", "bert": "bert_tokenizer.json"}
@@ -70,8 +71,14 @@ def _check(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def _parse_silent_request(file: Path) -> PipelineConfig:
-    """Reads `pipeline.json` as the engine does, and a request that has a prompt only."""
+    """Reads `pipeline.json` as the engine does, and a request that has a prompt only.
+
+    Raises:
+        ValueError: the file is not of its form, or a default is not what a request may have.
+    """
     config = PipelineConfig.load(file)
+    for name, value in asdict(config.defaults).items():
+        FIELDS[name].rule.check(name, value, config)
     GenerationRequest.parse({"prompt": np.array(["a"], object)}, config)
     return config
 
