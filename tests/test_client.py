@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -88,6 +89,7 @@ WRONG_TYPES = [
     ({"prompt": 3}, "prompt=3 is invalid: must be text."),
     ({"prompt": ["a", 3]}, "prompt=3 is invalid: must be text."),
     ({"prompt": b"a"}, "prompt=b'a' is invalid: must be text."),
+    ({"prompt": "\ud800"}, "prompt='\\ud800' is invalid: must be text that UTF-8 can hold."),
     ({"prompt": "x" * 10**7}, "prompt='xxx"),
     ({"steps": 3, "num_inference_steps": 3}, "num_inference_steps=3 is invalid: is another name"),
     ({"preview_every": 2}, "preview_every=2 is invalid: is a field of stream() only."),
@@ -255,6 +257,24 @@ def test_headers_reach_the_server(server):
             client.generate("a red circle", steps=1)
             list(client.stream("a red circle", steps=1))
         assert [sent["x-api-key"] for sent in flaky.metadata] == ["secret"] * 2
+
+
+def test_tls_by_a_file_of_certificates(server, tmp_path):
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out",
+         certificate, "-days", "2", "-subj", "/CN=localhost", "-addext",
+         "subjectAltName=DNS:localhost"], check=True, capture_output=True,
+    )  # fmt: skip
+    pair = [(key.read_bytes(), certificate.read_bytes())]
+    flaky = Flaky(server.address, 0, grpc.StatusCode.INTERNAL, "")
+    port = flaky.server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials(pair))
+    with flaky:
+        with Client(f"localhost:{port}", tls=certificate) as client:
+            assert client.generate("a red circle", steps=1)[0].size == (32, 32)
+        stranger = Client(f"localhost:{port}", tls=True, max_retries=0)
+        with stranger, pytest.raises(ServerUnavailable, match="ertificate"):
+            stranger.generate("a red circle")
 
 
 def test_pauses_grow_have_jitter_and_heed_the_server():

@@ -14,6 +14,8 @@ import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
 from twinbrush.engine.generation import EngineError
 
 log = logging.getLogger(__name__)
+# A model cannot set these: the message begins with the status, behind the nearest that it can set.
+STAND_INS = {"RESOURCE_EXHAUSTED": "UNAVAILABLE", "DEADLINE_EXCEEDED": "CANCELLED"}
 STATUS_NAMES = {"INVALID_ARG": "INVALID_ARGUMENT"}  # gRPC's, where Triton's differ
 DTYPES = {"index": np.int32, "step": np.int32, "total_steps": np.int32, "seed": np.int64}
 
@@ -88,9 +90,11 @@ class Answer:
         self._respond(pb_utils.InferenceResponse(tensors), "OK" if final else None)
 
     def fail(self, error: EngineError) -> None:
+        stand_in = STAND_INS.get(error.code)
         status = STATUS_NAMES.get(error.code, error.code)
-        text = f"{status}: {error}" if self._streams else str(error)
-        failure = pb_utils.TritonError(text, getattr(pb_utils.TritonError, error.code))
+        text = f"{status}: {error}" if self._streams or stand_in else str(error)
+        code = getattr(pb_utils.TritonError, stand_in or error.code)
+        failure = pb_utils.TritonError(text, code)
         self._respond(pb_utils.InferenceResponse(error=failure), error.code)
 
     def end(self) -> None:
