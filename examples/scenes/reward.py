@@ -249,7 +249,8 @@ def train(run: Run) -> None:
     truth = Truth(*(part.to(run.device) for part in truth_of(scenes, clean.shape[-1])))
     alphas_cumprod = ddim_scheduler().alphas_cumprod.to(run.device)
     torch.manual_seed(run.seed)
-    reader = cast(SceneReader, SceneReader(clean.shape[1]).to(device=run.device))
+    reader = SceneReader(clean.shape[1])
+    nn.Module.to(reader, run.device)
 
     def loss_at(step: int) -> dict[str, Tensor]:
         draw = torch.Generator().manual_seed(first + step)
