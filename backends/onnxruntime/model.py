@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from twinbrush import doors
 from twinbrush.runtimes.onnx_runtime import open_session
 
 
@@ -31,7 +32,17 @@ class TritonPythonModel:
         self.batching = int(config.get("max_batch_size", 0)) > 0
 
     def execute(self, requests):
-        """Answers all requests with one run where Triton has batched them."""
+        """Answers all requests with one run where Triton has batched them.
+
+        Refuses those of clients, see `twinbrush.doors`.
+        """
+        allowed = [request for request in requests if doors.is_open(request.parameters())]
+        answers = dict(zip(map(id, allowed), self._run(allowed), strict=True))
+        return [answers.get(id(request)) or _refusal() for request in requests]
+
+    def _run(self, requests):
+        if not requests:
+            return []
         feeds = [
             {name: pb_utils.get_input_tensor_by_name(r, name).as_numpy() for name in self.inputs}
             for r in requests
@@ -66,3 +77,8 @@ class TritonPythonModel:
 
 def _failure(error):
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(f"ONNX Runtime: {error}"))
+
+
+def _refusal():
+    error = pb_utils.TritonError(doors.REFUSAL, pb_utils.TritonError.INVALID_ARG)
+    return pb_utils.InferenceResponse(error=error)
