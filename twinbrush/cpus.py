@@ -12,7 +12,7 @@ MOUNT = Path("/sys/fs/cgroup")
 
 
 def available_cpus(cgroup: Path = CGROUP, mount: Path = MOUNT) -> int:
-    """CPUs of the affinity mask, or the quota of the control group (version 1 or 2) if that is less.
+    """CPUs of the affinity mask, or the control group's quota (version 1 or 2) if that is less.
 
     A quota of 2.5 CPUs gives 3: fewer threads would leave half a CPU unused.
     """

@@ -36,9 +36,11 @@ class TritonPythonModel:
 
         Refuses those of clients, see `twinbrush.doors`.
         """
-        allowed = [request for request in requests if doors.is_open(request.parameters())]
-        answers = dict(zip(map(id, allowed), self._run(allowed), strict=True))
-        return [answers.get(id(request)) or _refusal() for request in requests]
+        allowed = [doors.is_open(request.parameters()) for request in requests]
+        if all(allowed):
+            return self._run(requests)
+        answers = iter(self._run([r for r, ok in zip(requests, allowed, strict=True) if ok]))
+        return [next(answers) if ok else _refusal() for ok in allowed]
 
     def _run(self, requests):
         if not requests:

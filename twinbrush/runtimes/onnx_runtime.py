@@ -93,9 +93,14 @@ def _session_options(config: Mapping[str, Any]) -> ort.SessionOptions:
             options.add_session_config_entry(key, value)
         elif key not in CUDA_KEYS:
             log.warning("parameter %r is not known here and is ignored", key)
-    if not options.intra_op_num_threads and (cpus := available_cpus()) < (os.cpu_count() or 1):
-        options.intra_op_num_threads = cpus  # ONNX Runtime's own choice knows no quota
+    options.intra_op_num_threads = options.intra_op_num_threads or _threads()
     return options
+
+
+def _threads() -> int:
+    """Threads of a session; 0, which is ONNX Runtime's own choice, knows no quota of CPUs."""
+    cpus = available_cpus()
+    return cpus if cpus < (os.cpu_count() or 1) else 0
 
 
 def _providers(config: Mapping[str, Any], device_id: int | None) -> list[tuple[str, dict]]:
