@@ -48,7 +48,7 @@ class Behind:
             until = time.monotonic() + 60
             while True:
                 try:
-                    next(turns).generate("a red circle", steps=10)
+                    next(turns).generate("a red circle", steps=10, image_format="png")
                     self.served += 1
                     break
                 except TwinbrushError as error:

@@ -22,7 +22,7 @@ TABLE = re.compile(r"[+|]|$")
 CHATTER = re.compile(r"[IW]\d{4} |Signal \(|[+|]|$")
 TRITON = re.compile(r"([IWEF])\d{4} [\d:.]+ \d+ (.*)")
 MODEL = re.compile(r"([\w.-]+): (DEBUG|INFO|WARNING|ERROR|CRITICAL) (.*)")
-REQUEST_ID = re.compile(r"request[ _]id[:= ]+['\"<]?([^\s'\">\],;]+)")
+REQUEST_ID = re.compile(r"request[ _]id[:= ]+['\"<]?([\w.-]+)")
 LEVELS = {"I": "info", "W": "warning", "E": "error", "F": "critical"}
 TAIL_LINES = 200
 
