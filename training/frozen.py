@@ -21,7 +21,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from export import bert, clip_text, fusion
 from export.checkpoint import Checkpoint
 from export.part import Part, TensorSpec
-from export.pipeline import BETAS, SAMPLER_OF
+from export.scheduler import BETAS, SAMPLER_OF
 from export.tokenizer import load_tokenizer
 from networks.fusion_head import FusionHead
 from networks.loading import CheckpointError
