@@ -7,10 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rich.console import Console
+
 from twinbrush.engine.config import ENGINE
 from twinbrush.engine.denoise import Models
 from twinbrush.engine.engine import Engine
 from twinbrush.runtimes.onnx_runtime import read_config
+
+console = Console()
 
 
 @contextmanager

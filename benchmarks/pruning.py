@@ -1,8 +1,9 @@
-"""`python -m benchmarks.pruning`: what a model loses and gains, from pruning ratio to ratio.
+"""`python -m benchmarks.pruning`: the cost and gain of pruning a model, by pruning ratio.
 
-Each ratio prunes the checkpoint anew; quality is counted on held-out prompts before and after
-recovery by distillation, the other models being those of the repository. Step times are
-medians of calls that take turns with the unpruned model in one run. The result file is written
+Each ratio prunes the checkpoint anew; quality is measured before and after recovery by
+distillation, the other models being those of the repository. The measure here is the PSNR of
+pictures against the unpruned model's; an example of a checkpoint may pass a better one. Step times
+are medians of calls that take turns with the unpruned model in one run. The result file is written
 after every ratio, and with the step times at the end, when a plot goes beside it.
 """
 
@@ -13,9 +14,10 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 import typer
@@ -23,80 +25,200 @@ from rich.console import Console
 
 from benchmarks.local_engine import local_engine
 from benchmarks.machine import write_result
-from examples.scenes.quality import paint, score, share, tasks
-from examples.scenes.reader import read
 from export.checkpoint import open_checkpoint
 from export.convert import to_onnx
+from export.gate import PROMPTS
 from export.macs import native_rows
+from export.painting import paint
 from export.part import Part
+from export.pipeline import native_side
 from export.prune import RatioError, prune_checkpoint
 from export.repository import SOURCE, load_parts
 from networks.loading import CheckpointError
 from networks.pruned import pruning_of
+from training.captioned import Captioned
+from training.data import BadInput, Source
+from training.preparation import Preparation
 from training.recover import recover
 from training.run import Run
 from twinbrush.runtimes.onnx_runtime import LocalModels, open_session, read_config
 
 BATCHES = (1, 16)
-GOALS = {"macs_removed": 30.0, "speedup_b1": 1.25, "speedup_b16": 1.25, "points_lost": 1.0}
+IDENTICAL = 100.0  # dB, of equal pictures
 console = Console()
+Cell = dict[str, Any]  # what a measure found, in JSON's types
 
 
-def main(
-    checkpoint: Annotated[Path, typer.Option(help="Unpruned checkpoint.")] = Path(
-        "checkpoints/scenes-64"
-    ),
-    repository: Annotated[Path, typer.Option(help="Its export.")] = Path("model_repository"),
-    model: Annotated[str, typer.Option(help=f"One of {', '.join(SOURCE)}.")] = "unet",
-    ratios: Annotated[str, typer.Option(help="Shares of MACs, with commas.")] = "0.15,0.3,0.45,0.6",
-    recovery: Annotated[int, typer.Option(min=0, help="Distillation steps; 0 is none.")] = 2000,
-    batch: Annotated[int, typer.Option(min=1, help="Scenes a distillation step.")] = 64,
-    bf16: Annotated[bool, typer.Option(help="bfloat16 products in distillation.")] = False,
-    runs: Annotated[Path, typer.Option(help="Folder of recovery's saves.")] = Path("runs/pruning"),
-    n: Annotated[int, typer.Option(min=1, help="Held-out prompts.")] = 1000,
-    turns: Annotated[int, typer.Option(min=1, help="Calls of each model and batch.")] = 100,
-    out: Annotated[Path, typer.Option(help="Result file; the plot goes beside it.")] = Path(
-        "benchmarks/results/pruning.json"
-    ),
-) -> None:
-    """Curves of quality and speed against pruning ratio."""
-    points: list[dict[str, Any]] = []
-    unreachable: list[dict[str, Any]] = []
+class Measure(Protocol):
+    """The quality of pictures, picture k being of prompt k and seed k.
 
-    def save() -> None:
+    Attributes:
+        prompts: to paint.
+        key: of the number in a cell that `score` returns; with `interval` it has a range.
+        label: of that number, for the plot.
+        goals: for the result file, by model.
+    """
+
+    prompts: list[str]
+    key: str
+    label: str
+    goals: dict[str, dict[str, float]]
+
+    def start(self, pictures: list[np.ndarray]) -> None:
+        """Takes the pictures of the unpruned model, before any `score`."""
+
+    def score(self, pictures: list[np.ndarray]) -> Cell | None:
+        """The quality of pictures; None if it cannot be measured."""
+
+
+class Psnr:
+    """Peak signal-to-noise ratio in dB of all pictures together against the unpruned model's."""
+
+    key, label = "psnr", "PSNR against the unpruned model, dB"
+    goals: dict[str, dict[str, float]] = {}  # noqa: RUF012
+
+    def __init__(self, n: int):
+        self.prompts = [PROMPTS[k % len(PROMPTS)] for k in range(n)]
+        self._wanted: list[np.ndarray] = []
+
+    def start(self, pictures: list[np.ndarray]) -> None:
+        self._wanted = pictures
+
+    def score(self, pictures: list[np.ndarray]) -> Cell | None:
+        pairs = zip(pictures, self._wanted, strict=True)
+        error = np.mean([np.square(a.astype(float) - b).mean() for a, b in pairs])
+        psnr = 10 * np.log10(255**2 / max(float(error), 1e-9))
+        return {"psnr": round(float(min(IDENTICAL, psnr)), 2), "n": len(pictures)}
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """How pruned models are distilled; `steps` is 0 for none, `source` may then be None."""
+
+    steps: int
+    batch: int
+    bf16: bool
+    runs: Path
+    source: Source | None
+
+
+def command(
+    name: str,
+    measure: Callable[[int], Measure],
+    n: int,
+    world: Source | None = None,
+) -> Callable[..., None]:
+    """The command `name`, of a measure on so many prompts.
+
+    Args:
+        n: prompts by default.
+        world: recovery's data without `--data`.
+    """
+
+    def main(
+        checkpoint: Annotated[Path, typer.Option(help="Unpruned checkpoint.")] = Path(
+            "checkpoints/scenes-64"
+        ),
+        repository: Annotated[Path, typer.Option(help="Its export.")] = Path("model_repository"),
+        model: Annotated[str, typer.Option(help=f"One of {', '.join(SOURCE)}.")] = "unet",
+        ratios: Annotated[
+            str, typer.Option(help="Shares of MACs, with commas.")
+        ] = "0.15,0.3,0.45,0.6",
+        recovery: Annotated[int, typer.Option(min=0, help="Distillation steps; 0 is none.")] = (
+            2000 if world else 0
+        ),
+        batch: Annotated[int, typer.Option(min=1, help="Pictures a distillation step.")] = 64,
+        bf16: Annotated[bool, typer.Option(help="bfloat16 products in distillation.")] = False,
+        runs: Annotated[Path, typer.Option(help="Folder of recovery's saves.")] = Path(
+            "runs/pruning"
+        ),
+        path: Annotated[
+            Path | None, typer.Option("--data", help="Captioned pictures for recovery.")
+        ] = None,
+        n: Annotated[int, typer.Option(min=1, help="Prompts.")] = n,
+        turns: Annotated[int, typer.Option(min=1, help="Calls of each model and batch.")] = 100,
+        out: Annotated[Path, typer.Option(help="Result file; the plot goes beside it.")] = Path(
+            "benchmarks/results/pruning.json"
+        ),
+    ) -> None:
+        """Curves of quality and speed against pruning ratio."""
+        quality = measure(n)
+        try:
+            shares = _check(checkpoint, repository, model, ratios)
+            source = world
+            if path is not None:
+                source = Captioned(path, Preparation(native_side(open_checkpoint(checkpoint))))
+            if recovery and source is None:
+                raise BadInput("--recovery needs --data: captioned pictures to distil on")
+            result = Result(out, name, checkpoint.name, model, quality, (recovery, batch))
+            with tempfile.TemporaryDirectory() as scratch:
+                bench = Bench(checkpoint, repository, model, Path(scratch), quality)
+                distil = Recovery(recovery, batch, bf16, runs, source)
+                measure_ratios(bench, shares, distil, result)
+                times = bench.step_times(turns)
+        except (CheckpointError, ValueError) as error:
+            sys.exit(f"error: {error}")
+        result.finish(times)
+
+    return main
+
+
+class Result:
+    """The result file, which is written again after every point."""
+
+    def __init__(
+        self,
+        out: Path,
+        name: str,
+        checkpoint: str,
+        model: str,
+        quality: Measure,
+        recovery: tuple[int, int],
+    ):
+        self._out, self._name, self._checkpoint, self._model = out, name, checkpoint, model
+        self._quality, self._recovery = (
+            quality,
+            dict(zip(("steps", "batch"), recovery, strict=True)),
+        )
+        self.points: list[dict[str, Any]] = []
+        self.unreachable: list[dict[str, Any]] = []
+
+    def save(self) -> None:
         write_result(
-            out, "python -m benchmarks.pruning", checkpoint=checkpoint.name, model=model,
-            goals=GOALS if model == "unet" else None, n=n,
-            recovery={"steps": recovery, "batch": batch}, points=points,
-            unreachable=unreachable,
+            self._out, self._name, checkpoint=self._checkpoint, model=self._model,
+            goals=self._quality.goals.get(self._model), n=len(self._quality.prompts),
+            recovery=self._recovery, points=self.points, unreachable=self.unreachable,
         )  # fmt: skip
 
-    try:
-        shares = _check(checkpoint, repository, model, ratios)
-        with tempfile.TemporaryDirectory() as scratch:
-            bench = Bench(checkpoint, repository, model, Path(scratch), n)
-            points.append(bench.unpruned())
-            save()
-            for ratio in shares:
-                try:
-                    points.append(bench.pruned(ratio, runs, recovery, batch, bf16))
-                except RatioError as error:
-                    unreachable.append({"ratio": ratio, "reason": str(error)})
-                save()
-            times = bench.step_times(turns)
-    except (CheckpointError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    for point, medians in zip(points, times, strict=True):
-        point["step_ms"] = medians
-        point["speedup"] = {b: round(times[0][b] / ms, 3) for b, ms in medians.items()}
-    summary = {
-        str(p["ratio"]): {"macs_removed": p["macs_removed"], "speedup": p["speedup"],
-                          "all_correct": [_percent(p["pruned"]), _percent(p["recovered"])]}
-        for p in points
-    }  # fmt: skip
-    save()
-    plot(points, model, out.with_suffix(".png"))
-    print(json.dumps(summary))
+    def finish(self, times: list[dict[int, float]]) -> None:
+        """Adds the step times of every point, draws the plot, and prints a summary."""
+        for point, medians in zip(self.points, times, strict=True):
+            point["step_ms"] = medians
+            point["speedup"] = {b: round(times[0][b] / ms, 3) for b, ms in medians.items()}
+        self.save()
+        plot(self.points, self._model, self._out.with_suffix(".png"), self._quality)
+        key = self._quality.key
+        summary = {
+            str(p["ratio"]): {
+                "macs_removed": p["macs_removed"],
+                "speedup": p["speedup"],
+                key: [p[state] and p[state][key] for state in ("pruned", "recovered")],
+            }
+            for p in self.points
+        }
+        print(json.dumps(summary))
+
+
+def measure_ratios(bench: Bench, shares: list[float], recovery: Recovery, result: Result) -> None:
+    """Measures the unpruned model and every ratio, and saves after each."""
+    result.points.append(bench.unpruned())
+    result.save()
+    for ratio in shares:
+        try:
+            result.points.append(bench.pruned(ratio, recovery))
+        except RatioError as error:
+            result.unreachable.append({"ratio": ratio, "reason": str(error)})
+        result.save()
 
 
 class Bench:
@@ -104,12 +226,13 @@ class Bench:
 
     Args:
         scratch: folder of pruned checkpoints and ONNX files.
-        n: held-out prompts.
     """
 
-    def __init__(self, checkpoint: Path, repository: Path, model: str, scratch: Path, n: int):
+    def __init__(
+        self, checkpoint: Path, repository: Path, model: str, scratch: Path, quality: Measure
+    ):
         self._checkpoint, self._repository, self._model = checkpoint, repository, model
-        self._scratch, self._tasks = scratch, tasks(n)
+        self._scratch, self._measure = scratch, quality
         self._original = open_checkpoint(checkpoint)
         self._part = load_parts(self._original)[model]
         self._files: list[Path] = []
@@ -117,14 +240,18 @@ class Bench:
     def unpruned(self) -> dict[str, Any]:
         file = self._export(self._part, "0")
         self._files.append(file)
-        quality = self._quality(file)
+        pictures = self._paint(file)
+        self._measure.start(pictures)
+        quality = self._measure.score(pictures)
         return {"ratio": 0, "macs_removed": 0, "bytes": _size(file), "pruning": None,
                 "pruned": quality, "recovered": quality, "distillation_error": None}  # fmt: skip
 
-    def pruned(
-        self, ratio: float, runs: Path, recovery: int, batch: int, bf16: bool
-    ) -> dict[str, Any]:
-        """Quality and size of the model without `ratio` of its MACs."""
+    def pruned(self, ratio: float, recovery: Recovery) -> dict[str, Any]:
+        """Quality and size of the model without `ratio` of its MACs.
+
+        Raises:
+            RatioError: so much cannot be removed.
+        """
         folder = self._scratch / f"{self._checkpoint.name}-{ratio}"
         console.print(f"{self._model} without {100 * ratio:g}% of its MACs")
         opened = prune_checkpoint(self._original, {self._model: ratio}, folder)
@@ -137,16 +264,20 @@ class Bench:
             "macs_removed": round(100 * (1 - pruning.macs[1] / pruning.macs[0]), 1),
             "bytes": _size(file),
             "pruning": pruning.__dict__,
-            "pruned": self._quality(file),
+            "pruned": self._measure.score(self._paint(file)),
             "recovered": None,
             "distillation_error": None,
         }
-        if recovery:
-            run = Run(folder, runs, recovery, batch, bf16=bf16)
+        if recovery.steps and recovery.source is not None:
+            run = Run(
+                folder, recovery.runs, recovery.steps, recovery.batch, bf16=recovery.bf16,
+                source=recovery.source,
+            )  # fmt: skip
             errors = recover(run, self._checkpoint, [self._model])
             point["distillation_error"] = errors[self._model]
-            learnt = load_parts(open_checkpoint(folder))[self._model]
-            point["recovered"] = self._quality(self._export(learnt, f"{ratio}-recovered"))
+            trained = load_parts(open_checkpoint(folder))[self._model]
+            file = self._export(trained, f"{ratio}-recovered")
+            point["recovered"] = self._measure.score(self._paint(file))
         return point
 
     def step_times(self, turns: int) -> list[dict[int, float]]:
@@ -173,14 +304,10 @@ class Bench:
         to_onnx(part, folder / "model.onnx")
         return folder / "model.onnx"
 
-    def _quality(self, file: Path) -> dict[str, object] | None:
+    def _paint(self, file: Path) -> list[np.ndarray]:
         models = LocalModels(self._repository, {self._model: file})
         with local_engine(self._repository, models) as engine:
-            pictures = paint(engine, [task.prompt for task in self._tasks])
-        return share(
-            score(task, read(picture)).all_correct
-            for task, picture in zip(self._tasks, pictures, strict=True)
-        )
+            return paint(engine, self._measure.prompts)
 
 
 def _check(checkpoint: Path, repository: Path, model: str, ratios: str) -> list[float]:
@@ -204,8 +331,8 @@ def _check(checkpoint: Path, repository: Path, model: str, ratios: str) -> list[
     return shares
 
 
-def plot(points: list[dict[str, Any]], model: str, file: Path) -> None:
-    """All-correct before and after recovery, and speed, against the MACs that were removed."""
+def plot(points: list[dict[str, Any]], model: str, file: Path, measure: Measure) -> None:
+    """Quality before and after recovery, and speed, against the MACs that were removed."""
     from matplotlib.figure import Figure
 
     points = sorted(points, key=lambda point: point["ratio"])
@@ -215,15 +342,17 @@ def plot(points: list[dict[str, Any]], model: str, file: Path) -> None:
     for key, label in (("pruned", "pruned"), ("recovered", "and recovered")):
         known = [(x, point[key]) for x, point in zip(removed, points, strict=True) if point[key]]
         x = [place for place, _ in known]
-        y = np.array([cell["percent"] for _, cell in known])
-        low, high = np.array([cell["interval"] for _, cell in known]).T
+        y = np.array([cell[measure.key] for _, cell in known])
+        ranges = [cell.get("interval", (cell[measure.key],) * 2) for _, cell in known]
+        low, high = np.array(ranges).reshape(-1, 2).T
         quality.errorbar(x, y, (y - low, high - y), marker="o", capsize=3, label=label)
     for rows in BATCHES:
-        y = [point["speedup"][rows] for point in points]
+        # Keys are strings where the points were read from a result file.
+        y = [point["speedup"].get(rows, point["speedup"].get(str(rows))) for point in points]
         speed.plot(removed, y, marker="o", label=f"batch {rows}")
     ideal = [1 / (1 - x / 100) for x in removed]
     speed.plot(removed, ideal, linestyle=":", color="gray", label="as MACs fall")
-    quality.set(ylabel="pictures all correct, %", ylim=(0, None))
+    quality.set(ylabel=measure.label, ylim=(0, None))
     speed.set(ylabel="steps a second, over unpruned")
     for axes in (quality, speed):
         axes.set(xlabel=f"MACs removed from {model}, %")
@@ -238,9 +367,7 @@ def _size(file: Path) -> int:
     return sum(each.stat().st_size for each in file.parent.iterdir())
 
 
-def _percent(cell: Mapping[str, object] | None) -> object:
-    return cell["percent"] if cell else None
-
+main = command("python -m benchmarks.pruning", Psnr, n=len(PROMPTS))
 
 if __name__ == "__main__":
     typer.run(main)

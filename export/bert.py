@@ -46,7 +46,7 @@ def part(checkpoint: Checkpoint) -> Part:
     config = encoder.config
     layers = _layers(checkpoint, config.num_hidden_layers)
     positions = getattr(config, "max_position_embeddings", None) or MAX_TOKENS
-    tokenizer = load_tokenizer(checkpoint, "tokenizer_2")
+    tokenizer = load_tokenizer(checkpoint, "bert_tokenizer")
     length = min(MAX_TOKENS, positions, tokenizer.model_max_length)
     return Part(
         name="bert",
@@ -72,22 +72,32 @@ def part(checkpoint: Checkpoint) -> Part:
 
 
 def _load(checkpoint: Checkpoint) -> nn.Module:
+    model_class, options, _ = _class(checkpoint)
+    return checkpoint.load("bert", model_class, **options)
+
+
+def build(checkpoint: Checkpoint) -> nn.Module:
+    """The network with random weights, on torch's current device."""
+    model_class, options, config = _class(checkpoint)
+    return model_class.from_config(config, **options)
+
+
+def _class(checkpoint: Checkpoint) -> tuple[Any, dict[str, Any], Any]:
     options: dict[str, Any] = {"trust_remote_code": False}
     config = _config(checkpoint, options)
     encodes = type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING
     if hasattr(config, "relative_attention_num_buckets"):  # T5: torch cannot export its fused form
         options["attn_implementation"] = "eager"
     # The encoder alone, where a model also has a decoder.
-    model_class = AutoModelForTextEncoding if encodes else AutoModel
-    return checkpoint.load("text_encoder_2", model_class, **options)
+    return AutoModelForTextEncoding if encodes else AutoModel, options, config
 
 
 def _config(checkpoint: Checkpoint, options: dict[str, Any]) -> Any:
-    folder = checkpoint.folders["text_encoder_2"]
+    folder = checkpoint.folders["bert"]
     try:
         return AutoConfig.from_pretrained(folder, **options)
     except Exception as error:
-        kind = checkpoint.config("text_encoder_2").get("model_type")
+        kind = checkpoint.config("bert").get("model_type")
         text = f"{folder} has a config.json that cannot be read: {first_line(error)}"
         if kind not in CONFIG_MAPPING:
             text = f"{folder} has model_type {kind!r}, which transformers does not know"
@@ -95,10 +105,21 @@ def _config(checkpoint: Checkpoint, options: dict[str, Any]) -> Any:
         raise CheckpointError(text) from error
 
 
+def check_layers(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError where the fusion head names hidden states that there are not."""
+    folder = checkpoint.folders["fusion"]
+    layers = checkpoint.config("fusion").get("bert_layers")
+    if not layers:
+        raise CheckpointError(f"{folder} names no bert_layers")
+    depth = _config(checkpoint, {"trust_remote_code": False}).num_hidden_layers
+    if not isinstance(layers, list) or not all(type(i) is int and 0 <= i <= depth for i in layers):
+        text = f"{folder}/config.json: bert_layers={layers!r} is invalid"
+        raise CheckpointError(f"{text}: must be a list of numbers from 0 to {depth}")
+
+
 def _layers(checkpoint: Checkpoint, depth: int) -> list[int]:
     """The hidden states that the fusion head was made for, or one at each third."""
     if "fusion" in checkpoint.folders:
-        if not (layers := checkpoint.config("fusion").get("bert_layers")):
-            raise CheckpointError(f"{checkpoint.folders['fusion']} names no bert_layers")
-        return layers
+        check_layers(checkpoint)
+        return checkpoint.config("fusion")["bert_layers"]
     return sorted({max(1, depth * third // 3) for third in (1, 2, 3)})

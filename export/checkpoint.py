@@ -1,39 +1,37 @@
-"""Opening a checkpoint in diffusers layout: what must be there, and what is refused.
+"""Opening a checkpoint: which parts it must have, and what is rejected before a weight is read.
 
-A source is a folder or a hub id. Only safetensors are read; nothing here runs code that a
-checkpoint brings.
+Only safetensors are read; nothing here runs code that a checkpoint brings.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
-
+from export.source import Source, Tree, check_source, first_line, open_tree
+from export.weights import LFS, choose_weights, lfs_pointer, read_header, read_json, variants_of
 from networks.loading import CheckpointError, load_part
 from networks.pruned import pruning_of
+
+__all__ = ["PARTS", "Checkpoint", "first_line", "open_checkpoint"]
 
 # Classes that each part may be of; None is any text model that transformers knows.
 PARTS = {
     "text_encoder": ("CLIPTextModel",),
-    "text_encoder_2": None,
+    "bert": None,
     "fusion": ("FusionHead",),
     "unet": ("UNet2DConditionModel",),
-    "vae": ("VQModel", "AutoencoderKL"),
+    "vae": ("VQModel", "AutoencoderKL", "AutoencoderTiny"),
 }
-OTHERS = ("tokenizer", "tokenizer_2", "scheduler")
-# Files of which a tokenizer has at least one; without, transformers makes an empty one.
-VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model")
-BERT_PARTS = ("text_encoder_2", "tokenizer_2")
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-# Of a hub repository: no pickles, no second copies of the weights, no single-file checkpoints.
-PIPELINE_FILES = ["model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors"]
-BERT_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
-UNUSED_FILES = ["*.fp16.*", "*.non_ema.*", "safety_checker/*", "onnx/*"]
+OTHERS = ("tokenizer", "bert_tokenizer", "scheduler")
+# Names of parts in checkpoints of earlier versions, where the class is none of CLIP's.
+FORMER = {"bert": "text_encoder_2", "bert_tokenizer": "tokenizer_2"}
+PIPELINES = ("TwinbrushPipeline", "StableDiffusionPipeline", "LatentConsistencyModelPipeline")
+# A tokenizer needs all files of one of these; transformers makes an empty one without them.
+VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",))
+SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model")
 
 
 @dataclass(frozen=True)
@@ -46,6 +44,8 @@ class Checkpoint:
         folders: where each part is; `fusion` may be missing, and then starts as the identity.
         classes: class name of each part.
         index: `model_index.json`.
+        weights: variant and file names that each network is loaded from.
+        scratch: keeps the converted parts of a single file for as long as the checkpoint lives.
     """
 
     name: str
@@ -53,120 +53,219 @@ class Checkpoint:
     folders: dict[str, Path]
     classes: dict[str, str]
     index: dict[str, Any]
+    weights: dict[str, tuple[str | None, list[str]]] = field(default_factory=dict)
+    scratch: tempfile.TemporaryDirectory | None = None
 
     def config(self, part: str) -> dict[str, Any]:
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
-        return _json_object(self.folders[part] / name)
+        return read_json(self.folders[part] / name)
 
     def load(self, part: str, model_class: Any, **options: Any) -> Any:
         """The part's torch module: see `load_part`."""
+        variant = self.weights.get(part, (None, []))[0]
+        if variant is not None:
+            options["variant"] = variant
         return load_part(self.folders[part], model_class, **options)
 
 
 def open_checkpoint(
-    source: str | Path,
-    bert: str | Path | None = None,
-    revision: str | None = None,
-    bert_revision: str | None = None,
-    keep_bert: bool = False,
+    source: Source | str | Path, bert: str | Path | None = None, keep_bert: bool = False
 ) -> Checkpoint:
     """Checks that a checkpoint has every part, each of a class that can be exported.
 
+    Everything that JSON can tell is checked before a weight is read or downloaded.
+
     Args:
-        source: folder or hub id of a checkpoint in diffusers layout.
-        bert: folder or hub id of a text model and its tokenizer, for `text_encoder_2` and
-            `tokenizer_2`; without a fusion head of its own the checkpoint gets a new one.
-        revision, bert_revision: commit, tag or branch, of hub ids.
-        keep_bert: takes `bert` only where the checkpoint has no text model of its own.
+        source: the checkpoint; a text or path is its folder, file or hub id.
+        bert: replaces the text model of `source`; without a fusion head of its own the
+            checkpoint gets a new one.
+        keep_bert: takes a `bert` only where the checkpoint has no text model of its own.
 
     Raises:
         CheckpointError: with the first thing that is wrong.
     """
-    folder = _fetch(source, revision, PIPELINE_FILES)
-    index = _index(folder)
-    folders = {part: folder / part for part in (*PARTS, *OTHERS)}
-    classes = {
-        part: entry[1]
-        for part in folders
-        if isinstance(entry := index.get(part), list) and len(entry) == 2
-    }
-    if keep_bert and classes.get("text_encoder_2"):
-        bert = None
-    sources = {str(source): folder}
+    from export.checks import check_configs
+
+    if not isinstance(source, Source):
+        source = Source(str(source))
     if bert is not None:
-        bert_folder = sources[str(bert)] = _fetch(bert, bert_revision, BERT_FILES)
-        for part in BERT_PARTS:
-            folders[part], classes[part] = bert_folder, "AutoModel"
-    if "fusion" not in classes and bert is not None:
-        del folders["fusion"]
-    for part, place in folders.items():
-        if part not in classes or not place.is_dir():
-            hint = "; --bert names a text model to take" if part in BERT_PARTS else ""
-            raise CheckpointError(f"checkpoint {source} lacks its part {part}/{hint}")
+        source = replace(source, bert=str(bert))
+    check_source(source)
+    opened, trees = _find_parts(source, keep_bert)
+    weights, wanted = {}, {}
+    for part in opened.folders:
+        tree, name = trees[part]
         if part in PARTS:
-            _check_part(part, place, classes[part])
-        elif part == "scheduler":
-            _json_object(place / "scheduler_config.json")
-        elif not any(file for name in VOCABULARIES for file in place.glob(name)):
-            raise CheckpointError(f"{place} has no vocabulary: one of {', '.join(VOCABULARIES)}")
-    revisions = {name: place.name for name, place in sources.items() if not Path(name).is_dir()}
-    return Checkpoint(Path(source).resolve().name, revisions, folders, classes, index)
+            variant, files = choose_weights(tree.within(name), opened.folders[part], source.variant)
+            weights[part] = variant, files
+            wanted.setdefault(id(tree), (tree, []))[1].extend(_join(name, f) for f in files)
+    opened = replace(opened, weights=weights)
+    check_configs(opened)
+    for tree, names in wanted.values():
+        tree.fetch(names)
+    _check_weights(opened)
+    return opened
 
 
-def _fetch(source: str | Path, revision: str | None, files: list[str]) -> Path:
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
-    if not HUB_ID.fullmatch(str(source)):
-        raise CheckpointError(f"checkpoint {source} is not there")
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                str(source), revision=revision, allow_patterns=files, ignore_patterns=UNUSED_FILES
-            )
+def _find_parts(source: Source, keep_bert: bool) -> tuple[Checkpoint, dict[str, tuple[Tree, str]]]:
+    """The parts of a checkpoint, and the tree and folder name that each is from."""
+    name, scratch, tree = _open_root(source)
+    file = tree.folder / "model_index.json"
+    if "model_index.json" not in tree.names:
+        raise CheckpointError(
+            f"checkpoint {tree.folder} has no model_index.json: not diffusers layout"
         )
-    except Exception as error:
-        text = f"{source} is not a folder, and the hub did not give it: {first_line(error)}"
-        raise CheckpointError(text) from error
+    index = read_json(file)
+    names, classes = _read_index(index, file)
+    trees = {part: (tree, names[part]) for part in names}
+    if source.bert is not None and not (keep_bert and classes.get("bert")):
+        other = open_tree(source.bert, source.bert_revision)
+        for part in FORMER:
+            trees[part], classes[part] = (other, ""), "AutoModel"
+    if source.vae is not None:
+        trees["vae"], classes["vae"] = _open_vae(source.vae)
+    if source.tokenizer is not None:
+        other = open_tree(source.tokenizer)
+        place = "tokenizer" if other.within("tokenizer") else ""
+        trees["tokenizer"], classes["tokenizer"] = (other, place), "CLIPTokenizer"
+    if "fusion" not in classes and source.bert is not None:
+        del trees["fusion"]
+    for part, (place, folder) in trees.items():
+        if part not in classes or not (place.folder / folder).is_dir():
+            raise CheckpointError(_lacks(source, part, folder))
+        _check_part(part, place, folder, classes)
+    _check_variant(source, trees)
+    hubs = {place.hub for place, _ in trees.values() if place.hub}
+    folders = {part: place.folder / folder for part, (place, folder) in trees.items()}
+    return Checkpoint(name, dict(hubs), folders, classes, index, scratch=scratch), trees
 
 
-def first_line(error: Exception) -> str:
-    """What an error of a library says, without its advice."""
-    return str(error).strip().partition("\n")[0]
+def _open_root(source: Source) -> tuple[str, tempfile.TemporaryDirectory | None, Tree]:
+    path = Path(source.checkpoint).expanduser()
+    if path.is_file() and path.suffix.lower() == ".safetensors":
+        from export.resources import check_disk
+        from export.single_file import unpack
+
+        if source.tokenizer is None:
+            text = f"{path} is a single file, which has no tokenizer"
+            raise CheckpointError(
+                f"{text}: --tokenizer names a folder with CLIP's vocab.json and merges.txt"
+            )
+        check_disk(Path(tempfile.gettempdir()), path.stat().st_size)
+        scratch = tempfile.TemporaryDirectory(prefix="twinbrush-")
+        unpack(path, Path(scratch.name), PIPELINES)
+        return path.stem, scratch, open_tree(scratch.name)
+    tree = open_tree(source.checkpoint, source.revision, source.subfolder)
+    return Path(source.checkpoint).resolve().name, None, tree
 
 
-def _index(folder: Path) -> dict[str, Any]:
-    file = folder / "model_index.json"
-    if not file.is_file():
-        raise CheckpointError(f"checkpoint {folder} has no model_index.json: not diffusers layout")
-    return _json_object(file)
+def _read_index(index: dict[str, Any], file: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Folder name and class name of each part."""
+    promised = index.get("_class_name", PIPELINES[0])
+    if promised not in PIPELINES:
+        text = f"{file} has _class_name {promised!r}, which is not served"
+        raise CheckpointError(f"{text}: {', '.join(PIPELINES)} are")
+    defaults = index.get("defaults", {})
+    if not isinstance(defaults, dict):
+        allowed = 'an object of request fields, as {"steps": 4}'
+        raise CheckpointError(f"{file} has defaults {defaults!r}, which is not allowed: {allowed}")
+    names = {part: part for part in (*PARTS, *OTHERS)}
+    classes = {}
+    for part in names:
+        entry = index.get(part)
+        former = index.get(FORMER.get(part, ""))
+        if entry is None and _is_class(former) and not former[1].startswith("CLIP"):
+            entry, names[part] = former, FORMER[part]
+        if entry is None or entry == [None, None]:
+            continue
+        if not _is_class(entry):
+            text = f"{file} has {part} {entry!r}, which is not allowed"
+            raise CheckpointError(f"{text}: a library and a class, both in quotes")
+        classes[part] = entry[1]
+    return names, classes
 
 
-def _json_object(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{file} is not there") from None
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} is not a JSON object")
-    return content
+def _is_class(entry: Any) -> bool:
+    return isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)
 
 
-def _check_part(part: str, folder: Path, name: str) -> None:
+def _lacks(source: Source, part: str, folder: str) -> str:
+    hints = {
+        "bert": "; --bert names a text model to take",
+        "bert_tokenizer": "; --bert names a text model to take",
+        "vae": "; --vae names an autoencoder to take",
+        "tokenizer": "; --tokenizer names a folder with vocab.json and merges.txt",
+    }
+    return f"checkpoint {source.checkpoint} lacks its part {folder or part}/{hints.get(part, '')}"
+
+
+def _open_vae(place: str) -> tuple[tuple[Tree, str], str]:
+    """An autoencoder alone, or that of a checkpoint."""
+    tree = open_tree(place)
+    folder = "" if "config.json" in tree.names else "vae"
+    if f"{folder}/config.json".lstrip("/") not in tree.names:
+        raise CheckpointError(f"--vae {place} has no config.json, at its top or in vae/")
+    file = tree.folder / folder / "config.json"
+    name = read_json(file).get("_class_name")
+    if not isinstance(name, str):
+        raise CheckpointError(f"{file} has _class_name {name!r}: it does not say its class")
+    return (tree, folder), name
+
+
+def _check_part(part: str, tree: Tree, name: str, classes: dict[str, str]) -> None:
+    folder, files = tree.folder / name, tree.within(name)
+    if part not in PARTS:
+        if part == "scheduler":
+            read_json(folder / "scheduler_config.json")
+        else:
+            _check_vocabulary(folder, files)
+        return
     allowed = PARTS[part]
-    if allowed is not None and name not in allowed:
-        either = " or ".join(allowed)
-        raise CheckpointError(f"{part} is a {name}, which cannot be exported: {either} can")
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} has no config.json")
-    _json_object(folder / "config.json")
-    if not any(folder.glob("*.safetensors")):
-        raise CheckpointError(f"{folder} has no safetensors; other formats are not read")
-    try:
-        pruning_of(folder)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
+    if allowed is not None and classes[part] not in allowed:
+        text = f"{part} is a {classes[part]}, which cannot be exported"
+        raise CheckpointError(f"{text}: {' or '.join(allowed)} can")
+    if "config.json" not in files:
+        raise CheckpointError(f"{folder} has no config.json: download the part again")
+    read_json(folder / "config.json")
+
+
+def _check_vocabulary(folder: Path, files: list[str]) -> None:
+    if not any(all(name in files for name in names) for names in VOCABULARIES):
+        either = ", ".join(" with ".join(names) for names in VOCABULARIES)
+        if found := [name for name in files if name in SENTENCEPIECE]:
+            text = f"{folder} has only {found[0]}, which needs sentencepiece and is not read"
+            raise CheckpointError(f"{text}: save the tokenizer as tokenizer.json")
+        raise CheckpointError(f"{folder} has no vocabulary: one of {either}")
+    for name in files:
+        if name.endswith((".json", ".txt")):
+            with (folder / name).open("rb") as stream:
+                if stream.read(len(LFS)) == LFS:
+                    raise CheckpointError(lfs_pointer(folder / name))
+
+
+def _check_variant(source: Source, trees: dict[str, tuple[Tree, str]]) -> None:
+    if source.variant is None:
+        return
+    found = {
+        variant
+        for part, (tree, name) in trees.items()
+        if part in PARTS
+        for variant in variants_of(tree.within(name))
+    }
+    if source.variant not in found:
+        have = f"they have {', '.join(sorted(found))}" if found else "they have plain weights only"
+        raise CheckpointError(f"--variant {source.variant}: no part has such weights, {have}")
+
+
+def _check_weights(opened: Checkpoint) -> None:
+    for part, (_, files) in opened.weights.items():
+        for name in files:
+            read_header(opened.folders[part] / name)
+        try:
+            pruning_of(opened.folders[part])
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
+
+
+def _join(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name

@@ -1,24 +1,24 @@
-"""The gate: what the optimised models paint, held against what the unoptimised ones paint.
+"""The gate: compares what the optimised models paint with what the unoptimised ones paint.
 
-Both run in the serving engine, in this process, on the same prompts and seeds. Where the
-pictures are scenes that can be read back, the share that shows all its prompt says is counted
-(`examples.scenes.quality`); where not, pictures are compared pixel by pixel. It knows which models
-differ and nothing of how they were optimised.
+Both run in the serving engine, in this process, on the same prompts and seeds. What is measured
+on the pictures is an argument; `psnr` here compares them pixel by pixel. The gate knows which
+models differ, and nothing of how they were optimised or of what the pictures show.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from export.checkpoint import Checkpoint
 from export.convert import to_onnx
+from export.painting import paint
 from export.repository import MODELS, load_parts
 from twinbrush.engine.capacity import LEAST_ROWS
 from twinbrush.engine.config import ENGINE, PipelineConfig
@@ -26,11 +26,9 @@ from twinbrush.engine.engine import Engine
 from twinbrush.engine.generation import EngineError
 from twinbrush.runtimes.onnx_runtime import LocalModels, read_config
 
-SCENE_PROMPTS = 1000
-READABLE = 10  # percent of the unoptimised pictures; under it a count says nothing
-PROBE = 50  # scene prompts that tell whether pictures can be read
-SHARED_SIDE = 256  # pixels; calls with more than one picture of larger ones only take memory here
+SHARED_SIDE = 256  # pixels; a call holds a single larger picture, for more only take memory here
 IDENTICAL = 100.0  # dB, of equal pictures
+LEAST_PSNR = 25.0  # dB
 PROMPTS = (
     "a photograph of an astronaut riding a horse",
     "a red bicycle leaning on a white wall",
@@ -48,30 +46,15 @@ class GateError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What may be lost.
-
-    Attributes:
-        loss: points of pictures that show all their prompt says.
-        psnr: dB that pictures must reach against the unoptimised, where they cannot be read.
-        prompts: how many to paint; None is `SCENE_PROMPTS`, or `PROMPTS` once.
-    """
-
-    loss: float = 1.0
-    psnr: float = 25.0
-    prompts: int | None = None
-
-
-@dataclass(frozen=True)
 class Verdict:
-    """What a set of models scored.
+    """The scores of a set of models.
 
     Attributes:
-        measure: "all correct", in percent, or "psnr", in dB.
-        before, after: unoptimised and optimised; `before` of psnr is that of equal pictures.
+        measure: name of the measure, which says what the scores count.
+        before, after: scores of the unoptimised and of the optimised models.
         allowed: the least that `after` may be.
-        prompts: that were painted.
-        alone: score of each optimised model among unoptimised ones, where it was needed.
+        prompts: number of prompts painted.
+        alone: score of each optimised model among unoptimised ones; empty where the gate passes.
     """
 
     measure: str
@@ -85,17 +68,38 @@ class Verdict:
     def passed(self) -> bool:
         return self.after >= self.allowed
 
-    def __str__(self) -> str:
-        if self.measure == "psnr":
-            text = f"pictures are {self.after:.1f} dB from the unoptimised"
-            limit = f"--gate-psnr is {self.allowed:g}"
-            alone = [f"{name} {score:.1f} dB" for name, score in self.alone.items()]
-        else:
-            text = f"all-correct went from {self.before:.1f}% to {self.after:.1f}%"
-            limit = f"--gate-loss is {self.before - self.allowed:g} points"
-            alone = [f"{name} {self.before - s:.1f} points" for name, s in self.alone.items()]
-        costs = f"; alone: {', '.join(alone)}" if alone else ""
-        return f"{text} on {self.prompts} prompts, {limit}{costs}"
+
+class Measure(Protocol):
+    """A score of pictures, higher is better.
+
+    Attributes:
+        name: for the manifest.
+        prompts: to paint; picture k has seed k.
+        before: score of the unoptimised models.
+        allowed: the least that the optimised models may score.
+    """
+
+    name: str
+    prompts: list[str]
+
+    @property
+    def before(self) -> float: ...
+
+    @property
+    def allowed(self) -> float: ...
+
+    def score(self, pictures: list[np.ndarray]) -> float:
+        """The score of pictures (H, W, 3) uint8 of the first prompts."""
+        ...
+
+    def describe(self, verdict: Verdict) -> str:
+        """The verdict in a sentence, with the limit and what each model costs alone."""
+        ...
+
+
+Paint = Callable[[list[str]], list[np.ndarray]]
+# Makes the measure of a repository, with the painter of its unoptimised models.
+MakeMeasure = Callable[[PipelineConfig, Paint], Measure]
 
 
 class Gate:
@@ -104,40 +108,48 @@ class Gate:
     Args:
         original: the checkpoint before it was optimised.
         optimised: models that differ from it.
-        repository: where staged models will go; its configurations, and the models that stay.
+        repository: where staged models will go; supplies configurations and the kept models.
+        make_measure: makes the measure.
 
     Attributes:
-        verdict: on the last stage, None before there is one.
+        summary: the last verdict in a sentence, empty before the first.
     """
 
     def __init__(
-        self, original: Checkpoint, optimised: Sequence[str], repository: Path, limits: Limits
+        self,
+        original: Checkpoint,
+        optimised: Sequence[str],
+        repository: Path,
+        make_measure: MakeMeasure,
     ):
         self._original, self._optimised = original, list(optimised)
-        self._repository, self._limits = repository, limits
-        self.verdict: Verdict | None = None
+        self._repository, self._make_measure = repository, make_measure
+        self.summary = ""
 
     def __call__(self, stage: Path) -> dict[str, Any]:
-        """The verdict on what stands in `stage`, for the manifest.
+        """The verdict on the models in `stage`, for the manifest.
 
         Raises:
-            GateError: it loses more than the limits allow, or no picture can be painted.
+            GateError: they lose more than the limits allow, or no picture can be painted.
         """
         files = {name: stage / name / "1" / "model.onnx" for name in MODELS}
         staged = {name: file for name, file in files.items() if file.exists()}
         with tempfile.TemporaryDirectory(dir=stage.parent) as scratch:
             plain = staged | self._export_plain(Path(scratch))
-            measure = self._measure(stage, plain)
+            config = PipelineConfig.load(stage / ENGINE / "pipeline.json")
+            measure = self._make_measure(config, lambda texts: self._paint(stage, plain, texts))
             after = measure.score(self._paint(stage, staged, measure.prompts))
-            verdict = self.verdict = Verdict(
+            verdict = Verdict(
                 measure.name, measure.before, after, measure.allowed, len(measure.prompts), {}
             )
-            if verdict.passed:
-                return asdict(verdict)
-            for name in self._optimised:
-                one = plain | {name: staged[name]}
-                verdict.alone[name] = measure.score(self._paint(stage, one, measure.prompts))
-        raise GateError(f"the gate refuses: {verdict}")
+            if not verdict.passed:
+                for name in self._optimised:
+                    mixed = plain | {name: staged[name]}
+                    verdict.alone[name] = measure.score(self._paint(stage, mixed, measure.prompts))
+        self.summary = measure.describe(verdict)
+        if not verdict.passed:
+            raise GateError(f"the gate refuses: {self.summary}")
+        return asdict(verdict)
 
     def _export_plain(self, folder: Path) -> dict[str, Path]:
         parts = load_parts(self._original)
@@ -148,23 +160,8 @@ class Gate:
             to_onnx(parts[name], files[name])
         return files
 
-    def _measure(self, stage: Path, plain: dict[str, Path]) -> AllCorrect | Psnr:
-        """Counts where the unoptimised models paint scenes that can be read."""
-        side = PipelineConfig.load(stage / ENGINE / "pipeline.json").native_side
-        measure = AllCorrect(self._limits)
-        if side == measure.side:
-            probe = self._paint(stage, plain, measure.prompts[:PROBE])
-            if measure.score(probe) >= READABLE:
-                measure.set_before(self._paint(stage, plain, measure.prompts))
-                return measure
-        other = Psnr(self._limits)
-        other.set_before(self._paint(stage, plain, other.prompts))
-        return other
-
     def _paint(self, stage: Path, files: dict[str, Path], prompts: list[str]) -> list[np.ndarray]:
         """Picture k has seed k; models that are not in `files` are the repository's."""
-        from examples.scenes.quality import paint
-
         try:
             config = read_config(self._repository / ENGINE.parent / "config.pbtxt")
             large = PipelineConfig.load(stage / ENGINE / "pipeline.json").native_side > SHARED_SIDE
@@ -177,47 +174,17 @@ class Gate:
             raise GateError(f"the gate cannot paint: {error}") from error
 
 
-class AllCorrect:
-    """Percent of pictures of scenes that show all their prompt says."""
-
-    name = "all correct"
-
-    def __init__(self, limits: Limits):
-        from examples.scenes.quality import tasks
-        from examples.scenes.scenes import SIDE
-
-        self.side, self._limits, self._tasks = SIDE, limits, tasks(limits.prompts or SCENE_PROMPTS)
-        self.prompts = [task.prompt for task in self._tasks]
-        self.before = 0.0
-
-    @property
-    def allowed(self) -> float:
-        return self.before - self._limits.loss
-
-    def set_before(self, pictures: list[np.ndarray]) -> None:
-        self.before = self.score(pictures)
-
-    def score(self, pictures: list[np.ndarray]) -> float:
-        """Of the pictures of the first prompts."""
-        from examples.scenes.quality import score
-        from examples.scenes.reader import read
-
-        tasks = self._tasks[: len(pictures)]
-        right = [score(t, read(p)).all_correct for t, p in zip(tasks, pictures, strict=True)]
-        return 100 * sum(right) / len(right)
-
-
 class Psnr:
     """Peak signal-to-noise ratio in dB of all pictures together against the unoptimised.
 
-    A mean of each one's would let equal ones hide that others are broken.
+    A mean over pictures would let equal ones hide a broken one.
     """
 
     name, before = "psnr", IDENTICAL
 
-    def __init__(self, limits: Limits):
-        self.allowed = limits.psnr
-        self.prompts = [PROMPTS[k % len(PROMPTS)] for k in range(limits.prompts or len(PROMPTS))]
+    def __init__(self, least: float = LEAST_PSNR, prompts: int | None = None):
+        self.allowed = least
+        self.prompts = [PROMPTS[k % len(PROMPTS)] for k in range(prompts or len(PROMPTS))]
         self._wanted: list[np.ndarray] = []
 
     def set_before(self, pictures: list[np.ndarray]) -> None:
@@ -229,3 +196,27 @@ class Psnr:
             [np.square(picture.astype(float) - wanted).mean() for picture, wanted in pairs]
         )
         return float(min(IDENTICAL, 10 * np.log10(255**2 / max(error, 1e-9))))
+
+    def describe(self, verdict: Verdict) -> str:
+        alone = [f"{name} {score:.1f} dB" for name, score in verdict.alone.items()]
+        return (
+            f"pictures are {verdict.after:.1f} dB from the unoptimised"
+            f" on {verdict.prompts} prompts, --gate-psnr is {verdict.allowed:g}"
+            + (f"; alone: {', '.join(alone)}" if alone else "")
+        )
+
+
+def psnr(least: float = LEAST_PSNR, prompts: int | None = None) -> MakeMeasure:
+    """A measure that fits every checkpoint: the pictures themselves.
+
+    Args:
+        least: dB that the pictures must reach.
+        prompts: number of prompts; None is each of `PROMPTS` once.
+    """
+
+    def make(config: PipelineConfig, paint_unoptimised: Paint) -> Psnr:
+        measure = Psnr(least, prompts)
+        measure.set_before(paint_unoptimised(measure.prompts))
+        return measure
+
+    return make

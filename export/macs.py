@@ -38,10 +38,12 @@ def positions(part: Part) -> dict[nn.Module, int]:
 
 
 def native_rows(part: Part, count: int) -> dict[str, Tensor]:
-    """Example inputs of `count` rows; axes that vary are `part.side` long."""
-    rows = part.example(count, part.side or 1)
+    """Example inputs of `count` rows; latents have the native size."""
+    height, width = part.side or (1, 1)
+    sides = {"height": height, "width": width}
+    rows = part.example(count, max(height, width))
     for name, spec in part.inputs.items():
         for axis, size in enumerate(spec.axes, start=1):
             if isinstance(size, str):
-                rows[name] = rows[name].narrow(axis, 0, part.side).contiguous()
+                rows[name] = rows[name].narrow(axis, 0, sides[size]).contiguous()
     return rows

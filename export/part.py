@@ -35,7 +35,7 @@ class Part:
         example: (batch, size) -> inputs; `size` sets the axes that vary and means nothing else.
         tolerance: highest error against PyTorch, as a share of the largest output, in FP32.
         full_precision: modules inside that also an FP16 model computes in FP32.
-        side: of the latents that it was trained on, where axes vary.
+        side: height and width of the latents that it was trained on, where axes vary.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Part:
     example: Callable[[int, int], dict[str, Tensor]]
     tolerance: float = 1e-4
     full_precision: tuple[nn.Module, ...] = ()
-    side: int | None = None
+    side: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         self.module.eval()

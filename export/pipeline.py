@@ -2,56 +2,27 @@
 
 from __future__ import annotations
 
-import inspect
 import json
+import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 
 from export.checkpoint import Checkpoint
 from export.part import Part
+from export.scheduler import check_defaults, choose_sampler, family_defaults, read_schedule
+from export.sizes import native_size, scale_factor, side_multiple
 from export.tokenizer import load_tokenizer
-from export.unet import side_multiple
-from export.vqgan_decoder import latent_to_rgb, scale_factor
+from export.vqgan_decoder import latent_to_rgb
 from networks.loading import CheckpointError
 from twinbrush.engine.config import PipelineConfig
 from twinbrush.engine.prompt import PromptTokenizer
-from twinbrush.engine.request import GenerationRequest
+from twinbrush.engine.request import FIELDS, GenerationRequest
 
 # File of the tokenizer whose ids each text model was trained on.
 TOKENIZER = {"clip_text": "clip_tokenizer.json", "bert": "bert_tokenizer.json"}
-# The sampler that a checkpoint's scheduler class stands for.
-SAMPLER_OF = {
-    "LCMScheduler": "lcm",
-    "DDIMScheduler": "ddim",
-    "PNDMScheduler": "dpmpp_2m",
-    "EulerDiscreteScheduler": "euler",
-    "DPMSolverMultistepScheduler": "dpmpp_2m",
-}
-BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
-# What the engine's samplers stand for, of options that a scheduler may set otherwise. Where
-# clip_sample is left out it is off, whatever its class says, as in pipelines of diffusers.
-OPTIONS = {
-    "clip_sample": False,
-    "thresholding": False,
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-    "use_lu_lambdas": False,
-    "use_flow_sigmas": False,
-    "interpolation_type": "linear",
-    "timestep_type": "discrete",
-    "final_sigmas_type": "zero",
-    "algorithm_type": "dpmsolver++",
-    "solver_order": 2,
-    "solver_type": "midpoint",
-    "timestep_scaling": 10.0,
-}
-DISTILLED = {"steps": 4, "guidance_scale": 8.0}
-FUSED = {"steps": 4, "guidance_scale": 1.0}  # an LCM-LoRA in a UNet that is told no guidance
-UNDISTILLED = {"steps": 20, "guidance_scale": 7.5}
 
 
 def write(checkpoint: Checkpoint, parts: dict[str, Part], folder: Path) -> None:
@@ -67,17 +38,19 @@ def write(checkpoint: Checkpoint, parts: dict[str, Part], folder: Path) -> None:
     index = checkpoint.index
     unet = parts["unet"].module.unet
     scale = scale_factor(checkpoint)
+    height, width = native_size(checkpoint)
     pipeline = {
         "checkpoint": checkpoint.name,
         "schedule": _schedule(checkpoint),
         "defaults": defaults(checkpoint),
-        "native_side": native_side(checkpoint),
-        "side_multiple": side_multiple(unet) * scale,
+        "native_width": width * scale,
+        "native_height": height * scale,
+        "side_multiple": side_multiple(unet.config) * scale,
         "scale_factor": scale,
         "latent_channels": unet.config.in_channels,
         "encoders": [
             _encoder(checkpoint, parts[model], tokenizer, folder)
-            for model, tokenizer in (("clip_text", "tokenizer"), ("bert", "tokenizer_2"))
+            for model, tokenizer in (("clip_text", "tokenizer"), ("bert", "bert_tokenizer"))
         ],
         "fusion_inputs": list(parts["fusion"].inputs),
         "unet_inputs": [n for n in parts["unet"].inputs if n not in ("sample", "timestep")],
@@ -91,17 +64,73 @@ def write(checkpoint: Checkpoint, parts: dict[str, Part], folder: Path) -> None:
 def _check(checkpoint: Checkpoint, folder: Path) -> None:
     """Reads the files as the engine does, and a request that is silent."""
     try:
-        config = PipelineConfig.load(folder / "pipeline.json")
-        PromptTokenizer(folder, config)
-        GenerationRequest.parse({"prompt": np.array(["a"], object)}, config)
+        PromptTokenizer(folder, _parse_silent_request(folder / "pipeline.json"))
     except ValueError as error:
         text = str(error).replace(f"{folder}/", "")
         raise CheckpointError(f"{checkpoint.name} cannot be served: {text}") from error
 
 
+def _parse_silent_request(file: Path) -> PipelineConfig:
+    """Reads `pipeline.json` as the engine does, and a request that has a prompt only.
+
+    Raises:
+        ValueError: the file is not of its form, or a default is not what a request may have.
+    """
+    config = PipelineConfig.load(file)
+    for name, value in asdict(config.defaults).items():
+        FIELDS[name].rule.check(name, value, config)
+    GenerationRequest.parse({"prompt": np.array(["a"], object)}, config)
+    return config
+
+
 def native_side(checkpoint: Checkpoint) -> int:
-    """Side of the pictures that the UNet learnt, in pixels."""
-    return checkpoint.config("unet")["sample_size"] * scale_factor(checkpoint)
+    """Longer side of the pictures that the UNet was trained on, in pixels."""
+    return max(native_size(checkpoint)) * scale_factor(checkpoint)
+
+
+def check(checkpoint: Checkpoint) -> None:
+    """Checks the scheduler, the defaults and the native size, without loading a part.
+
+    Raises:
+        CheckpointError: one of them cannot be served.
+    """
+    schedule = _schedule(checkpoint)
+    scale = scale_factor(checkpoint)
+    height, width = native_size(checkpoint)
+    fields = {
+        "checkpoint": checkpoint.name,
+        "schedule": schedule,
+        "defaults": defaults(checkpoint),
+        "native_width": width * scale,
+        "native_height": height * scale,
+        "side_multiple": scale * side_multiple(checkpoint.config("unet")),
+        "scale_factor": scale,
+        "latent_channels": checkpoint.config("unet").get("in_channels", 4),
+        "encoders": [],
+        "fusion_inputs": [],
+        "unet_inputs": [],
+        "timestep_cond": checkpoint.config("unet").get("time_cond_proj_dim"),
+        "latent_to_rgb": [],
+    }
+    try:
+        _check_preview(checkpoint)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "pipeline.json")
+            file.write_text(json.dumps(fields))
+            _parse_silent_request(file)
+    except (ValueError, TypeError) as error:
+        text = str(error).replace(f"{folder}/", "")
+        raise CheckpointError(f"{checkpoint.name} cannot be served: {text}") from error
+
+
+def _check_preview(checkpoint: Checkpoint) -> None:
+    table = checkpoint.index.get("latent_to_rgb")
+    if table is None:
+        return
+    rows = 9 * checkpoint.config("unet").get("in_channels", 4) + 1
+    shape = np.shape(np.array(table, float)) if isinstance(table, list) else ()
+    if shape != (rows, 3) or not np.isfinite(np.array(table, float)).all():
+        raise ValueError(f"latent_to_rgb in model_index.json must be {rows} rows of 3 numbers")
 
 
 def _encoder(checkpoint: Checkpoint, part: Part, source: str, folder: Path) -> dict[str, Any]:
@@ -120,41 +149,12 @@ def _encoder(checkpoint: Checkpoint, part: Part, source: str, folder: Path) -> d
 
 
 def _schedule(checkpoint: Checkpoint) -> dict[str, Any]:
-    given = checkpoint.config("scheduler")
-    name = checkpoint.classes["scheduler"]
-    if name not in SAMPLER_OF:
-        allowed = ", ".join(SAMPLER_OF)
-        raise CheckpointError(f"scheduler is a {name}, which is not served: {allowed} are")
-    scheduler_class = getattr(diffusers, name)
-    known = inspect.signature(scheduler_class).parameters
-    for option, served in OPTIONS.items():
-        if option in known and given.get(option) not in (None, served):
-            text = f"scheduler has {option} {given[option]!r}, which is not served"
-            raise CheckpointError(f"{text}: {served!r} is")
-    try:
-        config = scheduler_class.from_config(given).config
-        # DDIM and LCM keep alpha_bar exact where others round a zero up.
-        exact = diffusers.DDIMScheduler(
-            **{beta: config[beta] for beta in BETAS},
-            rescale_betas_zero_snr=config.get("rescale_betas_zero_snr", False),
-        )
-    except Exception as error:
-        raise CheckpointError(f"scheduler is no {name} that can be read: {error}") from error
-    return {
-        "alphas_cumprod": exact.alphas_cumprod.double().tolist(),
-        "prediction_type": config.prediction_type,
-        "timestep_spacing": config.timestep_spacing,
-        "steps_offset": config.steps_offset,
-        "set_alpha_to_one": config.get("set_alpha_to_one", True),
-        "original_inference_steps": config.get("original_inference_steps", 50),
-    }
+    return read_schedule(checkpoint.classes["scheduler"], checkpoint.config("scheduler"))
 
 
 def defaults(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Of requests: what the checkpoint says, and where it does not, what suits its kind."""
-    sampler = SAMPLER_OF.get(checkpoint.classes["scheduler"])
-    if checkpoint.config("unet").get("time_cond_proj_dim"):
-        usual = DISTILLED
-    else:
-        usual = FUSED if sampler == "lcm" else UNDISTILLED
-    return {"sampler": sampler, **usual, **checkpoint.index.get("defaults", {})}
+    """Defaults of requests: the checkpoint's, or those of its family."""
+    sampler = choose_sampler(checkpoint.classes["scheduler"], checkpoint.config("scheduler"))
+    timestep_cond = bool(checkpoint.config("unet").get("time_cond_proj_dim"))
+    usual, _ = family_defaults(sampler, checkpoint.name, timestep_cond)
+    return usual | check_defaults(checkpoint.index.get("defaults", {}))

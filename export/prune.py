@@ -19,7 +19,7 @@ from pathlib import Path
 from torch import nn
 
 from export.channel_groups import ChannelGroup, channel_groups, choose, importances, units
-from export.checkpoint import Checkpoint, open_checkpoint
+from export.checkpoint import FORMER, Checkpoint, open_checkpoint
 from export.macs import count_macs, native_rows, positions
 from export.part import Part
 from export.precision import Precision
@@ -193,12 +193,13 @@ def _copy(checkpoint: Checkpoint, fusion: Part, folder: Path, without: list[str]
     """Everything of a checkpoint that stays as it is, in one folder in diffusers layout."""
     folder.mkdir()
     root = checkpoint.folders["unet"].parent
-    named = {name for name, entry in checkpoint.index.items() if isinstance(entry, list)}
+    # Parts under former names are among the folders under their names of now.
+    known = {old for new, old in FORMER.items() if checkpoint.folders[new].name == old}
+    named = {name for name, entry in checkpoint.index.items() if isinstance(entry, list)} - known
     for part in sorted({*named, *checkpoint.folders} - {*without}):
         source = checkpoint.folders.get(part, root / part)
-        unread = ["*.bin"] + ["*.safetensors"] * part.startswith("tokenizer")
         if source.is_dir():
-            shutil.copytree(source, folder / part, ignore=shutil.ignore_patterns(*unread))
+            shutil.copytree(source, folder / part, ignore=_unread(checkpoint, part))
     classes = {
         part: [checkpoint.index.get(part, ["transformers"])[0], name]
         for part, name in checkpoint.classes.items()
@@ -206,5 +207,23 @@ def _copy(checkpoint: Checkpoint, fusion: Part, folder: Path, without: list[str]
     if "fusion" not in checkpoint.folders:
         network(fusion).save_pretrained(folder / "fusion")
         classes["fusion"] = ["networks.fusion_head", "FusionHead"]
-    index = json.dumps(checkpoint.index | classes, indent=2)
+    kept = {name: entry for name, entry in checkpoint.index.items() if name not in known}
+    index = json.dumps(kept | classes, indent=2)
     (folder / "model_index.json").write_text(index + "\n")
+
+
+def _unread(checkpoint: Checkpoint, part: str) -> Callable[[str, list[str]], list[str]]:
+    """Which files of a part are not copied: pickles, and weights that are not loaded from."""
+    read = checkpoint.weights.get(part, (None, []))[1]
+    tokenizer = part in ("tokenizer", "bert_tokenizer")
+
+    def unread(folder: str, names: list[str]) -> list[str]:
+        weights = part in checkpoint.weights or tokenizer
+        return [
+            name
+            for name in names
+            if name.endswith(".bin")
+            or (weights and name.endswith(".safetensors") and name not in read)
+        ]
+
+    return unread

@@ -31,7 +31,7 @@ MODELS = ("clip_text", "bert", "fusion", "unet", "vqgan_decoder")
 # The part of a checkpoint that holds each model that can be pruned.
 SOURCE = {
     "clip_text": "text_encoder",
-    "bert": "text_encoder_2",
+    "bert": "bert",
     "unet": "unet",
     "vqgan_decoder": "vae",
 }
@@ -90,6 +90,25 @@ def load_parts(checkpoint: Checkpoint) -> dict[str, Part]:
     return {part.name: part for part in (clip, bert_part, fused, painter, decoder)}
 
 
+@dataclass(frozen=True)
+class Build:
+    """Where and how models are built.
+
+    Attributes:
+        repository: holds the `config.pbtxt` files, and what an earlier export left.
+        stage: folder that everything is written into first.
+        precision: of the models.
+        trt: TensorRT's module, or None where no plans are built.
+        profiles: what the plans must cover; None without `trt`.
+    """
+
+    repository: Path
+    stage: Path
+    precision: Precision
+    trt: Any = None
+    profiles: Wanted | None = None
+
+
 def build(
     checkpoint: Checkpoint,
     repository: Path,
@@ -102,23 +121,20 @@ def build(
     """Exports a checkpoint into a repository that has its folders and `config.pbtxt` files.
 
     With `only`, the other models stay as an earlier export left them. With `trt`, TensorRT's
-    module, every model gets a plan too. `check` sees what was built before it takes its place;
-    what it raises stops the export, what it says goes into the manifest. Gives the reports of
-    the models that were built.
+    module, every model gets a plan too. `check` receives the stage before it takes its place;
+    an exception of it stops the export, its result goes into the manifest. Returns the reports
+    of the models that were built.
 
     Raises:
         CheckpointError: the checkpoint cannot be exported, or does not fit the models that stay.
         RepositoryError: the repository lacks a file, or its manifest cannot be read.
         ConversionError: PyTorch cannot make an ONNX graph of a model.
-        ParityError: a model does not say what its original says.
+        ParityError: the outputs of a model are not those of its original.
         TensorRTError: a plan cannot be built.
         ResourceError: the machine has not enough memory or disk.
         OSError: the disk is full, or the repository cannot be written.
     """
-    for name in (*FRONT_DOORS, *MODELS):
-        if not (config := repository / name / "config.pbtxt").is_file():
-            text = f"{config} is not there: copy it from this project's model_repository"
-            raise RepositoryError(text)
+    _check_configurations(repository)
     check_machine(checkpoint, repository, only, precision)
     parts = load_parts(checkpoint)
     kept = _kept(parts, repository, only)
@@ -126,32 +142,44 @@ def build(
         (stage / ENGINE).mkdir(parents=True)
         pipeline.write(checkpoint, parts, stage / ENGINE)
         _check_tokenizers(kept, repository, stage)
-        wanted = wanted_by_engine(repository, stage / ENGINE / "pipeline.json") if trt else None
+        profiles = wanted_by_engine(repository, stage / ENGINE / "pipeline.json") if trt else None
+        target = Build(repository, stage, precision, trt, profiles)
         parts = {name: parts[name] for name in only}
         reports = []
         for name in only:
             progress(name)
-            pruning = pruning_of(checkpoint.folders[SOURCE[name]]) if name in SOURCE else None
-            # What is done leaves its memory to the next.
-            report = _build_model(
-                checkpoint, parts.pop(name), pruning, precision, repository, stage
-            )
-            if wanted:
-                report = _with_plan(report, trt, wanted, repository, stage)
-            reports.append(report)
-        built = {report.model: asdict(report) for report in reports}
-        manifest = {
-            "checkpoint": checkpoint.name,
-            "models": [(kept | built)[name] for name in MODELS],
-            "files": {
-                str(file.relative_to(stage)): sha256_of(file)
-                for file in sorted((stage / ENGINE).iterdir())
-            },
-            "gate": check(stage) if check else None,
-        }
-        (stage / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+            # A finished part leaves its memory to the next.
+            reports.append(_build_model(checkpoint, parts.pop(name), target))
+        _write_manifest(stage, checkpoint, kept, reports, check(stage) if check else None)
         put_in_place(stage, repository)
     return reports
+
+
+def _check_configurations(repository: Path) -> None:
+    for name in (*FRONT_DOORS, *MODELS):
+        if not (config := repository / name / "config.pbtxt").is_file():
+            text = f"{config} is not there: copy it from this project's model_repository"
+            raise RepositoryError(text)
+
+
+def _write_manifest(
+    stage: Path,
+    checkpoint: Checkpoint,
+    kept: dict[str, dict],
+    reports: list[ModelReport],
+    gate: dict[str, Any] | None,
+) -> None:
+    lines = kept | {report.model: asdict(report) for report in reports}
+    manifest = {
+        "checkpoint": checkpoint.name,
+        "models": [lines[name] for name in MODELS],
+        "files": {
+            str(file.relative_to(stage)): sha256_of(file)
+            for file in sorted((stage / ENGINE).iterdir())
+        },
+        "gate": gate,
+    }
+    (stage / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
 def check_machine(
@@ -201,30 +229,24 @@ def _check_tokenizers(kept: Container[str], repository: Path, stage: Path) -> No
             raise CheckpointError(f"{text}: export everything")
 
 
-def _build_model(
-    checkpoint: Checkpoint,
-    part: Part,
-    pruning: Pruning | None,
-    precision: Precision,
-    repository: Path,
-    stage: Path,
-) -> ModelReport:
+def _build_model(checkpoint: Checkpoint, part: Part, target: Build) -> ModelReport:
     started = time.monotonic()
-    folder = stage / part.name / "1"
+    folder = target.stage / part.name / "1"
     folder.mkdir(parents=True)
-    nodes_traced, nodes = to_onnx(part, folder / "model.onnx", precision)
-    error = parity_error(part, folder / "model.onnx", precision)
-    config = repository / part.name / "config.pbtxt"
-    (stage / part.name / "config.pbtxt").write_text(with_tensors(config.read_text(), part))
+    nodes_traced, nodes = to_onnx(part, folder / "model.onnx", target.precision)
+    error = parity_error(part, folder / "model.onnx", target.precision)
+    config = (target.repository / part.name / "config.pbtxt").read_text()
+    (target.stage / part.name / "config.pbtxt").write_text(with_tensors(config, part))
     files = sorted(folder.iterdir())
-    return ModelReport(
+    source = SOURCE.get(part.name)
+    report = ModelReport(
         model=part.name,
         parameters=sum(p.numel() for p in part.module.parameters()),
         macs=count_macs(part),
-        pruning=pruning,
+        pruning=pruning_of(checkpoint.folders[source]) if source else None,
         bytes=sum(file.stat().st_size for file in files),
         sha256={file.name: sha256_of(file) for file in files},
-        precision=precision.value,
+        precision=target.precision.value,
         opset=OPSET,
         nodes_traced=nodes_traced,
         nodes=nodes,
@@ -234,12 +256,13 @@ def _build_model(
         revisions=checkpoint.revisions,
         tools={tool: importlib.metadata.version(tool) for tool in TOOLS},
     )
+    return _with_plan(report, target) if target.profiles else report
 
 
-def _with_plan(
-    report: ModelReport, trt: Any, wanted: Wanted, repository: Path, stage: Path
-) -> ModelReport:
-    folder = stage / report.model / "1"
-    made_for = stage_plan(trt, folder / "model.onnx", repository, stage, wanted)
+def _with_plan(report: ModelReport, target: Build) -> ModelReport:
+    folder = target.stage / report.model / "1"
+    made_for = stage_plan(
+        target.trt, folder / "model.onnx", target.repository, target.stage, target.profiles
+    )
     hashes = report.sha256 | {PLAN: sha256_of(folder / PLAN)}
     return replace(report, sha256=hashes, plan=asdict(made_for))

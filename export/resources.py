@@ -9,12 +9,11 @@ import json
 import re
 import shutil
 from collections.abc import Iterable
-from fnmatch import fnmatch
 from math import prod
 from pathlib import Path
 
-from export.checkpoint import UNUSED_FILES
 from export.precision import Precision
+from export.weights import variant_of
 
 BASE_BYTES = 1.5e9  # the interpreter with torch, transformers and ONNX Runtime
 CONVERSION_BYTES = 4.5  # of each weight of the model in conversion, most of it in FP16
@@ -60,14 +59,13 @@ def _needs(needed: float, free: float) -> str:
 
 
 def weight_count(folder: Path) -> int:
-    """Numbers in the safetensors of a folder, without the second copies among them."""
-    return sum(
-        prod(tensor["shape"])
-        for file in folder.glob("*.safetensors")
-        if not any(fnmatch(file.name, pattern) for pattern in UNUSED_FILES)
-        for name, tensor in _header(file).items()
-        if name != "__metadata__"
-    )
+    """Numbers in the safetensors of a folder; of several variants, those of the largest."""
+    counts: dict[str | None, int] = {}
+    for file in folder.glob("*.safetensors"):
+        variant = variant_of(file.name)
+        tensors = (tensor for name, tensor in _header(file).items() if name != "__metadata__")
+        counts[variant] = counts.get(variant, 0) + sum(prod(t["shape"]) for t in tensors)
+    return max(counts.values(), default=0)
 
 
 def _header(file: Path) -> dict:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from export.checkpoint import Checkpoint
 from export.part import Part, TensorSpec, integers, normal
+from export.sizes import native_size, side_multiple
 from networks.loading import CheckpointError
 
 
@@ -53,18 +54,18 @@ def part(checkpoint: Checkpoint, fusion: Part) -> Part:
     latent = TensorSpec(torch.float32, (channels, "height", "width"))
     inputs = {
         "sample": latent,
-        "timestep": TensorSpec(torch.int64, ()),
+        "timestep": TensorSpec(torch.float32, ()),
         "encoder_hidden_states": TensorSpec(torch.float32, hidden_axes),
     }
     if embedding:
         inputs["timestep_cond"] = TensorSpec(torch.float32, (embedding,))
-    multiple = side_multiple(unet)
+    multiple = side_multiple(unet.config)
 
     def example(batch: int, size: int) -> dict[str, Tensor]:
         shape = (batch, channels, multiple * size, multiple * (size + 1))
         tensors = {
             "sample": normal(shape),
-            "timestep": integers((batch,), 1000),
+            "timestep": integers((batch,), 1000).float(),
             "encoder_hidden_states": normal((batch, *hidden_axes)),
         }
         if embedding:
@@ -72,13 +73,8 @@ def part(checkpoint: Checkpoint, fusion: Part) -> Part:
         return tensors
 
     return Part(
-        "unet", UNet(unet), inputs, ("model_output", latent), example, side=unet.config.sample_size
+        "unet", UNet(unet), inputs, ("model_output", latent), example, side=native_size(checkpoint)
     )
-
-
-def side_multiple(unet: UNet2DConditionModel) -> int:
-    """Latent sides must be multiples of this, or the skip connections would not meet."""
-    return 2 ** (len(unet.config.block_out_channels) - 1)
 
 
 def _check_inputs(unet: UNet2DConditionModel) -> None:

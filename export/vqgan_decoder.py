@@ -1,10 +1,14 @@
 """The decoder: `latent` (B, C, h, w), as the UNet leaves it, to `image` (B, 3, H, W).
 
 A `VQModel` looks its codes up first, unless `_force_not_quantize` in its configuration says that
-its decoder learnt from latents as they are painted; an `AutoencoderKL` has none.
+its decoder was trained on latents as they are painted; `AutoencoderKL` and
+`AutoencoderTiny` have none.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import diffusers
 import torch
@@ -13,20 +17,28 @@ from torch import Tensor, nn
 
 from export.checkpoint import Checkpoint
 from export.part import Part, TensorSpec, normal
+from export.sizes import native_size
 from networks.loading import CheckpointError
 from networks.preview import fit_preview
 
 AS_PAINTED = "_force_not_quantize"  # named as in `VQModel.decode`; diffusers keeps what begins so
 
+Factor = float | tuple[float, ...]
+
 
 class Decoder(nn.Module):
-    def __init__(self, vae: nn.Module, scaling_factor: float, shift_factor: float):
+    """Undoes the scaling of latents as diffusers' pipelines do, then decodes.
+
+    A factor is one number, or one a channel.
+    """
+
+    def __init__(self, vae: nn.Module, scaling_factor: Factor, shift_factor: Factor):
         super().__init__()
         self.vae, self.scaling_factor, self.shift_factor = vae, scaling_factor, shift_factor
         self.looks_up = isinstance(vae, VQModel) and not vae.config.get(AS_PAINTED)
 
     def forward(self, latent: Tensor) -> Tensor:
-        latent = latent / self.scaling_factor + self.shift_factor
+        latent = latent / _factor(self.scaling_factor) + _factor(self.shift_factor)
         if not isinstance(self.vae, VQModel):
             return self.vae.decode(latent.to(self.vae.dtype)).sample.float()
         if self.looks_up:
@@ -48,8 +60,7 @@ def part(checkpoint: Checkpoint, latent_channels: int) -> Part:
     if channels != latent_channels:
         text = f"vae decodes latents of {channels} channels, unet paints {latent_channels}"
         raise CheckpointError(text)
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    decoder = Decoder(vae, vae.config.scaling_factor, shift)
+    decoder = Decoder(vae, *_scaling(vae.config))
     if isinstance(vae, VQModel) and not decoder.looks_up:
         vae.quantize = None
     return Part(
@@ -60,13 +71,21 @@ def part(checkpoint: Checkpoint, latent_channels: int) -> Part:
         example=lambda batch, size: {"latent": normal((batch, channels, 4 * size, 4 * size + 4))},
         # A codebook rounded to FP16 has other nearest codes.
         full_precision=(vae.quantize,) if decoder.looks_up else (),
-        side=vae.config.sample_size // scale_factor(checkpoint),
+        side=native_size(checkpoint),
     )
 
 
-def scale_factor(checkpoint: Checkpoint) -> int:
-    """Pixels a latent cell, each way."""
-    return 2 ** (len(checkpoint.config("vae")["block_out_channels"]) - 1)
+def _scaling(config: Mapping[str, Any]) -> tuple[Factor, Factor]:
+    """What latents are divided by and shifted by; as `latents_mean` and `latents_std` say."""
+    scaling, shift = config["scaling_factor"], config.get("shift_factor") or 0.0
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is None or std is None:
+        return scaling, shift
+    return tuple(scaling / deviation for deviation in std), tuple(map(float, mean))
+
+
+def _factor(value: Factor) -> float | Tensor:
+    return torch.tensor(value).view(-1, 1, 1) if isinstance(value, tuple) else value
 
 
 @torch.no_grad()

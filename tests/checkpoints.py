@@ -79,7 +79,7 @@ def tiny_checkpoint(folder: Path, timestep_cond: int | None = None) -> Path:
     )  # fmt: skip
     scheduler = DDIMScheduler(prediction_type="v_prediction", clip_sample=False)
     parts = _clip() | {
-        "tokenizer_2": bert_tokenizer, "text_encoder_2": bert, "fusion": fusion,
+        "bert_tokenizer": bert_tokenizer, "bert": bert, "fusion": fusion,
         "unet": _unet(timestep_cond), "vae": vae, "scheduler": scheduler,
     }  # fmt: skip
     return _save(parts, folder, {"defaults": {"steps": 4, "guidance_scale": 3.0}})

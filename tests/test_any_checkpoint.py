@@ -128,7 +128,7 @@ def test_a_part_that_would_not_fit_the_others_is_not_rebuilt(foreign, tiny, bert
 
 
 @pytest.mark.parametrize(
-    ("model", "tokenizer"), [("clip_text", "tokenizer"), ("bert", "tokenizer_2")]
+    ("model", "tokenizer"), [("clip_text", "tokenizer"), ("bert", "bert_tokenizer")]
 )
 def test_a_text_model_that_stays_keeps_its_tokenizer(tiny, repository, tmp_path, model, tokenizer):
     other = Path(shutil.copytree(tiny, tmp_path / "other"))
@@ -175,7 +175,7 @@ def test_a_pruned_text_model_is_kept_and_gated_against_the_one_of_bert(foreign, 
 
 
 def test_a_checkpoint_without_bert_says_what_to_do(foreign):
-    with pytest.raises(CheckpointError, match="lacks its part text_encoder_2/; --bert names"):
+    with pytest.raises(CheckpointError, match="lacks its part bert/; --bert names"):
         open_checkpoint(foreign[0])
 
 

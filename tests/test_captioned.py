@@ -23,6 +23,7 @@ import pytest
 import torch
 from PIL import Image
 
+from examples.scenes.world import SceneWorld
 from training import data
 from training.captioned import Captioned, CaptionedBatches, Place
 from training.preparation import Bound, Fetcher, LeftOut, Preparation, clean_caption
@@ -499,7 +500,7 @@ def test_data_of_which_nothing_more_can_be_used_ends_too(tmp_path):
 
 def test_scenes_and_data_never_go_on_from_each_others_saves(tmp_path):
     source = Captioned(write("jsonl", tmp_path / "x"))
-    with pytest.raises(ValueError, match="--data: the run's save was trained on scenes"):
+    with pytest.raises(ValueError, match="--data: the run's save was trained without --data"):
         source.batches(0, 2, data.CPU).resume(None)
     position = source.batches(0, 2, data.CPU).position
     for other in (replace(source, shuffle=3), replace(source, preparation=Preparation(side=32))):
@@ -511,4 +512,4 @@ def test_scenes_and_data_never_go_on_from_each_others_saves(tmp_path):
     with pytest.raises(ValueError, match="--data: the run's save was trained on other data"):
         replace(source).batches(0, 2, data.CPU).resume(position)
     with pytest.raises(ValueError, match="--data: none is given"):
-        data.SCENES.batches(0, 2, data.CPU).resume({"place": {}, "counts": {}})
+        SceneWorld().batches(0, 2, data.CPU).resume({"place": {}, "counts": {}})

@@ -1,33 +1,41 @@
-"""The client package and its command line, against the real server."""
+"""The client package, against the real server."""
 
 from __future__ import annotations
 
-import os
-import signal
+import asyncio
+import inspect
 import subprocess
-import sys
 import threading
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
+import grpc
+import numpy as np
 import pytest
-from harness import heard
-from PIL import Image
-from test_wire import SLOW, unet_calls, wait_for_a_call, work_stops
+from test_wire import SLOW, unet_calls, work_stops
+from tritonclient.grpc import service_pb2_grpc
 
-from twinbrush_client import Client, Picture, Preview, Progress, TwinbrushError
-
-COMMAND = str(Path(sys.executable).parent / "twinbrush")
+from twinbrush_client import (
+    AsyncClient,
+    Cancelled,
+    Client,
+    DeadlineExceeded,
+    InvalidRequest,
+    Picture,
+    Preview,
+    Progress,
+    QueueFull,
+    ServerUnavailable,
+    TwinbrushError,
+)
+from twinbrush_client.connection import Connection
+from twinbrush_client.errors import error_of
+from twinbrush_client.fields import DATA_TYPES, STREAM_ONLY
 
 
 @pytest.fixture
 def client(server):
     with Client(server.address) as client:
         yield client
-
-
-def run(server, *arguments):
-    command = [COMMAND, "generate", *arguments, "--server", server.address]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
 def test_generate_gives_pictures_that_know_their_seed(client):
@@ -54,7 +62,7 @@ def test_a_stream_that_is_left_stops_the_work(client, server, way):
             stream.cancel()
         elif way == "other thread":
             threading.Thread(target=stream.cancel).start()
-            with pytest.raises(TwinbrushError, match="cancelled"):
+            with pytest.raises(Cancelled, match="the request was cancelled"):
                 list(events)
 
 
@@ -62,18 +70,84 @@ def test_what_the_server_refuses_is_an_error_with_its_code(client):
     with pytest.raises(TwinbrushError, match="steps=0 is invalid") as error:
         client.generate("a red circle", steps=0)
     assert error.value.code == "INVALID_ARGUMENT"
-    with pytest.raises(TwinbrushError, match="steps=0 is invalid"):
+    with pytest.raises(InvalidRequest, match=r"^steps=0 is invalid") as error:
         list(client.stream("a red circle", steps=0))
+    assert error.value.code == "INVALID_ARGUMENT"
 
 
-@pytest.mark.parametrize("fields", [{"seed": 2**63}, {"steps": "x"}, {"guidance_scale": "y"}])
-def test_what_does_not_fit_its_type_is_named(client, fields):
-    with pytest.raises(TwinbrushError, match=next(iter(fields))):
-        client.generate("a red circle", **fields)
+WRONG_TYPES = [
+    ({"seed": 2**63}, "seed=9223372036854775808 is invalid: must be 0 to"),
+    ({"seed": 10**5000}, "seed=<an integer of 16610 bits> is invalid"),
+    ({"steps": "x"}, "steps='x' is invalid: must be an integer."),
+    ({"steps": 4.9}, "steps=4.9 is invalid: must be an integer."),
+    ({"steps": True}, "steps=True is invalid: must be an integer."),
+    ({"guidance_scale": "y"}, "guidance_scale='y' is invalid: must be a number."),
+    ({"guidance_scale": 1e300}, "guidance_scale=1e+300 is invalid: must be 0 to 50."),
+    ({"deterministic": "false"}, "deterministic='false' is invalid: must be True or False."),
+    ({"deterministic": 0}, "deterministic=0 is invalid: must be True or False."),
+    ({"sampler": 3}, "sampler=3 is invalid: must be text."),
+    ({"prompt": 3}, "prompt=3 is invalid: must be text."),
+    ({"prompt": ["a", 3]}, "prompt=3 is invalid: must be text."),
+    ({"prompt": b"a"}, "prompt=b'a' is invalid: must be text."),
+    ({"prompt": "\ud800"}, "prompt='\\ud800' is invalid: must be text that UTF-8 can hold."),
+    ({"prompt": "x" * 10**7}, "prompt='xxx"),
+    ({"steps": 3, "num_inference_steps": 3}, "num_inference_steps=3 is invalid: is another name"),
+    ({"preview_every": 2}, "preview_every=2 is invalid: is a field of stream() only."),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), WRONG_TYPES, ids=[m[:30] for _, m in WRONG_TYPES])
+def test_types_are_checked_and_not_coerced(fields, message):
+    with Client("127.0.0.1:1") as client, pytest.raises(InvalidRequest) as error:
+        client.generate(**{"prompt": "a red circle"} | fields)
+    assert str(error.value).startswith(message)
+    assert len(str(error.value)) < 200
+    assert isinstance(error.value, ValueError)
+
+
+def test_numbers_of_numpy_are_numbers(client):
+    fields = {"seed": np.int64(3), "steps": np.int32(2), "guidance_scale": np.float32(2)}
+    (image,) = client.generate("a red circle", deterministic=np.bool_(True), **fields)
+    assert image.info["seed"] == 3
+
+
+def test_diffusers_names_are_accepted(client):
+    pictures = client.generate("a ring", num_inference_steps=2, num_images_per_prompt=2, seed=1)
+    assert len(pictures) == 2
+    assert pictures[0].tobytes() == client.generate("a ring", steps=2, seed=1)[0].tobytes()
+
+
+def test_a_list_of_prompts_gives_their_pictures_in_order(client):
+    prompts = [f"{number} rings" for number in range(20)]  # more than are sent at once
+    pictures = client.generate(prompts, seed=5, steps=2, deterministic=True)
+    assert [picture.info["seed"] for picture in pictures] == [*range(5, 25)]
+    (alone,) = client.generate(prompts[7], seed=12, steps=2, deterministic=True)
+    assert pictures[7].tobytes() == alone.tobytes()
+
+
+def test_a_bad_prompt_of_a_list_stops_the_others(client, server):
+    with work_stops(server), pytest.raises(InvalidRequest, match="prompt='' is invalid"):
+        client.generate(["", *["a red circle"] * 3], **SLOW)
+
+
+def test_signatures_name_every_field():
+    for method in (Client.generate, AsyncClient.generate):
+        names = set(inspect.signature(method).parameters)
+        assert names >= {"prompt", "timeout", "num_inference_steps", *DATA_TYPES} - {*STREAM_ONLY}
+        assert not names & {*STREAM_ONLY, "fields"}
+    assert {*STREAM_ONLY, "steps"} <= set(inspect.signature(Client.stream).parameters)
+
+
+def test_info_tells_what_is_served(client):
+    info = client.info()
+    assert info.sizes == {"native": 32, "multiple_of": 8, "largest": 128}
+    assert "ddim" in info.samplers
+    assert info.defaults["num_images"] == 1
+    assert {field["name"] for field in info.fields} == {*DATA_TYPES}
 
 
 def test_a_field_that_is_none_is_named(client):
-    with pytest.raises(TwinbrushError, match=r"step is no field: prompt, .*steps"):
+    with pytest.raises(TwinbrushError, match=r"step=4 is invalid: is no field; .*prompt, .*steps"):
         client.generate("a red circle", step=4)
 
 
@@ -81,72 +155,219 @@ def test_a_field_that_is_none_is_named(client):
 def test_a_format_that_is_no_picture_is_refused_before_it_is_painted(client, server, wanted):
     before = unet_calls(server)
     for ask in (client.generate, client.stream):
-        with pytest.raises(TwinbrushError, match=f"image_format='{wanted}' .*: png or jpeg are"):
+        with pytest.raises(
+            TwinbrushError, match=f"image_format='{wanted}' .*one of png, jpeg, webp"
+        ):
             ask("a red circle", image_format=wanted)
     assert unet_calls(server) == before
 
 
-def test_a_jpeg_is_a_picture(client):
-    (image,) = client.generate("a red circle", steps=1, image_format="jpeg")
-    assert image.format == "JPEG"
+@pytest.mark.parametrize("name", ["jpeg", "webp", "avif"])
+def test_other_formats_are_pictures(client, name):
+    (image,) = client.generate("a red circle", steps=1, image_format=name)
+    assert (image.format, image.size) == (name.upper(), (32, 32))
 
 
 def test_a_server_that_is_not_there_is_an_error():
-    with Client("127.0.0.1:1") as client:
+    with Client("127.0.0.1:1", max_retries=1) as client:
         assert not client.ready()
-        with pytest.raises(TwinbrushError) as error:
+        with pytest.raises(
+            ServerUnavailable, match=r"no server answers at 127\.0\.0\.1:1"
+        ) as error:
             client.generate("a red circle")
+        with pytest.raises(ServerUnavailable, match="no server answers"):
+            list(client.stream("a red circle"))
     assert error.value.code == "UNAVAILABLE"
+
+
+def test_a_proxy_in_the_environment_is_not_used_on_loopback(client, monkeypatch, server):
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    with Client(server.address) as through, Client("192.0.2.1:8001", timeout=20) as other:
+        assert through.ready()
+        with pytest.raises(ServerUnavailable, match="through the proxy of grpc_proxy"):
+            other.generate("a red circle")
+
+
+@pytest.mark.parametrize("way", ["generate", "stream"])
+def test_a_timeout_of_a_call_ends_it(client, server, way):
+    with work_stops(server), pytest.raises(DeadlineExceeded, match="within its timeout"):
+        list(getattr(client, way)("a red circle", timeout=0.3, **SLOW))
+
+
+class Flaky:
+    """A gRPC server that refuses calls before it passes them on to the real one."""
+
+    def __init__(self, address: str, refusals: int, code: grpc.StatusCode, message: str):
+        self.calls, self.refusals, self.refusal = 0, refusals, (code, message)
+        self.metadata: list[dict] = []
+        real = service_pb2_grpc.GRPCInferenceServiceStub(grpc.insecure_channel(address))
+        servicer = service_pb2_grpc.GRPCInferenceServiceServicer()
+        servicer.ModelInfer = lambda request, context: real.ModelInfer(
+            self.passed(request, context)
+        )
+        servicer.ModelStreamInfer = lambda requests, context: real.ModelStreamInfer(
+            iter([self.passed(next(requests), context)])
+        )
+        self.server = grpc.server(ThreadPoolExecutor(4))
+        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, self.server)
+        self.address = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
+
+    def passed(self, request, context):
+        self.calls += 1
+        self.metadata.append(dict(context.invocation_metadata()))
+        if self.calls <= self.refusals:
+            context.abort(*self.refusal)
+        return request
+
+    def __enter__(self):
+        self.server.start()
+        return self
+
+    def __exit__(self, *exc):
+        self.server.stop(None)
+
+
+FULL = "the queue is full (2 requests): try again in 50 ms"
+
+
+@pytest.mark.parametrize("way", ["generate", "stream"])
+@pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED])
+def test_a_full_server_is_tried_again(server, way, code):
+    with Flaky(server.address, 2, code, FULL) as flaky, Client(flaky.address) as client:
+        assert len(list(getattr(client, way)("a red circle", steps=1))) >= 1
+        assert flaky.calls == 3
+    with Flaky(server.address, 2, code, FULL) as flaky:
+        with Client(flaky.address, max_retries=1) as client, pytest.raises(QueueFull) as error:
+            list(getattr(client, way)("a red circle", steps=1))
+        assert (flaky.calls, error.value.retry_after) == (2, 0.05)
+
+
+def test_what_another_try_cannot_mend_is_not_tried_again(server):
+    code = grpc.StatusCode.INTERNAL
+    with Flaky(server.address, 1, code, "broken") as flaky, Client(flaky.address) as client:
+        with pytest.raises(TwinbrushError, match="broken"):
+            client.generate("a red circle")
+        assert flaky.calls == 1
+
+
+def test_headers_reach_the_server(server):
+    with Flaky(server.address, 0, grpc.StatusCode.INTERNAL, "") as flaky:
+        with Client(flaky.address, headers={"X-Api-Key": "secret"}) as client:
+            client.generate("a red circle", steps=1)
+            list(client.stream("a red circle", steps=1))
+        assert [sent["x-api-key"] for sent in flaky.metadata] == ["secret"] * 2
+
+
+def test_tls_by_a_file_of_certificates(server, tmp_path):
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out",
+         certificate, "-days", "2", "-subj", "/CN=localhost", "-addext",
+         "subjectAltName=DNS:localhost"], check=True, capture_output=True,
+    )  # fmt: skip
+    pair = [(key.read_bytes(), certificate.read_bytes())]
+    flaky = Flaky(server.address, 0, grpc.StatusCode.INTERNAL, "")
+    port = flaky.server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials(pair))
+    with flaky:
+        with Client(f"localhost:{port}", tls=certificate) as client:
+            assert client.generate("a red circle", steps=1)[0].size == (32, 32)
+        stranger = Client(f"localhost:{port}", tls=True, max_retries=0)
+        with stranger, pytest.raises(ServerUnavailable, match="ertificate"):
+            stranger.generate("a red circle")
+
+
+def test_pauses_grow_have_jitter_and_heed_the_server():
+    connection = Connection(max_retries=9)
+    deadline = connection.deadline(100)
+    failure = error_of("UNAVAILABLE", "shutting down")
+    for attempt in range(8):
+        longest = min(0.25 * 2**attempt, 10)
+        pauses = {connection.pause(failure, attempt, deadline) for _ in range(20)}
+        assert len(pauses) > 1
+        assert all(longest / 2 <= pause <= longest for pause in pauses)
+    hinted = error_of("UNAVAILABLE", "the queue is full: try again in 7 s")
+    assert isinstance(hinted, QueueFull)
+    assert 7 < connection.pause(hinted, 0, deadline) <= 7.25
+    assert connection.pause(hinted, 0, connection.deadline(5)) is None  # it would come too late
+    assert connection.pause(hinted, 9, deadline) is None
+
+
+def test_a_status_before_a_message_is_the_code():
+    error = error_of("UNAVAILABLE", "DEADLINE_EXCEEDED: deadline_ms=5 has passed")
+    assert isinstance(error, DeadlineExceeded)
+    assert (error.code, str(error)) == ("DEADLINE_EXCEEDED", "deadline_ms=5 has passed")
+
+
+def with_async_client(server, use):
+    async def run():
+        async with AsyncClient(server.address) as client:
+            return await use(client)
+
+    return asyncio.run(run())
+
+
+def test_the_async_client_paints_the_same(server, client):
+    async def use(aio):
+        assert await aio.ready()
+        assert await aio.info() == client.info()
+        pictures = await aio.generate(["a ring", "a star"], seed=3, steps=2, deterministic=True)
+        stream = aio.stream("a ring", steps=3, preview_every=2, seed=3)
+        return pictures, [event async for event in stream]
+
+    pictures, events = with_async_client(server, use)
+    expected = client.generate(["a ring", "a star"], seed=3, steps=2, deterministic=True)
+    assert [p.tobytes() for p in pictures] == [p.tobytes() for p in expected]
+    assert [type(event) for event in events] == [Progress, Preview, Progress, Picture]
+
+
+def test_the_async_client_raises_the_same_errors(server):
+    async def use(aio):
+        with pytest.raises(InvalidRequest, match="steps=0 is invalid"):
+            await aio.generate("a ring", steps=0)
+        with pytest.raises(InvalidRequest, match="steps=0 is invalid"):
+            [event async for event in aio.stream("a ring", steps=0)]
+        with pytest.raises(DeadlineExceeded, match="within its timeout"):
+            await aio.generate("a ring", timeout=0.2, **SLOW)
+
+    with_async_client(server, use)
+
+
+@pytest.mark.parametrize("way", ["task", "stream", "break"])
+def test_leaving_the_async_client_stops_the_work(server, way):
+    async def use(aio):
+        if way == "task":
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(aio.generate(["a ring", "a star"], **SLOW), 0.3)
+            return
+        async with aio.stream("a ring", **SLOW) as stream:
+            if way == "break":
+                async for _ in stream:
+                    break
+                return
+            events = aiter(stream)
+            await anext(events)
+            stream.cancel()
+            with pytest.raises(Cancelled, match="the request was cancelled"):
+                await anext(events)
+
+    with work_stops(server):
+        with_async_client(server, use)
+
+
+def test_a_stream_left_after_its_last_picture_lets_the_server_stop(repository, start_server):
+    server = start_server(repository)
+    server.wait_for("ready in")
+    with Client(server.address) as client:
+        for seed in range(5):
+            with client.stream("a red circle", steps=1, seed=seed) as stream:
+                for event in stream:
+                    if isinstance(event, Picture):
+                        break
+    assert server.stop() == 0
+    assert "Exit timeout expired" not in server.text()
 
 
 def test_a_cut_prompt_warns(client):
     with pytest.warns(UserWarning, match="was cut to 16"):
         client.generate("very " * 30 + "red circle")
-
-
-def test_the_command_writes_pictures_and_prints_seeds_and_paths(server, tmp_path):
-    done = run(server, "A red circle!", "-n", "3", "--seed", "7", "--steps", "4", "--out",
-               str(tmp_path))  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    for seed in (7, 8, 9):
-        path = tmp_path / f"a-red-circle-{seed}.png"
-        assert Image.open(path).size == (32, 32)
-        assert f"{path}  seed {seed}" in done.stdout
-    assert "3 image(s) in " in done.stdout
-
-
-def test_the_command_says_plainly_what_is_wrong(server, tmp_path):
-    done = run(server, "a red circle", "--steps", "0", "--out", str(tmp_path))
-    assert done.returncode == 1
-    assert "steps=0 is invalid: must be between 1 and 50" in done.stdout
-    assert "Traceback" not in done.stdout + done.stderr
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_command_without_a_server_says_so(tmp_path):
-    command = [COMMAND, "generate", "x", "--server", "127.0.0.1:1", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1
-    assert "Traceback" not in done.stdout + done.stderr
-    assert "127.0.0.1:1" in done.stdout
-
-
-def test_the_command_stops_the_work_after_its_timeout(server, tmp_path):
-    with work_stops(server):
-        done = run(server, "a red circle", "-n", "16", "--steps", "50", "--width", "128",
-                   "--height", "128", "--timeout", "1", "--out", str(tmp_path))  # fmt: skip
-    assert done.returncode == 1
-    assert "not finished after the 1 s of --timeout" in done.stdout
-
-
-def test_ctrl_c_stops_the_work_on_the_server(server, tmp_path):
-    command = [COMMAND, "generate", "a red circle", "-n", "16", "--steps", "50", "--width", "128",
-               "--height", "128", "--out", str(tmp_path), "--server", server.address]  # fmt: skip
-    with work_stops(server) as before:
-        with heard(signal.SIGINT):  # processes in the background ignore it
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        wait_for_a_call(server, before)
-        os.kill(process.pid, signal.SIGINT)
-        output, _ = process.communicate(timeout=20)
-    assert process.returncode == 130
-    assert "the server has stopped working on it" in output

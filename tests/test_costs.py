@@ -57,6 +57,14 @@ def test_where_larger_calls_gain_nothing_a_call_is_small():
     assert learned(on_cpu).enough_rows(KEY, MOST) <= 4
 
 
+@pytest.mark.parametrize("most", [1, 2, 4])
+def test_small_calls_are_never_made_smaller(most):
+    costs = learned(on_cpu, most)
+    for _ in range(200):
+        assert costs.enough_rows(KEY, most) == most
+        costs.observe(KEY, most, on_cpu(most))
+
+
 def test_where_larger_calls_gain_a_call_is_as_large_as_it_may_be():
     assert learned(on_gpu).enough_rows(KEY, MOST) == MOST
 
@@ -127,7 +135,7 @@ def mean(latency):
 
 @pytest.mark.parametrize("load", [0.7, 0.9])
 def test_short_requests_wait_less_where_calls_gain_nothing_and_nobody_pays(load):
-    requests = arrivals(on_cpu, load, 1500, seed=1)
+    requests = arrivals(on_cpu, load, 2000, seed=1)
     (plain, plain_end), (known, known_end) = (simulate(on_cpu, requests, k) for k in (False, True))
     assert p99(known[2]) <= 0.7 * p99(plain[2])
     assert mean(known) <= mean(plain)
@@ -135,8 +143,24 @@ def test_short_requests_wait_less_where_calls_gain_nothing_and_nobody_pays(load)
 
 
 def test_where_calls_gain_nothing_changes():
-    requests = arrivals(on_gpu, 0.8, 1500, seed=1)
+    requests = arrivals(on_gpu, 0.8, 2000, seed=1)
     (plain, plain_end), (known, known_end) = (simulate(on_gpu, requests, k) for k in (False, True))
     assert p99(known[2]) <= 1.05 * p99(plain[2])
     assert mean(known) <= 1.05 * mean(plain)
     assert known_end <= 1.02 * plain_end
+
+
+def test_a_crowd_of_sizes_pays_for_the_time_of_its_small_calls():
+    """Sixteen images of one size keep their share of the time beside 40 of other sizes."""
+    costs = Costs()
+    batcher = StepBatcher(lambda key: MOST, costs.seconds)
+    for key in [KEY] * 16 + [CallKey("unet", 8, 9 + n) for n in range(40)]:
+        batcher.add(Claim(key, [1] * 10_000))
+    spent = {True: 0.0, False: 0.0}
+    for _ in range(2000):
+        call = batcher.schedule()
+        key, seconds = call[0].key, 0.010 + 0.001 * len(call)
+        spent[key == KEY] += seconds
+        costs.observe(key, len(call), seconds)
+        batcher.advance(call)
+    assert spent[True] / sum(spent.values()) == pytest.approx(16 / 56, rel=0.1)

@@ -319,7 +319,7 @@ def test_a_decoder_is_given_few_pictures_at_a_time(repository, watched):
 @pytest.mark.parametrize("native_side", [64, 512, 768, 1024, 4096])
 def test_calls_of_larger_pictures_have_a_quarter_of_the_rows(repository, native_side, rows):
     config = PipelineConfig.load(repository / "text_to_image_stream" / "1" / "pipeline.json")
-    sized = replace(config, native_side=native_side)
+    sized = replace(config, native_width=native_side, native_height=native_side)
     found = capacities(sized, rows)
     assert found[0].side == native_side
     assert found[0].rows == rows

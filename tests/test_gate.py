@@ -12,12 +12,13 @@ import pytest
 import torch
 from harness import contents, export_command, skeleton
 
+from examples.scenes.gate import AllCorrect, all_correct
 from examples.scenes.quality import tasks
 from examples.scenes.scenes import render
 from export import pipeline
 from export.checkpoint import open_checkpoint
 from export.convert import to_onnx
-from export.gate import PROMPTS, AllCorrect, Gate, GateError, Limits, Psnr
+from export.gate import PROMPTS, Gate, GateError, Psnr, psnr
 from export.prune import prune_checkpoint, save_part
 from export.repository import SOURCE, build, load_parts
 from export.staging import STAGE
@@ -55,7 +56,7 @@ def served(repository, tmp_path) -> Path:
 
 
 def export(checkpoint: Path, tiny: Path, served: Path) -> list:
-    gate = Gate(open_checkpoint(tiny), ["vqgan_decoder"], served, Limits(psnr=PSNR))
+    gate = Gate(open_checkpoint(tiny), ["vqgan_decoder"], served, psnr(PSNR))
     return build(open_checkpoint(checkpoint), served, only=["vqgan_decoder"], check=gate)
 
 
@@ -88,7 +89,7 @@ def test_a_first_export_needs_no_repository_before_it(
 
     monkeypatch.setattr("export.repository.to_onnx", exported)
     folder = skeleton(tmp_path / "fresh")
-    gate = Gate(open_checkpoint(tiny), ["vqgan_decoder"], folder, Limits(psnr=PSNR, prompts=2))
+    gate = Gate(open_checkpoint(tiny), ["vqgan_decoder"], folder, psnr(PSNR, 2))
     build(open_checkpoint(good), folder, check=gate)
     assert json.loads((folder / "MANIFEST.json").read_text())["gate"]["prompts"] == 2
 
@@ -97,13 +98,13 @@ def test_large_pictures_are_painted_one_at_a_time(tiny, served, monkeypatch):
     rows = []
 
     class Watched(LocalModels):
-        def run(self, model, inputs, output):
+        def run(self, model, inputs):
             if model == "unet":
                 rows.append(len(inputs["sample"]))
-            return super().run(model, inputs, output)
+            return super().run(model, inputs)
 
     monkeypatch.setattr("export.gate.LocalModels", Watched)
-    gate = Gate(open_checkpoint(tiny), [], served, Limits())
+    gate = Gate(open_checkpoint(tiny), [], served, psnr())
     for side, most in ((16, 2), (32, 32)):
         monkeypatch.setattr("export.gate.SHARED_SIDE", side)
         rows.clear()
@@ -160,9 +161,10 @@ def scene_gate(tiny, tmp_path) -> tuple[SceneGate, Path]:
     (stage / ENGINE).mkdir(parents=True)
     pipeline.write(opened, load_parts(opened), stage / ENGINE)
     file = stage / ENGINE / "pipeline.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"native_side": 64}))
-    limits = Limits(loss=5, prompts=20)
-    return SceneGate(opened, [*SceneGate.spoils], tmp_path / "repository", limits), stage
+    sides = {"native_width": 64, "native_height": 64}
+    file.write_text(json.dumps(json.loads(file.read_text()) | sides))
+    measure = all_correct(loss=5, prompts=20)
+    return SceneGate(opened, [*SceneGate.spoils], tmp_path / "repository", measure), stage
 
 
 def test_scenes_that_can_be_read_are_counted(scene_gate, monkeypatch):
@@ -200,14 +202,14 @@ def test_models_that_cannot_paint_are_refused_in_one_sentence(scene_gate, tmp_pa
 
 
 def test_psnr_is_what_its_formula_says():
-    measure = Psnr(Limits(prompts=1))
+    measure = Psnr(prompts=1)
     measure.set_before([np.full((4, 4, 3), 100, np.uint8)])
     assert measure.score([np.full((4, 4, 3), 110, np.uint8)]) == pytest.approx(28.13, abs=0.01)
     assert measure.score([np.full((4, 4, 3), 100, np.uint8)]) == measure.before
 
 
 def test_equal_pictures_do_not_hide_one_that_is_black():
-    measure = Psnr(Limits(prompts=4))
+    measure = Psnr(prompts=4)
     wanted = [np.full((4, 4, 3), 100, np.uint8)] * 4
     measure.set_before(wanted)
     black = np.zeros((4, 4, 3), np.uint8)
@@ -216,7 +218,7 @@ def test_equal_pictures_do_not_hide_one_that_is_black():
 
 
 def test_a_loss_up_to_the_limit_is_allowed():
-    measure = AllCorrect(Limits(loss=50, prompts=2))
+    measure = AllCorrect(loss=50, prompts=2)
     true = [render(task.scene) for task in tasks(2)]
     measure.set_before(true)
     assert measure.allowed == 50

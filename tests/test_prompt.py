@@ -23,7 +23,7 @@ def test_ids_and_masks_are_those_of_transformers(tiny, tokenizer):
     settings = {"padding": "max_length", "truncation": True, "max_length": 16,
                 "return_tensors": "np"}  # fmt: skip
     clip = CLIPTokenizer.from_pretrained(tiny / "tokenizer")(PROMPTS, **settings)
-    bert = BertTokenizer.from_pretrained(tiny / "tokenizer_2")(PROMPTS, **settings)
+    bert = BertTokenizer.from_pretrained(tiny / "bert_tokenizer")(PROMPTS, **settings)
     assert tokens["clip_text"].keys() == {"input_ids"}
     np.testing.assert_array_equal(tokens["clip_text"]["input_ids"], clip["input_ids"])
     np.testing.assert_array_equal(tokens["bert"]["input_ids"], bert["input_ids"])

@@ -330,8 +330,11 @@ def test_a_disk_that_fills_while_pruning_is_one_sentence(tiny, tmp_path, monkeyp
         (["--prune", "unet=2"], "--prune unet=2 is not allowed"),
         (["--prune", "unet=0.3", "--only", "bert"], "--prune unet: --only leaves it out"),
         (["--gate"], "--gate has nothing to compare: no model is optimised"),
-        (["--gate-against", "x"], "--gate-against, -loss, -psnr and -prompts say what --gate does"),
-        (["--prune", "unet=0.3", "--gate-loss", "2"], "-prompts say what --gate does: it is not"),
+        (["--gate-against", "x"], "--gate-against, -psnr and -prompts say what --gate does"),
+        (
+            ["--prune", "unet=0.3", "--gate-psnr", "2"],
+            "say what --gate does: --gate is not",
+        ),
         (["--save-pruned", "x"], "--save-pruned x: nothing is pruned without --prune"),
         (["--prune", "unet=0.3", "--save-pruned", "no/x"], "--save-pruned no/x: no is no folder"),
     ],

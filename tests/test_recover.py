@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,18 +13,23 @@ from diffusers import AutoencoderKL
 from test_captioned import write
 
 from checkpoints import stable_diffusion, text_model, tiny_checkpoint
+from examples.scenes import world
+from examples.scenes.recover import main as on_scenes
+from examples.scenes.world import SceneWorld
 from export.checkpoint import open_checkpoint
 from export.prune import prune_checkpoint
 from export.repository import SOURCE, load_parts
 from export.vqgan_decoder import Decoder
 from networks.pruned import pruning_of
-from training import diffusion
+from training import run as run_module
 from training.captioned import Captioned
+from training.latents import encoded
 from training.loop import Trainer
 from training.preparation import Preparation
-from training.recover import Teacher, main, recover
-from training.run import Run
+from training.recover import Teacher, command, recover
 
+main = command()
+Run = partial(run_module.Run, source=SceneWorld())
 RATIOS = {"clip_text": 0.25, "bert": 0.25, "unet": 0.3, "vqgan_decoder": 0.25}
 
 
@@ -43,7 +49,7 @@ def pruned(teacher, tmp_path_factory) -> Path:
 @pytest.fixture
 def copy(pruned, tmp_path, monkeypatch) -> Path:
     """A copy of the pruned checkpoint to train, on few scenes."""
-    monkeypatch.setattr(diffusion, "SCENES", 100)
+    monkeypatch.setattr(world, "SCENES", 100)
     return Path(shutil.copytree(pruned, tmp_path / "student"))
 
 
@@ -72,7 +78,7 @@ def test_recovery_changes_what_was_named_and_keeps_its_shape(teacher, copy, prun
     for part in SOURCE.values():
         assert pruning_of(copy / part) == pruning_of(pruned / part)
         (mine,), (theirs,) = ((f / part).glob("*.safetensors") for f in (copy, pruned))
-        assert (mine.read_bytes() == theirs.read_bytes()) == (part != "text_encoder_2")
+        assert (mine.read_bytes() == theirs.read_bytes()) == (part != "bert")
 
 
 def test_a_recovery_that_was_killed_goes_on(teacher, copy, pruned, tmp_path, monkeypatch):
@@ -115,11 +121,11 @@ def test_inputs_of_a_step_never_change(teacher, copy, tmp_path):
 
 def test_the_teacher_gets_the_text_model_that_its_export_got(teacher, copy, tmp_path):
     without = Path(shutil.copytree(teacher, tmp_path / "without"))
-    bert = (without / "text_encoder_2").rename(tmp_path / "bert")
-    for file in (without / "tokenizer_2").iterdir():
+    bert = (without / "bert").rename(tmp_path / "bert")
+    for file in (without / "bert_tokenizer").iterdir():
         file.rename(bert / file.name)
     index = json.loads((without / "model_index.json").read_text())
-    del index["text_encoder_2"], index["tokenizer_2"]
+    del index["bert"], index["bert_tokenizer"]
     (without / "model_index.json").write_text(json.dumps(index))
     run = Run(copy, tmp_path / "runs", 1, 4)
     assert recover(run, without, ["bert"], str(bert)).keys() == {"bert"}
@@ -143,8 +149,10 @@ def test_a_checkpoint_of_another_world_learns_from_its_own_pictures(
     student = Path(shutil.copytree(pruned, tmp_path / "student"))
     pictures, runs = write("jsonl", tmp_path / "pictures"), tmp_path / "runs"
     given = {"bert": bert, "models": model, "batch": 4, "device": "cpu"}
-    with pytest.raises(SystemExit, match=r"error: --data: lcm, whose vae is an AutoencoderKL, kno"):
+    with pytest.raises(SystemExit, match="error: --data is required: a folder of pictures"):
         main(student, whole, runs=runs, steps=1, **given)
+    with pytest.raises(SystemExit, match=r"error: --data: lcm, whose vae is an AutoencoderKL, kno"):
+        on_scenes(student, whole, runs=runs, steps=1, **given)
     main(student, whole, runs=runs, steps=40, path=pictures, **given)
     said = capsys.readouterr().out
     before, after = json.loads(said.splitlines()[-1])[model]
@@ -168,7 +176,7 @@ def test_latents_are_encoded_as_the_served_decoder_takes_them():
     vae = AutoencoderKL(latent_channels=4, norm_num_groups=4, block_out_channels=(8,),
                         scaling_factor=0.3, shift_factor=0.2).eval()  # fmt: skip
     pictures = torch.rand(2, 3, 16, 16) * 2 - 1
-    latents = diffusion.encoded(vae, pictures)
+    latents = encoded(vae, pictures)
     with torch.no_grad():
         wanted = vae.decode(vae.encode(pictures).latent_dist.mode()).sample
         torch.testing.assert_close(Decoder(vae, 0.3, 0.2)(latents), wanted, rtol=1e-4, atol=1e-4)

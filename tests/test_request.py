@@ -14,8 +14,8 @@ CONFIG = PipelineConfig(
     checkpoint="test",
     schedule=NoiseSchedule(alphas_cumprod=(0.9, 0.5, 0.1)),
     defaults=Defaults(steps=8, guidance_scale=3.0, sampler="dpmpp_2m"),
-    native_side=64, side_multiple=16, scale_factor=8, latent_channels=4, encoders=(),
-    fusion_inputs=(), unet_inputs=(), timestep_cond=None, latent_to_rgb=(),
+    native_width=64, native_height=64, side_multiple=16, scale_factor=8, latent_channels=4,
+    encoders=(),    fusion_inputs=(), unet_inputs=(), timestep_cond=None, latent_to_rgb=(),
 )  # fmt: skip
 TYPES = {int: np.int32, float: np.float32, bool: np.bool_}
 
@@ -36,7 +36,7 @@ def parse(**fields):
 
 @pytest.mark.parametrize(("native", "most"), [(64, 256), (512, 2048), (768, 2048), (4096, 4096)])
 def test_sides_end_where_networks_do(native, most):
-    assert replace(CONFIG, native_side=native).max_side == most
+    assert replace(CONFIG, native_width=native, native_height=native).max_side == most
 
 
 def test_silence_takes_the_checkpoints_defaults():
@@ -78,6 +78,12 @@ BAD = [
     ({"image_format": b"gif"}, "image_format='gif'", "png, jpeg, .*raw, png_base64"),
     ({"num_images": 0}, "num_images=0", "between 1 and 16"),
     ({"num_images": 1000}, "num_images=1000", "between 1 and 16"),
+    ({"priority": b"urgent"}, "priority='urgent'", "one of low, normal, high"),
+    ({"deadline_ms": -1}, "deadline_ms=-1", "between 0 and 86400000"),
+    ({"eta": 1.5}, "eta=1.5", "finite number between 0 and 1"),
+    ({"guidance_rescale": -0.5}, "guidance_rescale=-0.5", "between 0 and 1"),
+    ({"guidance_start": 0.5, "guidance_end": 0.25}, "guidance_start=0.5", "guidance_end, .* 0.25"),
+    ({"sigma_schedule": b"cosine"}, "sigma_schedule='cosine'", "one of default, karras"),
     ({"preview_every": -1}, "preview_every=-1", "between 0 and 50"),
     ({"steps": np.array([1, 2], np.int32)}, "steps=", r"must have the shape \[1\]"),
     ({"steps": np.array([4.0], np.float32)}, "steps=4.0", "integer"),
@@ -141,3 +147,19 @@ def test_a_number_is_not_a_flag_nor_a_flag_a_number():
 
 def test_every_field_says_what_it_is_for():
     assert [name for name, field in FIELDS.items() if not field.help.endswith(".")] == []
+
+
+def test_metadata_repeats_a_picture_and_leaves_out_its_delivery():
+    request = parse(prompt=b"a ring", seed=5, num_images=3, priority=b"low", preview_every=2)
+    metadata = request.metadata_of(2, CONFIG, "abc123")
+    assert metadata["seed"] == 7
+    assert (metadata["checkpoint"], metadata["checkpoint_hash"]) == ("test", "abc123")
+    fields = {name: value for name, value in metadata.items() if name in FIELDS}
+    assert not fields.keys() & {"num_images", "image_format", "priority", "preview_every"}
+    tensors = {n: np.array([v.encode() if isinstance(v, str) else v]) for n, v in fields.items()}
+    again = GenerationRequest.parse({n: t.astype(object) for n, t in tensors.items()}, CONFIG)
+    assert again == replace(request, seed=7, num_images=1, priority="normal", preview_every=0)
+
+
+def test_metadata_can_be_left_out():
+    assert parse(metadata=False).metadata_of(0, CONFIG) == {}

@@ -17,17 +17,18 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from examples.scenes import align, decoder, reward
+from examples.scenes import align, decoder, reward, world
 from examples.scenes.grounding import QUESTIONS
 from examples.scenes.reward import faults
 from examples.scenes.scenes import HELD_OUT, sample_scene
+from examples.scenes.world import SceneWorld
 from export.checkpoint import open_checkpoint
-from training import bert, clip, data, diffusion, distill, vqgan, vqgan_losses
+from training import bert, clip, data, diffusion, distill, run, vqgan, vqgan_losses
 from training.loop import Trainer
-from training.run import Run
 from training.vqgan_losses import opponent, rgb
 from twinbrush.engine.samplers import NoiseSchedule, ddim
 
+Run = partial(run.Run, source=SceneWorld())
 ALPHAS_CUMPROD = distill.ddim_scheduler().alphas_cumprod
 T = torch.tensor([999, 549, 49])
 
@@ -166,7 +167,7 @@ def test_revival_takes_the_codes_that_nothing_used(live):
     model, use = vqgan.build().eval(), torch.zeros(1024)
     use[:live] = 1
     before = model.quantize.embedding.weight.detach().clone()
-    told = vqgan.revive(model, use, seed=0)
+    told = vqgan.revive(model, use, seed=0, source=SceneWorld())
     moved = (model.quantize.embedding.weight != before).any(dim=1)
     assert not moved[:live].any()
     assert moved[live:].all()
@@ -204,13 +205,13 @@ def test_a_decoder_learns_further_behind_an_encoder_that_stays(tmp_path):
 
 
 def test_all_stages_make_a_checkpoint_that_export_takes(tmp_path, monkeypatch):
-    monkeypatch.setattr(diffusion, "SCENES", 100)
+    monkeypatch.setattr(world, "SCENES", 100)
     monkeypatch.setattr(diffusion, "Painter", partial(diffusion.Painter, channels=32))
     checkpoint, runs = tmp_path / "checkpoint", tmp_path / "runs"
     for stage in (clip, bert, vqgan, diffusion):
         stage.train(Run(checkpoint, runs, steps=4, batch=4))
-    for asked in ("bert", "diffusion"):  # both answer the questions of `grounding`
-        heading = (runs / asked / "losses.csv").read_text().partition("\n")[0].split(",")
+    for stage in ("bert", "diffusion"):  # both learn the objective of scenes
+        heading = (runs / stage / "losses.csv").read_text().partition("\n")[0].split(",")
         assert heading[-len(QUESTIONS) :] == list(QUESTIONS)
     assert open_checkpoint(checkpoint).index["defaults"] == diffusion.DEFAULTS
     weights = Path("unet", "diffusion_pytorch_model.safetensors")
@@ -220,15 +221,15 @@ def test_all_stages_make_a_checkpoint_that_export_takes(tmp_path, monkeypatch):
         kept = load_file(tmp_path / "checkpoint-teacher" / weights)
         assert all(torch.equal(kept[name], tensor) for name, tensor in teacher.items())
     assert open_checkpoint(tmp_path / "checkpoint-teacher").index["defaults"] == diffusion.DEFAULTS
-    untold = data.SceneWorld(told=False)
-    student, teachers, taught = load_file(checkpoint / weights), [], align.taught
+    captions_alone = SceneWorld(with_truth=False)
+    student, teachers, taught = load_file(checkpoint / weights), [], align.teacher_velocity
 
     def watched(teacher, *args):
         teachers.append({k: v.clone() for k, v in teacher.state_dict().items()})
         return taught(teacher, *args)
 
-    monkeypatch.setattr(align, "taught", watched)
-    align.train(Run(checkpoint, runs, steps=3, batch=4, source=untold))
+    monkeypatch.setattr(align, "teacher_velocity", watched)
+    align.train(Run(checkpoint, runs, steps=3, batch=4, source=captions_alone))
     assert len(teachers) == 3
     for teacher in teachers:  # it stays what the student was
         assert all(torch.equal(teacher[name].half(), tensor) for name, tensor in student.items())
@@ -242,7 +243,7 @@ def test_all_stages_make_a_checkpoint_that_export_takes(tmp_path, monkeypatch):
 
 
 def test_painters_that_were_stopped_end_as_undisturbed_ones(tmp_path, monkeypatch):
-    monkeypatch.setattr(diffusion, "SCENES", 100)
+    monkeypatch.setattr(world, "SCENES", 100)
     monkeypatch.setattr(diffusion, "Painter", partial(diffusion.Painter, channels=32))
     update = Trainer._update
 
@@ -260,7 +261,7 @@ def test_painters_that_were_stopped_end_as_undisturbed_ones(tmp_path, monkeypatc
     monkeypatch.setattr(align, "faults", heard)
     monkeypatch.setattr(reward, "PICTURES", 100)
     for name in ("whole", "stopped"):
-        for part in ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2", "vae"):
+        for part in ("tokenizer", "text_encoder", "bert_tokenizer", "bert", "vae"):
             shutil.copytree(f"checkpoints/scenes-64/{part}", tmp_path / name / part)
         run = Run(tmp_path / name, tmp_path / f"{name}-runs", 4, 4, save_every=2)
         for stage in (diffusion, distill, reward, align):
@@ -323,7 +324,7 @@ def test_a_teacher_that_was_half_made_is_made_anew(tmp_path, monkeypatch):
 
 def test_stages_that_need_others_say_which(tmp_path):
     run = Run(tmp_path, tmp_path / "runs", 1, 4)
-    for stage, missing in ((diffusion, "text_encoder, text_encoder_2, vae"), (distill, ".*unet")):
+    for stage, missing in ((diffusion, "text_encoder, bert, vae"), (distill, ".*unet")):
         with pytest.raises(data.BadInput, match=f"--checkpoint: {tmp_path} has no {missing}"):
             stage.train(run)
     with pytest.raises(data.BadInput, match="--batch: 6 is no multiple of 4"):
@@ -347,12 +348,12 @@ def test_aligning_needs_a_distilled_unet_and_a_reward_model(tmp_path):
 
 
 def test_training_starts_from_the_weights_that_init_names(tmp_path):
-    trained = diffusion.Painter().half()
+    trained = diffusion.Painter(objective=SceneWorld().objective).half()
     trained.fusion.save_pretrained(tmp_path / "fusion")
     trained.unet.save_pretrained(tmp_path / "unet")
     started = diffusion.new_painter(Run(tmp_path, tmp_path, 1, 1, init=tmp_path)).state_dict()
     kept = {k: v for k, v in trained.state_dict().items() if k.startswith(("fusion.", "unet."))}
-    assert len(kept) == len(trained.state_dict()) - 2  # the questions begin anew
+    assert len(kept) == len(trained.state_dict()) - 2  # the objective's weights begin anew
     for name, tensor in kept.items():
         assert torch.equal(started[name], tensor.float()), name
 
@@ -392,17 +393,17 @@ def test_a_run_does_not_go_on_from_a_save_on_other_weights(tmp_path):
 
 def test_latents_are_encoded_anew_for_other_scenes(tmp_path):
     vqgan.build().save_pretrained(tmp_path / "vae")
-    kept, other = (data.scenes(seed, 3)[0] for seed in (1, 2))
-    first = diffusion.latents(tmp_path, tmp_path, kept, data.CPU)
-    assert torch.equal(diffusion.latents(tmp_path, tmp_path, kept, data.CPU), first)
-    assert not torch.equal(diffusion.latents(tmp_path, tmp_path, other, data.CPU), first)
+    kept, other = (world.draw_scenes(seed, 3)[0] for seed in (1, 2))
+    first = world.scene_latents(tmp_path, tmp_path, kept, data.CPU)
+    assert torch.equal(world.scene_latents(tmp_path, tmp_path, kept, data.CPU), first)
+    assert not torch.equal(world.scene_latents(tmp_path, tmp_path, other, data.CPU), first)
 
 
 def test_captions_of_a_step_never_change(tmp_path, monkeypatch):
-    monkeypatch.setattr(diffusion, "SCENES", 100)
-    monkeypatch.setattr(diffusion, "latents", lambda *_: draw(100, 8, 8, 8))
-    first, second = (diffusion.Batches(tmp_path, tmp_path, 6).at(3) for _ in range(2))
+    monkeypatch.setattr(world, "SCENES", 100)
+    monkeypatch.setattr(world, "scene_latents", lambda *_: draw(100, 8, 8, 8))
+    first, second = (world.SceneLatents(tmp_path, tmp_path, 6).at(3) for _ in range(2))
     assert first.captions == second.captions
-    assert first.scenes == second.scenes
+    assert first.truth == second.truth
     assert torch.equal(first.latents, second.latents)
     assert sample_scene(first.rng) == sample_scene(second.rng)

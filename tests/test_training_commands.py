@@ -23,15 +23,16 @@ from safetensors.torch import load_file, save_file
 from test_captioned import MIXED, many, write
 from transformers import CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from examples.scenes import reward
+from examples.scenes import reward, world
 from examples.scenes import train as every_stage
+from examples.scenes.world import SceneWorld
 from export.checkpoint import open_checkpoint
-from training import data, diffusion, distill, sheets, vqgan
+from training import data, diffusion, distill, run, sheets, vqgan
 from training.captioned import Captioned
 from training.cli import pick_device, stage_cli
 from training.preparation import BOUNDS
-from training.run import Run
 
+Run = partial(run.Run, source=SceneWorld())
 ROOT = Path(__file__).parent.parent
 TOWER = CLIPVisionConfig(
     hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
@@ -39,11 +40,17 @@ TOWER = CLIPVisionConfig(
 )  # fmt: skip
 
 
-def stage_command(stage: str, folder: Path, *flags: str) -> list[str]:
+def command_of(module: tuple[str, ...], folder: Path, *flags: str) -> list[str]:
     return [
-        sys.executable, "-m", f"training.{stage}", "--checkpoint", str(folder / "checkpoint"),
+        sys.executable, "-m", *module, "--checkpoint", str(folder / "checkpoint"),
         "--runs", str(folder / "runs"), "--batch", "4", "--threads=1", "--device", "cpu", *flags,
     ]  # fmt: skip
+
+
+def stage_command(stage: str, folder: Path, *flags: str) -> list[str]:
+    """On scenes, unless `flags` name data."""
+    module = (f"training.{stage}",) if "--data" in flags else ("examples.scenes.train", stage)
+    return command_of(module, folder, *flags)
 
 
 def run_stage(stage: str, folder: Path, *flags: str) -> subprocess.CompletedProcess:
@@ -56,7 +63,7 @@ def refused(monkeypatch, tmp_path):
     """Runs a stage in this process, which has its imports; gives the sentence that it ends with."""
 
     def run(stage: str, *flags: str) -> str:
-        command = stage_command(stage, tmp_path, *flags)
+        command = command_of((f"training.{stage}",), tmp_path, *flags)
         monkeypatch.setattr(sys, "argv", [word for word in command[2:] if word != "--threads=1"])
         monkeypatch.delitem(sys.modules, f"training.{stage}", raising=False)
         with pytest.raises(SystemExit) as ended:
@@ -94,14 +101,15 @@ def test_a_folder_that_cannot_be_written_is_one_clear_sentence(tmp_path):
     assert ended.stderr.splitlines()[-1].startswith("error: [Errno 20] Not a directory")
 
 
-def test_a_stage_that_starts_anew_refuses_init(refused, tmp_path):
-    said = refused("clip", "--init", str(tmp_path))
-    assert said == "error: --init: training.clip, .order, .reward, .decoder, .all take none"
+def test_a_stage_that_starts_anew_refuses_init(refused, tmp_path, tmp_path_factory):
+    data = write("jsonl", tmp_path_factory.mktemp("data"))
+    said = refused("clip", "--init", str(tmp_path), "--data", str(data))
+    assert said == "error: --init: this stage starts from random weights and takes none"
 
 
 def test_a_stage_refuses_a_checkpoint_that_lacks_a_tensor_before_it_computes(tmp_path):
     shutil.copytree(ROOT / "checkpoints" / "scenes-64", tmp_path / "checkpoint")
-    (file,) = (tmp_path / "checkpoint" / "text_encoder_2").glob("*.safetensors")
+    (file,) = (tmp_path / "checkpoint" / "bert").glob("*.safetensors")
     tensors = load_file(file)
     del tensors["embeddings.word_embeddings.weight"]
     save_file(tensors, file, {"format": "pt"})
@@ -112,10 +120,11 @@ def test_a_stage_refuses_a_checkpoint_that_lacks_a_tensor_before_it_computes(tmp
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_stage_does_not_overwrite_what_it_starts_from(refused, tmp_path):
+def test_a_stage_does_not_overwrite_what_it_starts_from(refused, tmp_path, tmp_path_factory):
     same = tmp_path / "checkpoint"
-    said = refused("diffusion", "--init", str(same))
-    assert said == f"error: --init: {same} is what --checkpoint writes; write another"
+    data = write("jsonl", tmp_path_factory.mktemp("data"))
+    said = refused("diffusion", "--init", str(same), "--data", str(data))
+    assert said == f"error: --init: {same} is the --checkpoint to write; write another"
 
 
 @pytest.mark.parametrize(
@@ -161,6 +170,17 @@ def test_a_killed_stage_ends_with_the_weights_of_an_undisturbed_one(tmp_path, st
     assert curves[0].read_text() == curves[1].read_text()
 
 
+def test_a_stage_needs_data(refused):
+    assert refused("bert").startswith("error: --data is required: a folder of pictures and")
+
+
+def test_scenes_need_no_data_and_name_their_stages(tmp_path):
+    ended = run_stage("nothing", tmp_path)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("error: STAGE: 'nothing' is not one of clip, bert, vqgan,")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -179,7 +199,7 @@ def test_bounds_of_one_column_all_count_and_take_the_place_of_its_default(tmp_pa
     asked = [f"{default.column}>=0.1", f"{default.column}<=0.3"]
     flags = [word for text in asked for word in ("--keep", text)]
     folder = write("jsonl", tmp_path / "data", many(3))
-    monkeypatch.setattr(sys, "argv", ["stage", "--data", str(folder), *flags])
+    monkeypatch.setattr(sys, "argv", ["stage", "--checkpoint", "x", "--data", str(folder), *flags])
 
     def train(run):
         runs.append(run)
@@ -203,19 +223,21 @@ def test_every_stage_trains_on_captioned_pictures(tmp_path):
             assert json.loads(file.metadata()["position"])["counts"]["used"] == 16
     assert "missing" not in (runs / "align" / "losses.csv").read_text()  # nobody knows the truth
     assert not (checkpoint / "reward_model").exists()
-    assert not (runs / "order").exists()
-    with pytest.raises(data.BadInput, match=r"--data: examples.scenes.reward needs scenes"):
+    assert not (runs / "spell_out_relations").exists()
+    with pytest.raises(data.BadInput, match=r"--data: the stage reward needs scenes"):
         reward.train(Run(checkpoint, runs, 4, 4, source=source))
 
 
 def test_all_stages_run_in_order_and_tell_their_times(tmp_path, monkeypatch):
-    monkeypatch.setattr(diffusion, "SCENES", 100)
+    monkeypatch.setattr(world, "SCENES", 100)
     monkeypatch.setattr(diffusion, "Painter", partial(diffusion.Painter, channels=32))
     monkeypatch.setattr(reward, "PICTURES", 100)
     runs = tmp_path / "runs"
     every_stage.train(Run(tmp_path / "checkpoint", runs, 4, 4))
     times = json.loads((runs / "times.json").read_text())
-    assert " ".join(times) == "clip bert vqgan diffusion distill order reward align decoder"
+    assert " ".join(times) == (
+        "clip bert vqgan diffusion distill spell_out_relations reward align decoder"
+    )
     assert all(seconds > 0 for seconds in times.values())
     for stage in times:
         assert Image.open(runs / stage / "losses.png").size[0] > 500
@@ -223,7 +245,7 @@ def test_all_stages_run_in_order_and_tell_their_times(tmp_path, monkeypatch):
     for stage in ("diffusion", "distill", "align"):
         assert Image.open(runs / stage / "samples.png").size[0] == columns
     originals = np.asarray(Image.open(runs / "vqgan" / "samples.png"))
-    shown = data.SCENES.sample(vqgan.SHOWN, 8).pictures
+    shown = SceneWorld().sample(vqgan.SHOWN, 8).pictures
     assert (originals[: sheets.TILE] == np.asarray(sheets.grid(shown, 8))[: sheets.TILE]).all()
     assert Image.open(runs / "clip" / "samples.png").size[0] > 500
 
@@ -240,8 +262,8 @@ def test_time_is_added_up_over_sessions_and_written_while_it_goes_on(tmp_path, m
 
 
 def test_workers_draw_the_scenes_that_the_steps_name():
-    world = data.SceneWorld(workers=2)
-    ahead, on_demand = (w.batches(7, 3, data.CPU) for w in (world, data.SCENES))
+    worlds = SceneWorld(workers=2), SceneWorld()
+    ahead, on_demand = (each.batches(7, 3, data.CPU) for each in worlds)
     for step in (5, 6, 7):
         theirs, ours = on_demand.at(step), ahead.at(step)
         assert ours.captions == theirs.captions
@@ -259,8 +281,8 @@ def test_a_loss_curve_keeps_every_column(tmp_path):
 
 
 def averaged(*arguments: str | Path) -> str:
-    """What `python -m examples.scenes.average` says on its last line."""
-    command = [sys.executable, "-m", "examples.scenes.average", *map(str, arguments)]
+    """The last line of `python -m examples.scenes.average_weights`."""
+    command = [sys.executable, "-m", "examples.scenes.average_weights", *map(str, arguments)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == ended.stderr.startswith("error: ")
     return (ended.stdout + ended.stderr).splitlines()[-1]

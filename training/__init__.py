@@ -1,4 +1,6 @@
-"""How the demo checkpoint `scenes-64` was made: the world, and one module a training stage.
+"""Training of the checkpoints that `export` takes, one module a stage.
 
-`python -m examples.scenes.train` runs all stages; with `--data` they train on captioned pictures instead.
+`fusion` trains the one new part of a checkpoint that exists: the fusion head between its CLIP and a
+text model. `clip`, `bert`, `vqgan`, `diffusion` and `distill` train a small checkpoint from random
+weights, and `recover` what pruning took away. All train on captioned pictures from `--data`.
 """

@@ -66,9 +66,13 @@ class Captioned:
     def side(self) -> int:
         return self.preparation.side
 
+    @property
+    def objective(self) -> None:
+        """Captions are all that is known."""
+
     @cached_property
     def identity(self) -> str:
-        """Another wherever the rows, their order or what becomes of them may be another."""
+        """A key of the rows, their order and their preparation."""
         chosen = asdict(self.preparation).items()
         kept = {name: value for name, value in chosen if name not in OF_LOADING}
         files = [(str(f), f.stat().st_size if f.is_file() else 0) for f in self.format.files]
@@ -107,6 +111,9 @@ class Captioned:
     ) -> CaptionedBatches:
         """Batches of any pictures: which ones are near misses of others is not known."""
         return CaptionedBatches(self, seed, size, device, captions_only)
+
+    def latents(self, checkpoint: Path, cache: Path, size: int, device: torch.device) -> None:
+        """None: a data set may be larger than any cache."""
 
     def rows(
         self, seed: int, place: Place = Place(), epochs: float = math.inf
@@ -180,7 +187,7 @@ class CaptionedBatches:
 
     def resume(self, position: dict[str, Any] | None) -> None:
         if position is None:
-            raise BadInput("--data: the run's save was trained on scenes; take another --runs")
+            raise BadInput("--data: the run's save was trained without --data; take another --runs")
         if position.get("data") != self._source.identity:
             raise BadInput(
                 "--data: the run's save was trained on other data, or with other options of it;"
@@ -258,6 +265,6 @@ class CaptionedBatches:
     def report(self) -> str:
         """Rows used and left out up to the last batch."""
         left_out = {reason: n for reason, n in sorted(self.counts.items()) if reason != "used"}
-        told = ", ".join(f"{n:,} {reason}" for reason, n in left_out.items()) or "none"
+        reasons = ", ".join(f"{n:,} {reason}" for reason, n in left_out.items()) or "none"
         used = self.counts["used"]
-        return f"{used + sum(left_out.values()):,} rows, {used:,} used; left out: {told}"
+        return f"{used + sum(left_out.values()):,} rows, {used:,} used; left out: {reasons}"

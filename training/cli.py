@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -13,29 +12,48 @@ import typer
 
 from networks.loading import CheckpointError
 from training.captioned import Captioned
-from training.data import BadInput, SceneWorld, Source
+from training.data import BadInput, Source
 from training.preparation import BOUNDS, Bound, Preparation
 from training.run import Run
 
 DEVICES = ("auto", "cpu", "cuda")
-WORKERS = 8  # processes at most that draw scenes for a GPU
 SAVE_EVERY = {"cpu": 100, "cuda": 500}  # steps
+NO_DATA = (
+    "--data is required: a folder of pictures and captions, WebDataset tars, or parquet with"
+    " COYO-700M's columns"
+)
 
 
 def stage_cli(
-    train: Callable[[Run], None],
-    steps: int | None = None,
-    batch: int | None = None,
-    warm_start: bool = False,
+    train: Callable[[Run], None], steps: int, batch: int, warm_start: bool = False
 ) -> None:
     """Runs a stage's `train` from the command line, with the stage's own steps and batch.
 
     With `warm_start` the stage can start from the weights of a checkpoint.
     """
+    typer.run(stage_command(train, steps, batch, warm_start))
+
+
+def stage_command(
+    train: Callable[[Run], None],
+    steps: int | None,
+    batch: int | None,
+    warm_start: bool = False,
+    checkpoint: Path | None = None,
+    world: Callable[[torch.device], Source] | None = None,
+) -> Callable[..., None]:
+    """The command of a stage; its options make the `Run` that `train` takes.
+
+    Args:
+        steps, batch: defaults; None leaves both to `train`, as 0.
+        warm_start: the stage can start from the weights of a checkpoint.
+        checkpoint: default of `--checkpoint`, which is required without.
+        world: the source without `--data`, which is required without.
+    """
 
     def main(
-        checkpoint: Annotated[Path, typer.Option(help="Checkpoint folder to write.")] = Path(
-            "checkpoints/scenes-64"
+        checkpoint: Annotated[Path, typer.Option(help="Checkpoint folder to write.")] = (
+            checkpoint or ...
         ),
         runs: Annotated[Path, typer.Option(help="Folder of saves and curves.")] = Path("runs"),
         steps: Annotated[
@@ -54,12 +72,7 @@ def stage_cli(
         ] = None,
         init: Annotated[
             Path | None,
-            typer.Option(
-                help="Checkpoint to start from: its BERT in training.bert, its fusion head and UNet"
-                " in training.diffusion, its VQGAN, whose decoder learns further, in"
-                " training.vqgan, its fusion head in examples.scenes.refit, its distilled UNet in"
-                " training.distill and examples.scenes.align."
-            ),
+            typer.Option(help="Checkpoint whose weights the stage starts from, if it can."),
         ] = None,
         seed: Annotated[
             int, typer.Option(min=0, max=2**31 - 1, help="Of random weights and of all draws.")
@@ -68,22 +81,22 @@ def stage_cli(
             Path | None,
             typer.Option(
                 "--data",
-                help="Train on this: a folder of pictures and captions, WebDataset tars, or"
-                " parquet with COYO-700M's columns; without it on scenes.",
+                help="A folder of pictures and captions, WebDataset tars, or parquet with"
+                " COYO-700M's columns.",
             ),
         ] = None,
         keep: Annotated[
             list[str],
             typer.Option(
-                help="Rows to keep, COLUMN>=NUMBER or COLUMN<=NUMBER; repeatable; takes the place"
-                f" of the default of its column: {', '.join(map(str, BOUNDS))}."
+                help="Rows to keep, COLUMN>=NUMBER or COLUMN<=NUMBER; repeatable; replaces"
+                f" the default of its column: {', '.join(map(str, BOUNDS))}."
             ),
         ] = [],  # noqa: B006
         side: Annotated[int, typer.Option(help="Side of --data's pictures in pixels.")] = 64,
         crop: Annotated[str, typer.Option(help="center or random.")] = "center",
         max_aspect: Annotated[float, typer.Option(help="Longest long side over short.")] = 3.0,
         min_caption: Annotated[int, typer.Option(help="Characters; shorter is left out.")] = 3,
-        max_caption: Annotated[int, typer.Option(help="Characters; longer is cut.")] = 300,
+        max_caption: Annotated[int, typer.Option(help="Characters; longer is truncated.")] = 300,
         shuffle: Annotated[int, typer.Option(help="Rows of --data mixed at a time.")] = 2000,
         fetchers: Annotated[int, typer.Option(min=1, help="Pictures loaded at a time.")] = 16,
         timeout: Annotated[
@@ -95,49 +108,54 @@ def stage_cli(
             torch.set_num_threads(threads)
         try:
             chosen = pick_device(device)
-            source: Source = scenes_for(chosen)
             if path is not None:
-                asked = [Bound.parse(text) for text in keep]
-                named = {bound.column for bound in asked}
-                bounds = (*(bound for bound in BOUNDS if bound.column not in named), *asked)
                 preparation = Preparation(
-                    side, crop, bounds, max_aspect, min_caption, max_caption,
+                    side, crop, parse_bounds(keep), max_aspect, min_caption, max_caption,
                     timeout, fetchers=fetchers,
                 )  # fmt: skip
-                source = Captioned(path, preparation, shuffle)
+                source: Source = Captioned(path, preparation, shuffle)
+            elif world is not None:
+                source = world(chosen)
+            else:
+                raise BadInput(NO_DATA)
             if init is not None and not warm_start:
-                raise BadInput("--init: training.clip, .order, .reward, .decoder, .all take none")
+                raise BadInput("--init: this stage starts from random weights and takes none")
             if init is not None and init.resolve() == checkpoint.resolve():
-                raise BadInput(f"--init: {init} is what --checkpoint writes; write another")
+                raise BadInput(f"--init: {init} is the --checkpoint to write; write another")
             train(
                 Run(
-                    checkpoint, runs, steps or 0, batch or 0, chosen,
-                    pick_bf16(bf16, chosen), source,
-                    save_every or SAVE_EVERY[chosen.type], init, seed,
+                    checkpoint, runs, steps or 0, batch or 0, chosen, pick_bf16(bf16, chosen),
+                    save_every or SAVE_EVERY[chosen.type], init, seed, source=source,
                 )
             )  # fmt: skip
         except (BadInput, CheckpointError, OSError) as error:
             raise SystemExit(f"error: {error}")
 
     main.__doc__ = inspect.getdoc(inspect.getmodule(train))
-    typer.run(main)
+    return main
 
 
-def scenes_for(device: torch.device) -> SceneWorld:
-    """Scenes that are drawn fast enough for a device."""
-    return SceneWorld(min(WORKERS, os.cpu_count() or 1) if device.type == "cuda" else 0)
+def parse_bounds(keep: list[str]) -> tuple[Bound, ...]:
+    """Bounds of `--keep`, and the defaults of the columns that it does not name.
+
+    Raises:
+        BadInput: a text is not COLUMN>=NUMBER or COLUMN<=NUMBER.
+    """
+    given = [Bound.parse(text) for text in keep]
+    named = {bound.column for bound in given}
+    return (*(bound for bound in BOUNDS if bound.column not in named), *given)
 
 
-def pick_bf16(asked: bool | None, device: torch.device) -> bool:
-    """Whether products are bfloat16: what was asked, else on cuda only."""
-    return device.type == "cuda" if asked is None else asked
+def pick_bf16(bf16: bool | None, device: torch.device) -> bool:
+    """Whether products are bfloat16: `bf16`, or on cuda only if it is None."""
+    return device.type == "cuda" if bf16 is None else bf16
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that a name of `DEVICES` means here; `auto` is cuda where there is one.
+    """The device that a name of `DEVICES` means here; `auto` is cuda if there is one.
 
     Raises:
-        BadInput: for another name, and for cuda where there is none.
+        BadInput: for another name, and for cuda if there is none.
     """
     if name not in DEVICES:
         raise BadInput(f"--device: {name!r} is not one of {', '.join(DEVICES)}")

@@ -1,7 +1,7 @@
 """`python -m training.clip`: CLIP's two towers, contrastively (arXiv:2103.00020), from scratch.
 
-Every scene comes with near misses (another shape or colour, colours or places traded), so that
-telling captions apart takes every word of them. The tokenizer is trained here too. Writes
+A source that can draws near misses beside each picture, so that telling captions apart takes
+every word of them. The tokenizer is trained here too. Writes
 `tokenizer/`, `text_encoder/` and `image_encoder/` of the checkpoint.
 """
 

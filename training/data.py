@@ -1,35 +1,26 @@
-"""What stages train on: the interface, and scenes, each batch a pure function of its step.
+"""What stages train on: the interface of a source, and the tokens of its captions.
 
-Captioned pictures from disk and the web, the other thing to train on, are in `captioned`.
+Captioned pictures from disk and the web are in `captioned`. Knows no world: what a source knows of
+its pictures beside their captions passes through here unread.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-
-from examples.scenes.scenes import (
-    SIDE,
-    Scene,
-    describe,
-    near_misses,
-    render,
-    sample_request,
-    sample_scene,
-)
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 CPU = torch.device("cpu")
-MAX_TOKENS = 40  # of both tokenizers; the longest caption of a scene has 32 words
+MAX_TOKENS = 40  # of the tokenizers and encoders that `clip` and `bert` train
 
 
 class BadInput(ValueError):
-    """What was asked for cannot be done; one sentence that names the flag and its value."""
+    """Training cannot do what its options say; one sentence names the option and its value."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +28,14 @@ class Batch:
     """What a stage sees at a step.
 
     Attributes:
-        pictures: (B, 3, S, S) in [-1, 1]; (0, 3, S, S) where only captions were asked for.
+        pictures: (B, 3, S, S) in [-1, 1]; (0, 3, S, S) in batches of captions only.
         captions: one a picture.
-        scenes: what each caption is true of; empty where only its words are known.
+        truth: what the source knows of each picture, for its own objective; empty if nothing.
     """
 
     pictures: Tensor
     captions: list[str]
-    scenes: list[Scene] = field(default_factory=list)
+    truth: list[Any] = field(default_factory=list)
 
 
 class Batches(Protocol):
@@ -52,27 +43,47 @@ class Batches(Protocol):
 
     @property
     def position(self) -> dict[str, Any] | None:
-        """Where the next batch begins, in JSON's types; None where its step says it."""
+        """Where the next batch begins, in JSON's types; None if its step alone determines it."""
 
     def resume(self, position: dict[str, Any] | None) -> None:
-        """Goes on from a position.
+        """Continues from a position.
 
         Raises:
-            BadInput: it is a position in data of another kind.
+            BadInput: the position is of other data.
         """
 
     def at(self, step: int) -> Any:
-        """What belongs to a step; steps are asked for in order, each once."""
+        """The batch of a step; steps are requested in order, each once."""
 
     def report(self) -> str:
-        """What was used and what was left out so far, for people; empty if all is used."""
+        """Counts of rows used and left out so far, for people; empty if all are used."""
 
     def close(self) -> None:
-        """Ends what was started to prepare batches ahead."""
+        """Ends the threads and processes that prepare batches."""
+
+
+class Objective(Protocol):
+    """A loss that a source adds to the training of text encoders, from the truth of its captions.
+
+    Hidden states of tokens predict what the source knows of the caption.
+    """
+
+    def module(self, width: int) -> nn.Module:
+        """The weights that read hidden states of `width`; they are trained and then dropped."""
+
+    def loss(
+        self, module: nn.Module, hidden: Tensor, targets: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of hidden states (B, L, width), and what else is worth a curve."""
+
+    def targets(
+        self, tokenizer: PreTrainedTokenizerBase, captions: list[str], truth: Sequence[Any]
+    ) -> Tensor:
+        """What `loss` compares with: (B, `MAX_TOKENS`, …)."""
 
 
 class Source(Protocol):
-    """A world to train on."""
+    """Captioned pictures to train on."""
 
     @property
     def side(self) -> int:
@@ -82,11 +93,15 @@ class Source(Protocol):
     def vocabulary(self) -> int:
         """The size of a tokenizer for its captions."""
 
+    @property
+    def objective(self) -> Objective | None:
+        """A further loss for text encoders; None if the source knows captions only."""
+
     def corpus(self, seed: int, count: int) -> list[str]:
         """Captions to train tokenizers on, `count` at most."""
 
     def sample(self, seed: int, count: int) -> Batch:
-        """The same pictures and captions every time, `count` at most, on the CPU."""
+        """The same pictures and captions for the same seed, `count` at most, on the CPU."""
 
     def batches(
         self,
@@ -98,135 +113,22 @@ class Source(Protocol):
     ) -> Batches:
         """`Batch`es of `size` on `device`, in an order drawn from `seed`.
 
-        With `near`, a source that can draws a picture's near misses beside it.
+        Args:
+            captions_only: no pictures, and captions as users would write them.
+            near: puts near misses of a picture beside it, if the source can.
+        """
+
+    def latents(
+        self, checkpoint: Path, cache: Path, size: int, device: torch.device
+    ) -> Batches | None:
+        """`LatentBatch`es of latents that are encoded once and kept in the folder `cache`.
+
+        None if pictures must be encoded as they come.
         """
 
 
-def scenes(seed: int, count: int) -> tuple[list[Scene], np.random.Generator]:
-    rng = np.random.default_rng(seed)
-    return [sample_scene(rng) for _ in range(count)], rng
-
-
-def pictures(batch: list[Scene]) -> Tensor:
-    """Rendered scenes in [-1, 1]: (B, 3, 64, 64)."""
-    stacked = np.stack([render(scene) for scene in batch])
-    return torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def captions(batch: list[Scene], rng: np.random.Generator) -> list[str]:
-    return [describe(scene, rng) for scene in batch]
-
-
-@dataclass(frozen=True)
-class SceneWorld:
-    """The scenes of `scenes-64`; `workers` processes draw them ahead, none draws on demand.
-
-    Without `told` batches have captions and no truth, as other data has. With `requests` they
-    are what a painter is asked for: see `sample_request`.
-    """
-
-    workers: int = 0
-    told: bool = True
-    requests: bool = False
-    side: int = SIDE
-    vocabulary: int = 1000
-
-    def corpus(self, seed: int, count: int) -> list[str]:
-        return captions(*scenes(seed, count))
-
-    def sample(self, seed: int, count: int) -> Batch:
-        return _Drawn(seed, count)[0]
-
-    def batches(
-        self,
-        seed: int,
-        size: int,
-        device: torch.device,
-        captions_only: bool = False,
-        near: bool = False,
-    ) -> SceneBatches:
-        if near and size % 4:
-            raise BadInput(f"--batch: {size} is no multiple of 4, a scene and three near misses")
-        return SceneBatches(
-            _Drawn(seed, size, captions_only, near, self.told, self.requests), device, self.workers
-        )
-
-
-SCENES = SceneWorld()
-
-
-def knows_truth(source: Source) -> bool:
-    """Whether a source knows what is in its pictures, beside its captions."""
-    return isinstance(source, SceneWorld) and source.told
-
-
-def requests_of(source: Source) -> Source:
-    """Scenes with captions as `sample_request` has them; any other source as it is."""
-    return replace(source, requests=True) if isinstance(source, SceneWorld) else source
-
-
-@dataclass(frozen=True)
-class _Drawn(Dataset):
-    """The batch of every step, drawn from `seed + step`."""
-
-    seed: int
-    size: int
-    captions_only: bool = False
-    near: bool = False
-    told: bool = True
-    requests: bool = False
-
-    def __getitem__(self, step: int) -> Batch:
-        if self.requests:
-            rng = np.random.default_rng(self.seed + step)
-            truth, texts = zip(*(sample_request(rng) for _ in range(self.size)), strict=True)
-            return Batch(no_pictures(), [*texts], [*truth] if self.told else [])
-        truth, rng = scenes(self.seed + step, self.size // 4 if self.near else self.size)
-        if self.near:
-            truth = [scene for base in truth for scene in (base, *near_misses(base, rng))]
-        texts = captions(truth, rng)
-        drawn = no_pictures() if self.captions_only else pictures(truth)
-        return Batch(drawn, texts, truth if self.told else [])
-
-
-def no_pictures(side: int = SIDE) -> Tensor:
+def no_pictures(side: int) -> Tensor:
     return torch.empty(0, 3, side, side)
-
-
-class SceneBatches:
-    """Batches of scenes; their position is the step itself."""
-
-    position = None
-
-    def __init__(self, drawn: _Drawn, device: torch.device, workers: int):
-        self._drawn, self._device, self._workers = drawn, device, workers
-        self._ahead: Iterator[Batch] | None = None
-
-    def resume(self, position: dict[str, Any] | None) -> None:
-        check_no_position(position)
-
-    def at(self, step: int) -> Batch:
-        if not self._workers:
-            return on_device(self._drawn[step], self._device)
-        if self._ahead is None:
-            loader = DataLoader(
-                self._drawn, batch_size=None, sampler=range(step, 2**40), num_workers=self._workers,
-                prefetch_factor=4,
-            )  # fmt: skip
-            self._ahead = iter(loader)
-        return on_device(next(self._ahead), self._device)
-
-    def report(self) -> str:
-        return ""
-
-    def close(self) -> None:
-        self._ahead = None
-
-
-def check_no_position(position: dict[str, Any] | None) -> None:
-    """Raises BadInput where scenes shall go on from a position in other data."""
-    if position is not None:
-        raise BadInput("--data: none is given, but the run's save was trained on some")
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
@@ -234,7 +136,7 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def token_ids(
-    tokenizer, texts: list[str], device: torch.device | str = "cpu"
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:
     """Ids and mask, padded to `MAX_TOKENS`: both (B, MAX_TOKENS) int64."""
     encoded = tokenizer(

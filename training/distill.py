@@ -1,11 +1,11 @@
 """`python -m training.distill`: a UNet that needs four steps and one row, from the trained one.
 
 Latent consistency distillation (arXiv:2310.04378) in phases (arXiv:2403.06807, 2405.18407): the
-noise levels are parted, and the student learns to say at every one where the teacher, led by its
-guidance, would leave its part. So DDIM with one step a part follows the teacher and draws no new
-noise; the guidance scale becomes an input (`timestep_cond`). The teacher moves into a checkpoint
-of its own, `CHECKPOINT-teacher`, which shares every other part; writes `unet/`, `scheduler/` and
-`model_index.json`. With `--init` the student starts from what another distillation has learnt,
+noise levels are parted, and the student learns to predict at every level where the teacher, led by
+its guidance, would leave its part. So DDIM with one step a part follows the teacher and draws no
+new noise; the guidance scale becomes an input (`timestep_cond`). The teacher moves into a
+checkpoint of its own, `CHECKPOINT-teacher`, which shares every other part; writes `unet/`,
+`scheduler/` and `model_index.json`. With `--init` the student starts from another distilled UNet,
 not from the teacher.
 """
 
@@ -26,11 +26,12 @@ from networks.fusion_head import FusionHead
 from networks.loading import load_part
 from training.cli import stage_cli
 from training.data import BadInput, Batches
-from training.diffusion import FROZEN, Encoders, latent_batches, noised, scheduler, write_index
+from training.diffusion import FROZEN, Encoders, scheduler, write_index
+from training.latents import latent_batches, noised
 from training.loop import Trainer
 from training.run import Run, check_trained, load_start, save_part
 from training.sampling import Sampler
-from twinbrush.engine.samplers import guidance_embedding
+from twinbrush.engine.guidance import guidance_embedding
 
 STEPS, BATCH = 600, 64
 PHASES = 4  # parts of the noise levels, and steps of the student
@@ -48,18 +49,18 @@ def ddim_scheduler() -> DDIMScheduler:
 
 
 def teacher_folder(checkpoint: Path) -> Path:
-    """Where what `checkpoint` is distilled from stays."""
+    """The folder of the checkpoint that `checkpoint` is distilled from."""
     return checkpoint.with_name(f"{checkpoint.name}-teacher")
 
 
 def teacher_of(checkpoint: Path) -> Path:
-    """The checkpoint that is distilled, moved out of `checkpoint` while it is still there.
+    """The checkpoint to distill from, moved out of `checkpoint` before its UNet is replaced.
 
-    What both share is linked, not copied.
+    Shared parts are linked, not copied.
 
     Raises:
-        BadInput: there is no UNet, it is distilled and what it was distilled from is not there,
-            or a folder of the teacher's name is something else.
+        BadInput: there is no UNet, it is distilled and its teacher is gone, or a folder of the
+            teacher's name is something else.
     """
     folder = teacher_folder(checkpoint)
     check_trained(checkpoint, *FROZEN, *OWN_PARTS)
@@ -85,7 +86,7 @@ def teacher_of(checkpoint: Path) -> Path:
 
 
 def new_student(teacher: UNet2DConditionModel, init: Path | None = None) -> UNet2DConditionModel:
-    """The teacher with an input for the guidance scale, which says nothing yet.
+    """The teacher with an input for the guidance scale, which has no effect yet.
 
     With `init` it has the weights of that checkpoint's UNet.
 
@@ -101,15 +102,15 @@ def new_student(teacher: UNet2DConditionModel, init: Path | None = None) -> UNet
 
 
 def train(run: Run) -> None:
-    taught_by = teacher_of(run.checkpoint)
+    original = teacher_of(run.checkpoint)
     device, encoders = run.device, Encoders(run.checkpoint, run.device)
     fusion = load_part(run.checkpoint / "fusion", FusionHead).to(device)
-    teacher = load_part(taught_by / "unet", UNet2DConditionModel).to(device)
+    teacher = load_part(original / "unet", UNet2DConditionModel).to(device)
     student = new_student(teacher, run.init).to(device)
-    goes_on = [run.init / "unet"] if run.init else []
-    first = run.first(goes_on)
+    start = [run.init / "unet"] if run.init else []
+    first = run.first(start)
     batches = latent_batches(run, first)
-    reads = [*(taught_by / part for part in (*FROZEN, "fusion", "unet")), *goes_on]
+    reads = [*(original / part for part in (*FROZEN, "fusion", "unet")), *start]
     trainer = run.trainer(student, "distill", 3e-4, EMA_DECAY, reads)
     alphas_cumprod = ddim_scheduler().alphas_cumprod.to(device)
     sampler = Sampler(run.checkpoint, encoders, run.source, device)
@@ -131,16 +132,16 @@ def train(run: Run) -> None:
             before, end = t - stride, end_of_phase(t)
             v = guided(teacher, x_t, t, empty, hidden, w)
             x_before = ddim_step(x_t, v, t, before, alphas_cumprod)
-            told = {"encoder_hidden_states": hidden, "timestep_cond": embedding}
-            onward = trainer.ema.module(x_before, before.clamp(min=0), **told).sample.float()
+            conditions = {"encoder_hidden_states": hidden, "timestep_cond": embedding}
+            onward = trainer.ema.module(x_before, before.clamp(min=0), **conditions).sample.float()
             x_end = ddim_step(x_before, onward, before, end, alphas_cumprod)
             target = velocity(x_t, x_end, t, end, alphas_cumprod)
-        return {"loss": F.mse_loss(trainer.module(x_t, t, **told).sample.float(), target)}
+        return {"loss": F.mse_loss(trainer.module(x_t, t, **conditions).sample.float(), target)}
 
-    teach(run, trainer, loss_at, batches, sampler, fusion)
+    train_student(run, trainer, loss_at, batches, sampler, fusion)
 
 
-def teach(
+def train_student(
     run: Run,
     trainer: Trainer,
     loss_at: Callable[[int], dict[str, Tensor]],
@@ -149,24 +150,24 @@ def teach(
     fusion: FusionHead,
 ) -> None:
     """Trains a student to the end; writes `unet/`, `scheduler/` and `model_index.json`."""
-    taught = trainer.run(
+    student = trainer.run(
         loss_at,
         batches,
         lambda averaged: sampler.sheet(averaged, fusion, ddim_scheduler(), DEFAULTS),
     )
     write_index(run.checkpoint, ddim_scheduler(), DEFAULTS, run.source)
-    save_part(taught.half(), run.checkpoint / "unet")  # last: saves of this run were made on others
+    save_part(student.half(), run.checkpoint / "unet")  # last: this run's saves name the old one
 
 
 def check_distilled(checkpoint: Path) -> None:
-    """Raises BadInput where a checkpoint has no distilled UNet, or no encoders for it."""
+    """Raises BadInput if a checkpoint has no distilled UNet, or no encoders for it."""
     check_trained(checkpoint, *FROZEN, "fusion", "unet")
     if UNet2DConditionModel.load_config(checkpoint / "unet").get("time_cond_proj_dim") is None:
         raise BadInput(f"--checkpoint: the UNet of {checkpoint} is not distilled yet")
 
 
-def scale_embedding(scales: Sequence[float]) -> Tensor:
-    """What the student is told of guidance scales: (B, `EMBEDDING`)."""
+def scale_embedding(scales: Sequence[float] | np.ndarray | Tensor) -> Tensor:
+    """The student's input for guidance scales: (B, `EMBEDDING`)."""
     return torch.from_numpy(np.stack([guidance_embedding(w, EMBEDDING) for w in scales]))
 
 
@@ -198,13 +199,13 @@ def alpha_sigma(t: Tensor, alphas_cumprod: Tensor) -> tuple[Tensor, Tensor]:
 
 def ddim_step(x_t: Tensor, v: Tensor, t: Tensor, to: Tensor, alphas_cumprod: Tensor) -> Tensor:
     """Latents at the timesteps `to` (B,), one solver step towards the picture."""
-    (alpha, sigma), (alpha_to, sigma_to) = (alpha_sigma(one, alphas_cumprod) for one in (t, to))
+    (alpha, sigma), (alpha_to, sigma_to) = (alpha_sigma(level, alphas_cumprod) for level in (t, to))
     return alpha_to * (alpha * x_t - sigma * v) + sigma_to * (sigma * x_t + alpha * v)
 
 
 def velocity(x_t: Tensor, x_to: Tensor, t: Tensor, to: Tensor, alphas_cumprod: Tensor) -> Tensor:
     """The v with which `ddim_step` leads from x_t to x_to."""
-    (alpha, sigma), (alpha_to, sigma_to) = (alpha_sigma(one, alphas_cumprod) for one in (t, to))
+    (alpha, sigma), (alpha_to, sigma_to) = (alpha_sigma(level, alphas_cumprod) for level in (t, to))
     turned = (alpha_to * alpha + sigma_to * sigma) * x_t
     return (turned - x_to) / (alpha_to * sigma - sigma_to * alpha)
 

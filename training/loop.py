@@ -1,9 +1,9 @@
 """The training loop that every stage shares: resume, save, learning rate, EMA, loss curve.
 
-A stage gives its modules and a function from a step number to a loss. What is drawn at a step
-depends on its number alone, or on a position in the data that is kept in the save, so a run
-that was killed goes on from its last save as if it had not been. Saves are safetensors and
-replace each other atomically.
+A stage gives its modules and a function from the number of a draw to a loss. What is drawn depends
+on that number alone, or on a position in the data that is kept in the save, so a run that was
+killed continues from its last save as if it had not been. Saves are safetensors and replace each
+other atomically.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -24,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import get_cosine_schedule_with_warmup
 
+from training.compute import Compute
 from training.data import BadInput, Batches
 from training.sheets import draw_losses, replace_picture
 
@@ -38,12 +40,12 @@ _LOG_EVERY = 10  # steps; reading a loss waits for the device
 class Trainer:
     """Trains `module`, on the device where it is, for `steps` steps, into files of `folder`.
 
-    Every `save_every` steps it writes `state.safetensors`, `losses.png` and, where the stage
-    has something to show, `samples.png`; `losses.csv` grows between them.
+    Every `save_every` steps it writes `state.safetensors`, `losses.png` and, if the stage draws
+    any, `samples.png`; `losses.csv` grows between them.
 
     Raises:
         BadInput: the folder holds a save that is broken, of a module with other tensors, of
-            more steps, or of a run that did not read what `reads` names.
+            more steps, or of a run with other `reads`.
     """
 
     def __init__(
@@ -54,11 +56,11 @@ class Trainer:
         learning_rate: float,
         ema_decay: float = 0.999,
         save_every: int = 100,
-        bf16: bool = False,
+        compute: Compute | None = None,
         reads: str = "",
     ):
         self.module, self.folder, self.steps, self.save_every = module, folder, steps, save_every
-        self.bf16, self._reads = bf16, reads
+        self.compute, self._reads = compute or Compute(), reads
         self.device = next(module.parameters()).device
         trainable = [p for p in module.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trainable, learning_rate, weight_decay=0.01)
@@ -67,11 +69,12 @@ class Trainer:
         )
         self.ema = AveragedModel(module, multi_avg_fn=_averaging(ema_decay))
         self.step = 0
-        self._position: dict | None = None  # of the data, in the save that was loaded
+        self._position: Any = None  # in the data, of the save that was loaded
         folder.mkdir(parents=True, exist_ok=True)
         if self._state.exists():
             self._load()
-        self._forget_unsaved()
+        if self.compute.main:
+            self._forget_unsaved()
 
     @property
     def _state(self) -> Path:
@@ -83,20 +86,22 @@ class Trainer:
         batches: Batches | None = None,
         samples: Callable[[nn.Module], Image.Image] | None = None,
     ) -> nn.Module:
-        """Trains to the end; `loss_at(step)["loss"]` is minimised.
+        """Trains to the end; `loss_at(draw)["loss"]` is minimised.
 
         Args:
-            loss_at: the losses of a step, and what else is worth a curve.
-            batches: where `loss_at` takes its data from; their position is saved and restored.
+            loss_at: the losses of a draw, and what else is worth a curve; with one pass and one
+                process the draw is the step.
+            batches: the data of `loss_at`; their position is saved and restored.
             samples: draws `samples.png` with the EMA module.
 
         Returns:
             The EMA module.
         """
         if batches and self.step:
-            batches.resume(self._position)
+            batches.resume(self.compute.own(self._position))
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[loss]}")) as bar:
+        columns += (TimeRemainingColumn(), TextColumn("{task.fields[loss]}"))
+        with Progress(*columns, disable=not self.compute.main) as bar:
             task = bar.add_task(self.folder.name, total=self.steps, completed=self.step, loss="")
             while self.step < self.steps:
                 losses = self._update(loss_at)
@@ -107,21 +112,27 @@ class Trainer:
                     self._log(shown)
                 if self.step % self.save_every == 0 or self.step == self.steps:
                     self._save(batches.position if batches else None)
-                    self._draw(samples)
+                    if self.compute.main:
+                        self._draw(samples)
         if batches:
             batches.close()
             if report := batches.report():
-                print(f"{self.folder.name}: {report}")
+                process = f" process {self.compute.index}:" if self.compute.processes > 1 else ""
+                print(f"{self.folder.name}:{process} {report}")
         return self.ema.module
 
     def _update(self, loss_at: Callable[[int], dict[str, Tensor]]) -> dict[str, Tensor]:
         torch.manual_seed(self.step)  # dropout, which a resumed run must draw again
         kind = self.device.type
-        with torch.autocast(kind, torch.bfloat16, self.bf16), sdpa_kernel(_ATTENTION[kind]):
-            losses = loss_at(self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        losses["loss"].backward()
-        nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], 1.0)
+        for draw in self.compute.draws(self.step):
+            with sdpa_kernel(_ATTENTION[kind]):  # also where the backward pass recomputes
+                with torch.autocast(kind, torch.bfloat16, self.compute.bf16):
+                    losses = loss_at(draw)
+                (losses["loss"] / self.compute.passes).backward()
+        trained = self.optimizer.param_groups[0]["params"]
+        self.compute.average(p.grad for p in trained if p.grad is not None)
+        nn.utils.clip_grad_norm_(trained, 1.0)
         self.optimizer.step()
         self.schedule.step()
         self.ema.update_parameters(self.module)
@@ -129,6 +140,8 @@ class Trainer:
         return losses
 
     def _log(self, losses: dict[str, float]) -> None:
+        if not self.compute.main:
+            return
         path = self.folder / "losses.csv"
         fresh = not path.exists()
         with path.open("a", newline="") as file:
@@ -146,26 +159,29 @@ class Trainer:
             self.ema.train(training)
 
     def _save(self, position: dict | None) -> None:
+        position = self.compute.gather(position)
+        if not self.compute.main:
+            return
         tensors = {f"module.{k}": v for k, v in self.module.state_dict().items()}
         tensors |= {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
         for i, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in state.items()}
         part = self._state.with_suffix(".part")
         tensors = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
-        told = {"step": str(self.step), "position": json.dumps(position), "reads": self._reads}
-        save_file(tensors, part, told)
+        record = {"step": str(self.step), "position": json.dumps(position), "reads": self._reads}
+        save_file(tensors, part, record)
         os.replace(part, self._state)
 
     def _load(self) -> None:
         try:
             with safe_open(self._state, "pt") as file:
-                told = file.metadata()
+                record = file.metadata()
             tensors = load_file(self._state, device=str(self.device))
         except SafetensorError as error:
             raise BadInput(f"--runs: {self._state} is broken: {error}")
-        if told.get("reads", "") != self._reads:
+        if record.get("reads", "") != self._reads:
             raise BadInput(f"--runs: {self._state} was saved from a run on other weights or seed")
-        self._position = json.loads(told.get("position", "null"))
+        self._position = json.loads(record.get("position", "null"))
         try:
             self.module.load_state_dict(_under("module.", tensors))
             self.ema.load_state_dict(_under("ema.", tensors))

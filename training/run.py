@@ -1,4 +1,4 @@
-"""What every training stage is told: where, for how long, on what, and from what."""
+"""One run of a training stage: its folders, length, data and start. Knows no stage."""
 
 from __future__ import annotations
 
@@ -6,19 +6,18 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import transformers
-from diffusers import ModelMixin
 from diffusers.utils import CONFIG_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedModel
 
 from training import data
+from training.compute import Compute
 from training.loop import Trainer
 from twinbrush.server.manifest import sha256_of
 
@@ -30,9 +29,9 @@ class Run:
     Attributes:
         checkpoint: folder whose parts are read and written.
         runs: folder of saves, curves and samples, one folder in it for each `trainer`.
-        steps, batch: optimiser steps, and pictures a step; 0 is a stage's own in `examples.scenes.train`.
+        steps, batch: optimiser steps, and pictures a step.
+        source: the pictures and captions.
         bf16: bfloat16 products.
-        source: what pictures and captions come from.
         save_every: steps between saves.
         init: checkpoint whose weights training starts from; random ones without it.
         seed: of the random weights and of every draw, under 2**31.
@@ -44,7 +43,7 @@ class Run:
     batch: int
     device: torch.device = data.CPU
     bf16: bool = False
-    source: data.Source = data.SCENES
+    source: data.Source = field(kw_only=True)
     save_every: int = 100
     init: Path | None = None
     seed: int = 0
@@ -52,11 +51,11 @@ class Run:
     def first(self, started_from: Sequence[Path] = ()) -> int:
         """The number of the first draw; each step's is one more.
 
-        Every seed has its own, and so has every start: who goes on from other weights would else
-        see again what those before saw. `started_from` are folders of such weights.
+        Every seed has its own, and so has every start, so that training that continues from
+        weights does not repeat the draws behind them. `started_from` are folders of such weights.
         """
-        goes_on = int(digest(started_from)[:8], 16) if started_from else 0
-        return self.seed * 2**32 + goes_on
+        start = int(digest(started_from)[:8], 16) if started_from else 0
+        return self.seed * 2**32 + start
 
     def trainer(
         self,
@@ -65,15 +64,16 @@ class Run:
         learning_rate: float,
         ema_decay: float,
         reads: Sequence[Path] = (),
+        compute: Compute | None = None,
     ) -> Trainer:
         """A trainer of `module`, which is on the run's device, into the folder `name`.
 
-        `reads` are folders of weights that the training depends on: it does not go on from a save
-        that was made with others, or with another seed.
+        `reads` are folders of weights that the training depends on: a save that was made with
+        other weights or another seed is refused. `compute` is one pass in one process by default.
         """
         return Trainer(
             module, self.runs / name, self.steps, learning_rate, ema_decay, self.save_every,
-            self.bf16, f"{digest(reads)} {self.seed}",
+            compute or Compute(self.bf16), f"{digest(reads)} {self.seed}",
         )  # fmt: skip
 
 
@@ -87,7 +87,7 @@ def check_trained(checkpoint: Path, *parts: str) -> None:
 
 @contextmanager
 def starting_from(path: Path, kind: str) -> Iterator[None]:
-    """Raises BadInput that names `path` where what is read inside is no model of a kind."""
+    """Raises BadInput that names `path` if reading a model of a kind fails inside."""
     try:
         yield
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -96,8 +96,8 @@ def starting_from(path: Path, kind: str) -> Iterator[None]:
         raise data.BadInput(f"--init: {path} is no {kind} to start from: {reason}")
 
 
-def save_part(model: ModelMixin | PreTrainedModel, folder: Path) -> None:
-    """Writes a part of a checkpoint, which does not tell where its weights were read from."""
+def save_part(model: nn.Module, folder: Path) -> None:
+    """Writes a part of a checkpoint, without the path that its weights were read from."""
     transformers.utils.logging.disable_progress_bar()  # it would cut through the stage's own
     model.save_pretrained(folder)
     config = json.loads((folder / CONFIG_NAME).read_text())
@@ -116,6 +116,6 @@ def load_start(module: nn.Module, file: Path, kind: str) -> None:
 
 
 def digest(folders: Sequence[Path]) -> str:
-    """Of the weights in folders; another where any is another."""
+    """A hash of the weights in folders."""
     files = (file for folder in folders for file in sorted(folder.glob("*.safetensors")))
     return hashlib.sha256("".join(map(sha256_of, files)).encode()).hexdigest()

@@ -17,7 +17,7 @@ from networks.fusion_head import FusionHead
 from networks.loading import load_part
 from training.data import Source
 from training.sheets import grid
-from twinbrush.engine.samplers import guidance_embedding
+from twinbrush.engine.guidance import guidance_embedding
 
 COLUMNS, COUNT = 4, 8
 SEED = 58_999_999  # of the prompts
@@ -68,8 +68,8 @@ def sample(
 
     Args:
         hidden: conditioning of the prompts, (B, L, D); `empty` is that of no prompt, (1, L, D).
-        defaults: `steps` and `guidance_scale`; a UNet with `time_cond_proj_dim` is told the
-            scale, another is led in two rows.
+        defaults: `steps` and `guidance_scale`; a UNet with `time_cond_proj_dim` takes the scale
+            as an embedding, another is guided in two rows.
     """
     scale, width = defaults["guidance_scale"], unet.config.time_cond_proj_dim
     shape = (len(hidden), unet.config.in_channels, *(unet.config.sample_size,) * 2)
@@ -78,9 +78,9 @@ def sample(
     for t in schedule.timesteps:
         x = x_t.to(hidden.device)
         if width:
-            told = torch.from_numpy(guidance_embedding(scale, width)).to(x.device)
-            told = told.expand(len(x), -1)
-            out = unet(x, t, encoder_hidden_states=hidden, timestep_cond=told).sample
+            embedding = torch.from_numpy(guidance_embedding(scale, width)).to(x.device)
+            embedding = embedding.expand(len(x), -1)
+            out = unet(x, t, encoder_hidden_states=hidden, timestep_cond=embedding).sample
         else:
             led = torch.cat([empty.expand_as(hidden), hidden])
             out = unet(x.repeat(2, 1, 1, 1), t, encoder_hidden_states=led).sample

@@ -172,7 +172,7 @@ def sharpen(vae: VQModel, weights: Weights, run: Run) -> VQModel:
 
 
 @torch.no_grad()
-def revive(model: VQModel, use: Tensor, seed: int, source: data.Source = data.SCENES) -> Tensor:
+def revive(model: VQModel, use: Tensor, seed: int, source: data.Source) -> Tensor:
     """Moves codes that nothing used onto encoder outputs, in eight rounds.
 
     Outputs are drawn in proportion to their squared distance from the codes that live
@@ -211,7 +211,7 @@ def fold_colours(model: VQModel) -> None:
 
 
 def compared(originals: Tensor, painted: Tensor) -> Image.Image:
-    """Originals (N, 3, S, S) above what was made of them."""
+    """Originals (N, 3, S, S) above their reconstructions."""
     return grid(torch.cat([originals, painted]), columns=len(originals))
 
 

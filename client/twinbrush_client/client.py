@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import queue
 import threading
-import uuid
+import time
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Unpack
 
-import tritonclient.grpc as grpc
+import grpc
 from PIL import Image
-from tritonclient.utils import InferenceServerException
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from twinbrush_client import wire
-from twinbrush_client.wire import Picture, Progress, TwinbrushError
+from twinbrush_client.connection import Connection, Deadline
+from twinbrush_client.errors import Cancelled, error_of
+from twinbrush_client.fields import RequestFields
+from twinbrush_client.signature import with_fields
+from twinbrush_client.wire import Event, Picture, ServerInfo
 
-UNARY, STREAM = "text_to_image", "text_to_image_stream"
-TIMEOUT = 300.0  # seconds
-IMAGE_FORMATS = ("png", "jpeg")  # that come as a picture; servers also send what is none
+MAX_IN_FLIGHT = 16  # prompts of a list that are with the server at once
 
 
 class Client:
@@ -26,64 +28,80 @@ class Client:
 
     Args:
         address: host and port of the server's gRPC endpoint.
-        timeout: seconds that a request may take in all; a server that hangs ends it too.
+        options: `timeout` in seconds (300), `max_retries` (2), `headers`, `tls`, `credentials`:
+            see `Connection`.
 
-    The fields of a request are those of the server: `negative_prompt`, `seed`, `steps`,
-    `guidance_scale`, `width`, `height`, `sampler`, `deterministic`, and `image_format`, which is
-    png or jpeg here; what is left out takes the served checkpoint's default.
+    The fields of a request are those of the server, and diffusers' names of `steps` and
+    `num_images`. A field that is left out takes the served checkpoint's default; `image_format`
+    is png, jpeg, webp or avif here, and png by default.
     """
 
-    def __init__(self, address: str = "127.0.0.1:8001", timeout: float = TIMEOUT):
-        self._address, self._timeout = address, timeout
-        self._client = grpc.InferenceServerClient(address)
+    def __init__(self, address: str = Connection.address, timeout: float = Connection.timeout,
+                 **options: Any):  # fmt: skip
+        self._connection = Connection(address, timeout, **options)
+        self._channel = self._connection.channel(grpc)
+        self._stub: Any = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
-    def generate(self, prompt: str, num_images: int = 1, **fields: Any) -> list[Image.Image]:
-        """Pictures of a prompt; each one's seed is its `info["seed"]`.
+    @with_fields
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        timeout: float | None = None,
+        **fields: Unpack[RequestFields],
+    ) -> list[Image.Image]:
+        """Pictures of a prompt, or of each of a list in its order; `info["seed"]` is the seed.
 
-        What the server warns of (a prompt that was cut) is a `UserWarning`. An interrupt
-        (Ctrl-C) cancels the work on the server.
+        With a list, `seed` is the first picture's and the others count up. A warning of the
+        server (a prompt was truncated) is a `UserWarning`. An interrupt (Ctrl-C) cancels the
+        work on the server.
 
         Raises:
             TwinbrushError: the server refused the request or could not finish it.
         """
-        inputs = _inputs(prompt, num_images, fields)
-        answers: queue.SimpleQueue = queue.SimpleQueue()
-        call: Any = self._client.async_infer(
-            UNARY,
-            inputs,
-            lambda result, error: answers.put((result, error)),
-            client_timeout=self._timeout,
-        )
-        try:
-            result, error = answers.get()
-        except BaseException:
-            call.cancel()
-            raise
-        if error is not None:
-            raise TwinbrushError.of(error)
-        warning = result.as_numpy("warning")[0]
-        if warning:
-            warnings.warn(warning.decode(), stacklevel=2)
-        rows = zip(result.as_numpy("image"), result.as_numpy("seed"), strict=True)
-        return [wire.picture(data, i, int(s), warning).image for i, (data, s) in enumerate(rows)]
+        requests = wire.requests(prompt, fields)
+        found: list[Picture] = []
+        for response in self._answers(requests, self._connection.deadline(timeout)):
+            found += wire.pictures(response)
+        for text in sorted({picture.warning for picture in found} - {""}):
+            warnings.warn(text, stacklevel=2)
+        return [picture.image for picture in found]
 
-    def stream(self, prompt: str, num_images: int = 1, **fields: Any) -> Stream:
+    @with_fields
+    def stream(
+        self, prompt: str, *, timeout: float | None = None, **fields: Unpack[RequestFields]
+    ) -> Stream:
         """The events of a request as they come; `preview_every` asks for previews.
 
         Raises:
-            TwinbrushError: a value does not fit its field.
+            InvalidRequest: a field is unknown, or a value has the wrong type.
         """
-        return Stream(self._address, _inputs(prompt, num_images, fields), self._timeout)
+        request = wire.stream_request(prompt, fields)
+        return self._stream(request, timeout, wire.num_images(fields))
+
+    def info(self, *, timeout: float | None = None) -> ServerInfo:
+        """What the server serves: checkpoint, samplers, sizes, defaults, fields.
+
+        Raises:
+            TwinbrushError: the server does not answer.
+        """
+        (response,) = self._stream(wire.info_request(), timeout).responses()
+        return wire.server_info(response)
 
     def ready(self) -> bool:
         """Whether the server takes requests."""
+        asked = service_pb2.ServerReadyRequest()  # pyright: ignore[reportAttributeAccessIssue]
         try:
-            return bool(self._client.is_server_ready())
-        except InferenceServerException:
+            metadata = self._connection.metadata
+            answer = self._stub.ServerReady(
+                asked, timeout=self._connection.timeout, metadata=metadata
+            )
+        except grpc.RpcError:
             return False
+        return bool(answer.ready)
 
     def close(self) -> None:
-        self._client.close()
+        self._channel.close()
 
     def __enter__(self) -> Client:
         return self
@@ -91,69 +109,123 @@ class Client:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    def _stream(self, request: Any, timeout: float | None, pictures: int = 1) -> Stream:
+        deadline = self._connection.deadline(timeout)
 
-def _inputs(prompt: str, num_images: int, fields: dict[str, Any]) -> list[grpc.InferInput]:
-    """Raises TwinbrushError where a value does not fit its field, or no picture can come of it."""
-    if (wanted := fields.get("image_format")) not in (None, *IMAGE_FORMATS):
-        text = f"image_format={wanted!r} is not allowed: {' or '.join(IMAGE_FORMATS)} are"
-        raise TwinbrushError("INVALID_ARGUMENT", text)
-    return wire.inputs({"prompt": prompt, "num_images": num_images, **fields})
+        def start() -> Any:
+            return self._stub.ModelStreamInfer(
+                iter([request]), timeout=deadline.left, metadata=self._connection.metadata
+            )
+
+        return Stream(start, self._connection, deadline, pictures)
+
+    def _answers(self, requests: Sequence[Any], deadline: Deadline) -> Iterator[Any]:
+        """The responses in order; if one fails, or the caller leaves, the others are cancelled."""
+        sent: deque[tuple[Any, Any]] = deque()
+        try:
+            for request in requests:
+                if len(sent) == MAX_IN_FLIGHT:
+                    yield self._answer(*sent.popleft(), deadline)
+                sent.append((request, self._send(request, deadline)))
+            while sent:
+                yield self._answer(*sent.popleft(), deadline)
+        finally:
+            for _, call in sent:
+                call.cancel()
+
+    def _send(self, request: Any, deadline: Deadline) -> Any:
+        metadata = self._connection.metadata
+        return self._stub.ModelInfer.future(request, timeout=deadline.left, metadata=metadata)
+
+    def _answer(self, request: Any, call: Any, deadline: Deadline) -> Any:
+        attempt = 0
+        while True:
+            try:
+                return call.result()
+            except grpc.RpcError as error:
+                failure = self._connection.error(error)
+            except grpc.FutureCancelledError:
+                raise Cancelled("CANCELLED", "the request was cancelled") from None
+            except BaseException:
+                call.cancel()
+                raise
+            if (pause := self._connection.pause(failure, attempt, deadline)) is None:
+                raise failure
+            time.sleep(pause)
+            attempt += 1
+            call = self._send(request, deadline)
 
 
 class Stream:
     """The events of one request, in order. Iterate over it once.
 
-    Leaving it early (`cancel`, its context, an exception) stops the work on the server.
+    Leaving it early (`cancel`, its context, an exception) stops the work on the server. Before
+    its first event, a request is sent again as `max_retries` allows.
 
     Raises:
         TwinbrushError: while iterating, where the server refused or ended the request.
     """
 
-    def __init__(self, address: str, inputs: list[grpc.InferInput], timeout: float):
-        self._answers: queue.SimpleQueue = queue.SimpleQueue()
-        self._client = grpc.InferenceServerClient(address)
-        self._client.start_stream(
-            lambda result, error: self._answers.put((result, error)), stream_timeout=timeout
-        )
-        try:
-            self._client.async_stream_infer(
-                STREAM, inputs, request_id=uuid.uuid4().hex, enable_empty_final_response=True
-            )
-        except InferenceServerException:
-            raise TwinbrushError("UNAVAILABLE", f"no server answers at {address}") from None
-        self._open = True
-        self._leaving = threading.Lock()
+    def __init__(
+        self,
+        start: Callable[[], Any],
+        connection: Connection,
+        deadline: Deadline,
+        pictures: int,
+    ):
+        self._pictures = pictures
+        self._start, self._connection, self._deadline = start, connection, deadline
+        self._lock = threading.Lock()  # guards the two below
+        self._cancelled = False
+        self._call = start()
 
-    def __iter__(self) -> Iterator[Progress | Picture]:
-        try:
-            while True:
-                result, error = self._answers.get()
-                if error is not None:
-                    raise TwinbrushError.of(error)
-                response = result.get_response()
-                if response.outputs:
-                    yield wire.event(result)
-                if response.parameters["triton_final_response"].bool_param:
-                    self._leave(cancel_requests=False)
+    def __iter__(self) -> Iterator[Event]:
+        with self:
+            left, responses = self._pictures, self.responses()
+            for response in responses:
+                event = wire.event(response)
+                left -= isinstance(event, Picture)
+                if not left:  # a cancel between it and the end keeps Triton from a clean exit
+                    deque(responses, 0)
+                yield event
+
+    def responses(self) -> Iterator[Any]:
+        """Triton's responses, for events that this version does not know."""
+        attempt, began = 0, False
+        while True:
+            failure = None
+            try:
+                for response in self._call:
+                    if response.error_message:
+                        failure = error_of("", response.error_message)
+                    else:
+                        began = True
+                        yield response
+                if failure is None:
                     return
-        finally:
-            self.cancel()
+            except grpc.RpcError as error:
+                failure = self._connection.error(error)
+            pause = self._connection.pause(failure, attempt, self._deadline)
+            if began or pause is None:
+                raise failure
+            time.sleep(pause)
+            attempt += 1
+            self._restart()
 
     def cancel(self) -> None:
-        """Ends the request; a stream that has ended stays as it is. From any thread.
+        """Ends the request, from any thread; a stream that has ended stays as it is.
 
-        Who iterates gets what had come before, then a `TwinbrushError` of code CANCELLED.
+        An iteration gets the events that had come before, then raises `Cancelled`.
         """
-        self._leave(cancel_requests=True)
+        with self._lock:
+            self._cancelled = True
+            self._call.cancel()
 
-    def _leave(self, cancel_requests: bool) -> None:
-        """A cancel after the last response would keep the server from a clean exit."""
-        with self._leaving:
-            was_open, self._open = self._open, False
-        if was_open:
-            self._client.stop_stream(cancel_requests)
-            self._client.close()
-            self._answers.put((None, InferenceServerException("cancelled", "CANCELLED")))
+    def _restart(self) -> None:
+        with self._lock:
+            if self._cancelled:
+                raise Cancelled("CANCELLED", "the request was cancelled")
+            self._call = self._start()
 
     def __enter__(self) -> Stream:
         return self

@@ -17,9 +17,17 @@ DATA_TYPES = {
     "width": "INT32",
     "height": "INT32",
     "sampler": "BYTES",
+    "sigma_schedule": "BYTES",
+    "eta": "FP32",
+    "guidance_rescale": "FP32",
+    "guidance_start": "FP32",
+    "guidance_end": "FP32",
     "num_images": "INT32",
     "image_format": "BYTES",
     "deterministic": "BOOL",
+    "metadata": "BOOL",
+    "priority": "BYTES",
+    "deadline_ms": "INT32",
     "progress": "BOOL",
     "preview_every": "INT32",
 }
@@ -36,6 +44,15 @@ HELP = {
     "width": "Width in pixels.",
     "height": "Height in pixels.",
     "sampler": "How latents go from one step to the next.",
+    "sigma_schedule": (
+        "How the noise levels of the steps are spaced; the default is the checkpoint's own."
+    ),
+    "eta": "Share of fresh noise in each step, of ddim and tcd alone.",
+    "guidance_rescale": (
+        "How far guided predictions are brought back to the contrast of unguided ones."
+    ),
+    "guidance_start": "Share of the steps after which guidance begins.",
+    "guidance_end": "Share of the steps after which guidance ends.",
     "num_images": "Number of images.",
     "image_format": (
         "File format. The default is valid in JSON; over gRPC, formats without _base64 save a "
@@ -43,6 +60,11 @@ HELP = {
     ),
     "deterministic": (
         "Same bytes however busy the server is; the request's UNet calls are not shared."
+    ),
+    "metadata": "Write prompt, seed and settings into the image file.",
+    "priority": "Weight among the live requests; no priority starves another.",
+    "deadline_ms": (
+        "Milliseconds after which the request is ended with DEADLINE_EXCEEDED; 0 sets none."
     ),
     "progress": "Send a progress event for every step.",
     "preview_every": "Send a preview, one pixel a latent cell, every so many steps; 0 sends none.",
@@ -56,13 +78,22 @@ ALLOWED = {
     "guidance_scale": "0 to 50",
     "width": "multiples of the checkpoint's grid, up to four times its native side and 2,048",
     "height": "multiples of the checkpoint's grid, up to four times its native side and 2,048",
-    "sampler": "lcm, ddim, euler, dpmpp_2m",
+    "sampler": (
+        "lcm, ddim, euler, dpmpp_2m, ddpm, euler_a, heun, lms, dpmpp_2m_sde, unipc, deis, pndm, tcd"
+    ),
+    "sigma_schedule": "default, normal, karras, exponential, beta, sgm_uniform",
+    "eta": "0 to 1",
+    "guidance_rescale": "0 to 1",
+    "guidance_start": "0 to 1",
+    "guidance_end": "0 to 1",
     "num_images": "1 to 16",
     "image_format": (
-        "png, jpeg, webp, avif, raw, png_base64, jpeg_base64, webp_base64, avif_base64, "
-        "raw_base64"
+        "png, jpeg, webp, avif, raw, png_base64, jpeg_base64, webp_base64, avif_base64, raw_base64"
     ),
     "deterministic": "true, false",
+    "metadata": "true, false",
+    "priority": "low, normal, high",
+    "deadline_ms": "0 to 86400000",
     "progress": "true, false",
     "preview_every": "0 to 50",
 }
@@ -80,9 +111,17 @@ class RequestFields(TypedDict, total=False):
     width: int | None
     height: int | None
     sampler: str | None
+    sigma_schedule: str | None
+    eta: float | None
+    guidance_rescale: float | None
+    guidance_start: float | None
+    guidance_end: float | None
     num_images: int | None
     image_format: str | None
     deterministic: bool | None
+    metadata: bool | None
+    priority: str | None
+    deadline_ms: int | None
     progress: bool | None
     preview_every: int | None
     num_inference_steps: int | None

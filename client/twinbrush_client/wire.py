@@ -1,38 +1,36 @@
-"""The wire: request fields become Triton inputs, responses become events."""
+"""The wire: request fields become Triton's requests, its responses become events.
+
+Checks types and names; which values are allowed is for the server to say. Knows no channels.
+"""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+import numbers
+import struct
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
-import tritonclient.grpc as grpc
+import tritonclient.grpc as triton
 from PIL import Image
-from tritonclient.utils import InferenceServerException
+from tritonclient.grpc import service_pb2
 
-from twinbrush_client.fields import DATA_TYPES
+from twinbrush_client.errors import invalid
+from twinbrush_client.fields import ALLOWED, DATA_TYPES, STREAM_ONLY
 
+_REQUEST: Any = vars(service_pb2)["ModelInferRequest"]  # pyright knows none of its names
+UNARY, STREAM = "text_to_image", "text_to_image_stream"
+IMAGE_FORMATS = ("png", "jpeg", "webp", "avif")  # that come as a picture; servers have others
+ALIASES = {"num_inference_steps": "steps", "num_images_per_prompt": "num_images"}  # of diffusers
+FORMATS = {"INT64": "<q", "INT32": "<i", "FP32": "<f", "BOOL": "<?"}
+KINDS = {"INT64": "an integer", "INT32": "an integer", "FP32": "a number", "BOOL": "True or False"}
 NUMPY_TYPES = {"BYTES": object, "INT64": np.int64, "INT32": np.int32, "FP32": np.float32,
                "BOOL": np.bool_}  # fmt: skip
-
-
-class TwinbrushError(Exception):
-    """The server refused or ended a request.
-
-    `code` is gRPC's status name (`INVALID_ARGUMENT`, `UNAVAILABLE`, `CANCELLED`,
-    `DEADLINE_EXCEEDED`, `INTERNAL`), or an empty text where a stream does not tell it.
-    """
-
-    def __init__(self, code: str, message: str):
-        super().__init__(message)
-        self.code = code
-
-    @classmethod
-    def of(cls, error: InferenceServerException) -> TwinbrushError:
-        code = str(error.status() or "").removeprefix("StatusCode.")
-        return cls(code, str(error.message()))
+MAX_TEXT = 8000  # bytes; the server's limit in characters is below
 
 
 @dataclass(frozen=True)
@@ -53,44 +51,202 @@ class Preview(Progress):
 
 @dataclass(frozen=True)
 class Picture:
-    """Image `index`, finished; the same `seed` gives it again."""
+    """Image `index`, finished; the same `seed` gives it again. `data` is the file as it came."""
 
     index: int
     seed: int
     image: Image.Image
     warning: str
+    data: bytes = field(repr=False)
 
 
-def inputs(fields: Mapping[str, Any]) -> list[grpc.InferInput]:
-    """Triton inputs of the fields that are given.
+@dataclass(frozen=True)
+class ServerInfo:
+    """What a server serves.
+
+    Attributes:
+        version: of the server.
+        checkpoint: its name.
+        samplers, image_formats: names that a request may use.
+        defaults: values of the fields that a request leaves out.
+        sizes: `native`, `multiple_of` and `largest` side, in pixels.
+        fields: name, type, allowed values and help of each request field.
+    """
+
+    version: str
+    checkpoint: str
+    samplers: list[str]
+    image_formats: list[str]
+    defaults: dict[str, Any]
+    sizes: dict[str, int]
+    fields: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, text: bytes) -> ServerInfo:
+        known = json.loads(text)  # a newer server may say more
+        return cls(**{each.name: known[each.name] for each in fields(cls)})
+
+
+Event = Progress | Picture
+
+
+def requests(prompt: str | Sequence[str], given: Mapping[str, Any]) -> list[Any]:
+    """A unary request for each prompt.
+
+    With a seed, the images of all prompts count up from it.
 
     Raises:
-        TwinbrushError: there is no such field, or a value does not fit its type.
+        InvalidRequest: a field is unknown, or its value has the wrong type.
     """
-    tensors = []
-    for name, value in fields.items():
+    values = checked(given)
+    for name in STREAM_ONLY:
+        if name in values:
+            raise invalid(name, values[name], "is a field of stream() only")
+    prompts = [prompt] if isinstance(prompt, str) or not _is_list(prompt) else list(prompt)
+    count = values.get("num_images", 1)
+    made = []
+    for index, text in enumerate(prompts):
+        own = values | {"prompt": _typed("prompt", text)}
+        if "seed" in values:
+            seed = values["seed"] + index * count
+            own["seed"] = seed if index == 0 else _typed("seed", seed)
+        made.append(request(UNARY, own))
+    return made
+
+
+def _is_list(prompt: object) -> bool:
+    return isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray)
+
+
+def stream_request(prompt: str, given: Mapping[str, Any]) -> Any:
+    """The request of a stream.
+
+    Raises:
+        InvalidRequest: a field is unknown, or its value has the wrong type.
+    """
+    return request(STREAM, {"prompt": _typed("prompt", prompt)} | checked(given))
+
+
+def num_images(given: Mapping[str, Any]) -> int:
+    """How many pictures a request that was checked brings."""
+    return checked(given).get("num_images", 1)
+
+
+def info_request() -> Any:
+    made = _REQUEST(model_name=STREAM)
+    made.inputs.add(name="info", datatype="BOOL", shape=[1])
+    made.raw_input_contents.append(struct.pack("<?", True))
+    return made
+
+
+def checked(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that are not None, by the server's names, with an image format that PIL reads.
+
+    Raises:
+        InvalidRequest: a field is unknown, or its value has the wrong type.
+    """
+    values: dict[str, Any] = {}
+    for alias, value in given.items():
         if value is None:
             continue
-        if name not in DATA_TYPES:
-            text = f"{name} is no field: {', '.join(DATA_TYPES)} are"
-            raise TwinbrushError("INVALID_ARGUMENT", text)
-        data_type = DATA_TYPES[name]
+        name = ALIASES.get(alias, alias)
+        if name not in DATA_TYPES or name == "prompt":
+            allowed = f"is no field; the fields are {', '.join(DATA_TYPES)}"
+            raise invalid(alias, value, allowed)
+        if name in values:
+            raise invalid(alias, value, f"is another name of {name}, which is given too")
+        values[name] = _typed(name, value)
+    wanted = values.setdefault("image_format", IMAGE_FORMATS[0])
+    if wanted not in IMAGE_FORMATS:
+        raise invalid("image_format", wanted, f"must be one of {', '.join(IMAGE_FORMATS)}")
+    return values
+
+
+def _typed(name: str, value: Any) -> Any:
+    """The value as a plain Python one of the field's type, which is checked and not coerced."""
+    data_type = DATA_TYPES[name]
+    if data_type == "BYTES":
+        if not isinstance(value, str):
+            raise invalid(name, value, "must be text")
+        if len(value) > MAX_TEXT:
+            raise invalid(name, value, f"must have {ALLOWED[name]}; it has {len(value)}")
         try:
-            raw = value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value
-            array = np.array([raw], NUMPY_TYPES[data_type])
-        except (OverflowError, TypeError, ValueError) as error:
-            text = f"{name}={value!r} is not allowed: it must fit {data_type} ({error})"
-            raise TwinbrushError("INVALID_ARGUMENT", text) from None
-        tensor = grpc.InferInput(name, [1], data_type)
-        tensor.set_data_from_numpy(array)
+            value.encode()
+        except UnicodeEncodeError:
+            raise invalid(name, value, "must be text that UTF-8 can hold") from None
+        return value
+    is_flag = isinstance(value, bool | np.bool_)
+    if data_type == "BOOL" and is_flag:
+        return bool(value)
+    if data_type == "FP32" and isinstance(value, numbers.Real) and not is_flag:
+        return _fitting(name, float(value))
+    if data_type in ("INT32", "INT64") and isinstance(value, numbers.Integral) and not is_flag:
+        return _fitting(name, int(value))
+    raise invalid(name, value, f"must be {KINDS[data_type]}")
+
+
+def _fitting(name: str, value: float) -> float:
+    try:
+        struct.pack(FORMATS[DATA_TYPES[name]], value)
+    except (struct.error, OverflowError):
+        raise invalid(name, value, f"must be {ALLOWED[name]}") from None
+    return value
+
+
+def request(model: str, values: Mapping[str, Any]) -> Any:
+    """Triton's request of fields that are checked."""
+    made = _REQUEST(model_name=model, id=uuid.uuid4().hex)
+    for name, value in values.items():
+        data_type = DATA_TYPES[name]
+        made.inputs.add(name=name, datatype=data_type, shape=[1])
+        if data_type == "BYTES":
+            data = value.encode()
+            made.raw_input_contents.append(struct.pack("<I", len(data)) + data)
+        else:
+            made.raw_input_contents.append(struct.pack(FORMATS[data_type], value))
+    return made
+
+
+def inputs(values: Mapping[str, Any]) -> list[triton.InferInput]:
+    """The fields as inputs of `tritonclient`, unchecked, for who uses it in place of `Client`."""
+    tensors = []
+    for name, value in values.items():
+        raw = value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value
+        tensor = triton.InferInput(name, [1], DATA_TYPES[name])
+        tensor.set_data_from_numpy(np.array([raw], NUMPY_TYPES[DATA_TYPES[name]]))
         tensors.append(tensor)
     return tensors
+
+
+def outputs(response: Any) -> dict[str, list[Any]]:
+    """The outputs of a response, as lists of Python values."""
+    pairs = zip(response.outputs, response.raw_output_contents, strict=True)
+    return {output.name: _values(output.datatype, raw) for output, raw in pairs}
+
+
+def _values(data_type: str, raw: bytes) -> list[Any]:
+    if data_type != "BYTES":
+        return [value for (value,) in struct.iter_unpack(FORMATS[data_type], raw)]
+    values, start = [], 0
+    while start < len(raw):
+        (size,) = struct.unpack_from("<I", raw, start)
+        values.append(raw[start + 4 : start + 4 + size])
+        start += 4 + size
+    return values
+
+
+def pictures(response: Any) -> list[Picture]:
+    """The pictures of a unary response."""
+    values = outputs(response)
+    warning = values["warning"][0]
+    rows = enumerate(zip(values["image"], values["seed"], strict=True))
+    return [picture(data, index, seed, warning) for index, (data, seed) in rows]
 
 
 def picture(data: bytes, index: int, seed: int, warning: bytes) -> Picture:
     image = opened(data)
     image.info["seed"] = seed
-    return Picture(index, seed, image, warning.decode())
+    return Picture(index, seed, image, warning.decode(), data)
 
 
 def opened(data: bytes) -> Image.Image:
@@ -99,16 +255,19 @@ def opened(data: bytes) -> Image.Image:
     return image
 
 
-def event(result: grpc.InferResult) -> Progress | Picture:
-    """The event that a response of the stream carries."""
+def server_info(response: Any) -> ServerInfo:
+    """The answer of an `info_request`."""
+    return ServerInfo.of(outputs(response.infer_response)["info"][0])
 
-    def value(name: str) -> Any:
-        tensor = result.as_numpy(name)
-        return None if tensor is None else tensor[0]
 
-    if value("event") == b"image":
-        return picture(value("image"), int(value("index")), int(value("seed")), value("warning"))
-    step = (int(value("index")), int(value("step")), int(value("total_steps")))
-    if value("event") == b"preview":
-        return Preview(*step, opened(value("image")))
-    return Progress(*step)
+def event(response: Any) -> Event:
+    """The event of a stream's response that is no error."""
+    value = {name: values[0] for name, values in outputs(response.infer_response).items()}
+    match value["event"]:
+        case b"image":
+            return picture(value["image"], value["index"], value["seed"], value["warning"])
+        case b"preview":
+            step = (value["index"], value["step"], value["total_steps"])
+            return Preview(*step, opened(value["image"]))
+        case _:
+            return Progress(value["index"], value["step"], value["total_steps"])

@@ -1,14 +1,13 @@
-"""`python -m examples.scenes.align`: the distilled UNet learns from the pictures that it paints.
+"""Stage `align`: the distilled UNet learns from the pictures that it paints.
 
-Distillation shows the student noised pictures; served, it starts from noise and goes on from its
-own steps. Here it paints as it is served. From each of its own latents it learns to go where its
-teacher comes: the student as it was when training began, in finer steps, which paint better
-(on-policy distillation, arXiv:2306.13649). Where the truth of captions is known, it also follows
-what the reward model says of where its steps end. That reads noisy latents too and says what to
-expect there, so each step answers for its own end alone: a gradient through several steps is
-mostly noise. Only where the first one ends there is nothing to read; it answers for the end of the
-second. Writes `unet/`, from that of the checkpoint or of `--init`; training that goes on from there
-has the better teacher.
+Distillation shows the student noised pictures; served, it starts from noise and continues from its
+own steps. Here it paints as it is served. From each of its own latents it learns to reach what its
+teacher reaches: the student as it was when training began, in finer steps, which paint better
+(on-policy distillation, arXiv:2306.13649). On scenes it also follows the reward model's reading of
+the ends of its steps. That reads noisy latents too and predicts what they become, so each step gets
+the gradient of its own end alone: a gradient through several steps is mostly noise. Only the end of
+the first step cannot be read; it gets the gradient of the second's. Writes `unet/`, from that of
+the checkpoint or of `--init`; training that continues from there has the better teacher.
 """
 
 from __future__ import annotations
@@ -24,10 +23,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from examples.scenes.reward import LEVELS, SceneReader, faults, nearest_codes
+from examples.scenes.world import knows_truth
 from networks.fusion_head import FusionHead
 from networks.loading import load_part
-from training.cli import stage_cli
-from training.data import knows_truth, requests_of
 from training.diffusion import FROZEN, Encoders
 from training.distill import (
     GUIDANCE,
@@ -38,7 +36,7 @@ from training.distill import (
     ddim_step,
     end_of_phase,
     scale_embedding,
-    teach,
+    train_student,
     velocity,
 )
 from training.run import Run, check_trained, load_start
@@ -46,15 +44,15 @@ from training.sampling import Sampler
 
 STEPS, BATCH = 400, 32
 FINER = 5  # of the teacher's steps in one of the student's
-TAUGHT = 4  # one in so many pictures is compared with the teacher, where there is a reward too
+COMPARED = 4  # one in so many pictures is compared with the teacher, if there is a reward too
 REWARD = 0.1  # weight of the faults beside the error of v
 LONGEST = 0.1  # gradient of the weighted faults at one picture's latents, at most
 LEARNING_RATE, EMA_DECAY = 1.5e-4, 0.98
 
 
 def train(run: Run) -> None:
-    told = knows_truth(run.source)
-    if told:
+    rewarded = knows_truth(run.source)
+    if rewarded:
         check_trained(run.checkpoint, "reward_model")
     check_distilled(run.checkpoint)
     start = (run.init or run.checkpoint) / "unet"
@@ -65,7 +63,7 @@ def train(run: Run) -> None:
         load_start(student, start / SAFETENSORS_WEIGHTS_NAME, "unet")
     teacher = copy.deepcopy(student)
     reads = [start, *(run.checkpoint / part for part in (*FROZEN, "fusion"))]
-    if told:
+    if rewarded:
         reader = load_part(run.checkpoint / "reward_model", SceneReader).to(device)
         vae = load_part(run.checkpoint / "vae", VQModel).to(device)
         reader.requires_grad_(False)
@@ -73,9 +71,7 @@ def train(run: Run) -> None:
         reads.append(run.checkpoint / "reward_model")
     trainer = run.trainer(student, "align", LEARNING_RATE, EMA_DECAY, reads)
     first = run.first(reads)
-    batches = requests_of(run.source).batches(
-        80_000_000 + first, run.batch, device, captions_only=True
-    )
+    batches = run.source.batches(80_000_000 + first, run.batch, device, captions_only=True)
     sampler = Sampler(run.checkpoint, encoders, run.source, device)
     alphas_cumprod = ddim_scheduler().alphas_cumprod.to(device)
 
@@ -87,25 +83,26 @@ def train(run: Run) -> None:
         scales = low + (high - low) * torch.rand(n, generator=draw)
         with torch.no_grad():
             hidden = fusion(*encoders(drawn.captions))
-        asked = {
+        conditions = {
             "encoder_hidden_states": hidden,
             "timestep_cond": scale_embedding(scales).to(device),
         }
-        some = slice(math.ceil(n / TAUGHT) if told else n)
-        path = paint(student, noise, asked, alphas_cumprod, some)
-        x_t = torch.cat([phase.x_t[some] for phase in path])
-        v = torch.cat([phase.v[some] for phase in path])
-        t = timesteps(device).repeat_interleave(len(noise[some]))
-        asked = {
-            name: one[some].repeat(PHASES, *[1] * (one.ndim - 1)) for name, one in asked.items()
+        compared = slice(math.ceil(n / COMPARED) if rewarded else n)
+        path = paint(student, noise, conditions, alphas_cumprod, compared)
+        x_t = torch.cat([phase.x_t[compared] for phase in path])
+        v = torch.cat([phase.v[compared] for phase in path])
+        t = timesteps(device).repeat_interleave(len(noise[compared]))
+        repeated = {
+            name: tensor[compared].repeat(PHASES, *[1] * (tensor.ndim - 1))
+            for name, tensor in conditions.items()
         }
-        error = F.mse_loss(v, taught(teacher, x_t, t, asked, alphas_cumprod))
-        if not told:
+        error = F.mse_loss(v, teacher_velocity(teacher, x_t, t, repeated, alphas_cumprod))
+        if not rewarded:
             return {"loss": error}
         found = []
         for level, x_end in enumerate(readable(vae, path)):
             read = reader(x_end, torch.full((n,), level, device=device))
-            found.append(faults(read, drawn.scenes, drawn.captions))
+            found.append(faults(read, drawn.truth, drawn.captions))
         sums = [torch.stack([*parts.values()]).sum() for parts in found]
         return {
             "loss": error + REWARD * torch.stack(sums).sum(),
@@ -114,7 +111,7 @@ def train(run: Run) -> None:
             **found[0],
         }
 
-    teach(run, trainer, loss_at, batches, sampler, fusion)
+    train_student(run, trainer, loss_at, batches, sampler, fusion)
 
 
 class Phase(NamedTuple):
@@ -126,23 +123,23 @@ class Phase(NamedTuple):
 
 
 def timesteps(device: torch.device) -> Tensor:
-    """At which the student is asked, from noise to the picture: (`PHASES`,)."""
+    """Of the student's steps, from noise to the picture: (`PHASES`,)."""
     return torch.arange(PHASES, 0, -1, device=device) * PHASE - 1
 
 
 @torch.no_grad()
-def taught(
+def teacher_velocity(
     teacher: UNet2DConditionModel,
     x_t: Tensor,
     t: Tensor,
-    asked: dict[str, Tensor],
+    conditions: dict[str, Tensor],
     alphas_cumprod: Tensor,
 ) -> Tensor:
-    """The v (B, C, h, w) that leads where the teacher ends the phase in `FINER` steps."""
+    """The v (B, C, h, w) that leads to the end of the teacher's phase, in `FINER` steps."""
     x_to, to = x_t, t
     for _ in range(FINER):
         before = to - PHASE // FINER
-        v = teacher(x_to, to, **asked).sample.float()
+        v = teacher(x_to, to, **conditions).sample.float()
         x_to, to = ddim_step(x_to, v, to, before, alphas_cumprod), before
     return velocity(x_t, x_to, t, to, alphas_cumprod)
 
@@ -150,31 +147,31 @@ def taught(
 def paint(
     student: UNet2DConditionModel,
     noise: Tensor,
-    asked: dict[str, Tensor],
+    conditions: dict[str, Tensor],
     alphas_cumprod: Tensor,
-    some: slice,
+    compared: slice,
 ) -> list[Phase]:
     """The student's steps from noise (B, C, h, w) to pictures.
 
-    Each has a gradient of its own, where none of a picture's is longer than `LONGEST` over B; the
-    first has that of the second too, but for `some`, which the teacher judges step by step.
+    Each has a gradient of its own, of which no picture's is longer than `LONGEST` over B; the
+    first has that of the second too, but for the pictures that are `compared` with the teacher.
     """
     path, x_t = [], noise
     for t in timesteps(noise.device):
         t = t.expand(len(noise))
-        v = student(x_t, t, **asked).sample.float()
+        v = student(x_t, t, **conditions).sample.float()
         x_end = ddim_step(x_t, v, t, end_of_phase(t), alphas_cumprod)
         x_end.register_hook(shortened)
         path.append(Phase(x_t, v, x_end))
         x_t = x_end.detach()
         if len(path) == 1:
             x_t = x_end.clone()
-            x_t[some] = x_end[some].detach()
+            x_t[compared] = x_end[compared].detach()
     return path
 
 
 def readable(vae: VQModel, path: list[Phase]) -> list[Tensor]:
-    """What a `SceneReader` reads of where the student's steps end, by level."""
+    """The ends of the student's steps as a `SceneReader` takes them, by level."""
     finished, *noisy = [phase.x_end for phase in reversed(path[-LEVELS:])]
     return [nearest_codes(vae, finished), *noisy]
 
@@ -183,7 +180,3 @@ def shortened(gradient: Tensor) -> Tensor:
     """A gradient (B, C, h, w) of a mean over B pictures, with no picture's too long."""
     lengths = len(gradient) * gradient.flatten(1).norm(dim=1)
     return gradient * (LONGEST / lengths.clamp(min=LONGEST))[:, None, None, None]
-
-
-if __name__ == "__main__":
-    stage_cli(train, STEPS, BATCH, warm_start=True)

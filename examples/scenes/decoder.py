@@ -1,16 +1,17 @@
-"""`python -m examples.scenes.decoder`: the VQGAN's decoder learns to draw what the UNet paints.
+"""Stage `decoder`: the VQGAN's decoder learns to draw what the UNet paints.
 
-It learnt behind the encoder, whose codes are right. Served, latents come from the UNet, which errs,
-and outlines become uneven; where their nearest codes are looked up, an error becomes a code of
+It was trained behind the encoder, whose codes are right. Served, latents come from the UNet, which
+errs, and outlines become uneven; looking up the nearest codes turns an error into a code of
 something else. Here true pictures are encoded and noised, the distilled UNet paints its last step
-or two from there, and the decoder learns to draw the true picture from that as it is. A third of
-what it sees stays the encoder's codes. Writes `vae/`, in which encoder and codebook stay, and says
-there that latents are not looked up.
+or two from there, and the decoder learns to draw the true picture from the result. A third of its
+inputs stay the encoder's codes. Writes `vae/`, in which encoder and codebook stay, and its
+configuration says that latents are not looked up.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from diffusers import UNet2DConditionModel, VQModel
@@ -21,9 +22,8 @@ from examples.scenes.reward import nearest_codes
 from export.vqgan_decoder import AS_PAINTED
 from networks.fusion_head import FusionHead
 from networks.loading import load_part
-from training.cli import stage_cli
 from training.data import Batch, on_device
-from training.diffusion import FROZEN, Encoders, encoded
+from training.diffusion import FROZEN, Encoders
 from training.distill import (
     GUIDANCE,
     PHASE,
@@ -34,6 +34,7 @@ from training.distill import (
     end_of_phase,
     scale_embedding,
 )
+from training.latents import encoded
 from training.run import Run, save_part
 from training.vqgan import SHOWN, compared
 from training.vqgan_losses import psnr, reconstruction
@@ -64,13 +65,14 @@ def train(run: Run) -> None:
     def samples(averaged: nn.Module) -> Image.Image:
         return compared(shown.pictures, averaged(painted))
 
-    vae.post_quant_conv, vae.decoder = trainer.run(loss_at, batches, samples)
+    trained = cast(nn.Sequential, trainer.run(loss_at, batches, samples))
+    vae.post_quant_conv, vae.decoder = trained
     vae.register_to_config(**{AS_PAINTED: True})
     save_part(vae, run.checkpoint / "vae")
 
 
 class LatentPainter:
-    """The encoder and the distilled UNet of a checkpoint, which nothing teaches here."""
+    """The encoder and the distilled UNet of a checkpoint, both frozen."""
 
     def __init__(self, checkpoint: Path, device: torch.device):
         self._encoders = Encoders(checkpoint, device)
@@ -81,10 +83,10 @@ class LatentPainter:
 
     @torch.no_grad()
     def __call__(self, batch: Batch, draw: torch.Generator) -> Tensor:
-        """What the decoder is to draw as pictures (B, C, h, w): a third are the encoder's codes.
+        """The decoder's inputs (B, C, h, w): a third are the encoder's codes.
 
-        Others end where the UNet does, noised to where it has one step left, or two, each with a
-        guidance scale.
+        The others are noised to one or two steps before the end, and painted from there by the
+        UNet, each with a guidance scale.
         """
         pictures, device = batch.pictures, batch.pictures.device
         with torch.autocast(device.type, enabled=False):
@@ -94,20 +96,16 @@ class LatentPainter:
         scales = torch.empty(len(x_t)).uniform_(*GUIDANCE, generator=draw)
         alpha, sigma = alpha_sigma(left * PHASE - 1, self._alphas_cumprod)
         x_t = alpha * x_t + sigma * noise
-        asked = {
+        conditions = {
             "encoder_hidden_states": self._fusion(*self._encoders(batch.captions)),
             "timestep_cond": scale_embedding(scales).to(device),
         }
         for steps in range(PAINTED, 0, -1):
             going = left >= steps
             x_going, t = x_t[going], torch.full_like(left[going], steps * PHASE - 1)
-            told = {name: one[going] for name, one in asked.items()}
-            v = self._unet(x_going, t, **told).sample.float()
+            chosen = {name: tensor[going] for name, tensor in conditions.items()}
+            v = self._unet(x_going, t, **chosen).sample.float()
             x_t[going] = ddim_step(x_going, v, t, end_of_phase(t), self._alphas_cumprod)
         unpainted = left == 0
         x_t[unpainted] = nearest_codes(self.vae, x_t[unpainted])
         return x_t / self.vae.config.scaling_factor
-
-
-if __name__ == "__main__":
-    stage_cli(train, STEPS, BATCH)

@@ -1,19 +1,18 @@
-"""What the words of a scene's caption name, and where it stands: questions to text encoders.
+"""The objective of scenes: what each word of a caption names, and where that object stands.
 
-Masked words teach which words go together; they hardly teach whether it is the circle or the
-square that is on the left, and a UNet's loss does not either. As MDETR (arXiv:2104.12763) has
-it, every word of an object's name is tied to the object: BERT's hidden states, and the fusion
-head's tokens, learn to tell what the object is and where it stands.
+Masked words teach which words go together; they hardly teach whether the circle or the square is
+on the left, and a UNet's loss does not either. As in MDETR (arXiv:2104.12763), every word of an
+object's name is tied to the object: BERT's hidden states, and the fusion head's tokens, learn to
+predict what the object is and where it stands.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from examples.scenes.scenes import (
@@ -28,9 +27,10 @@ from examples.scenes.scenes import (
     says_between,
 )
 from training.data import MAX_TOKENS
+from training.losses import IGNORED, cross_entropy
 
 NOBODY = "nobody"  # is the partner of an object alone, and of one between two others
-# What is asked of each word of an object's name, and what can be answered.
+# Questions about each word of an object's name, and their possible answers.
 QUESTIONS = {
     "shape": SHAPES,
     "colour": tuple(COLOURS),
@@ -40,7 +40,6 @@ QUESTIONS = {
     "partner_colour": (*COLOURS, NOBODY),
 }
 CHOICES = [len(answers) for answers in QUESTIONS.values()]
-UNASKED = -100  # what torch's cross entropy leaves out
 
 
 def partner(scene: Scene, index: int, caption: str) -> Item | None:
@@ -69,36 +68,36 @@ def place(scene: Scene, index: int, caption: str) -> str:
 def names(scene: Scene, caption: str) -> Iterator[tuple[int, int, tuple[int, ...]]]:
     """Where the caption names an object, from one character to before another, and the answers.
 
-    Answers are indices, one a question; a size that the caption does not name is `UNASKED`, so
+    Answers are indices, one a question; a size that the caption does not name is `IGNORED`, so
     that nobody learns to tell it from the kind of object.
     """
     for index, item in enumerate(scene.items):
         other = partner(scene, index, caption)
         beside = (other.shape, other.colour) if other else (NOBODY, NOBODY)
         size = item.size if f"{item.size} {item.colour} {item.shape}" in caption else None
-        said = (item.shape, item.colour, size, place(scene, index, caption), *beside)
+        values = (item.shape, item.colour, size, place(scene, index, caption), *beside)
         answers = tuple(
-            UNASKED if one is None else choices.index(one)
-            for choices, one in zip(QUESTIONS.values(), said, strict=True)
+            IGNORED if value is None else choices.index(value)
+            for choices, value in zip(QUESTIONS.values(), values, strict=True)
         )
         for found in re.finditer(f"({item.size} )?{item.colour} {item.shape}", caption):
             yield found.start(), found.end(), answers
 
 
 def word_answers(
-    tokenizer: PreTrainedTokenizerBase, captions: list[str], scenes: list[Scene]
+    tokenizer: PreTrainedTokenizerBase, captions: list[str], scenes: Sequence[Scene]
 ) -> Tensor:
-    """The answers of every token: int64 (B, L, questions), `UNASKED` where it is of no name."""
-    answers = torch.full((len(captions), MAX_TOKENS, len(QUESTIONS)), UNASKED)
+    """The answers of every token: int64 (B, L, questions), `IGNORED` where it is of no name."""
+    answers = torch.full((len(captions), MAX_TOKENS, len(QUESTIONS)), IGNORED)
     encoded = tokenizer(
         captions, padding="max_length", truncation=True, max_length=MAX_TOKENS,
         return_offsets_mapping=True, return_tensors="pt",
     )  # fmt: skip
     for row, (caption, scene) in enumerate(zip(captions, scenes, strict=True)):
         first, past = encoded["offset_mapping"][row].T
-        for start, end, said in names(scene, caption):
+        for start, end, values in names(scene, caption):
             inside = (first >= start) & (past <= end) & (first < past)
-            answers[row, inside] = torch.tensor(said)
+            answers[row, inside] = torch.tensor(values)
     return answers
 
 
@@ -115,14 +114,25 @@ class Questions(nn.Linear):
             hidden: (B, L, width).
             answers: as `word_answers` has them.
         """
-        asked = answers[..., 0] != UNASKED
-        scores = self(hidden[asked]).split(CHOICES, dim=-1)
-        losses, accuracies = zip(*map(cross_entropy, scores, answers[asked].T), strict=True)
+        named = answers[..., 0] != IGNORED
+        scores = self(hidden[named]).split(CHOICES, dim=-1)
+        losses, accuracies = zip(*map(cross_entropy, scores, answers[named].T), strict=True)
         return torch.stack(losses).sum(), dict(zip(QUESTIONS, accuracies, strict=True))
 
 
-def cross_entropy(scores: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean loss and accuracy of scores (N, choices); 0 where nothing was asked."""
-    n = max(1, int((right != UNASKED).sum()))
-    hits = scores.argmax(-1) == right
-    return F.cross_entropy(scores.float(), right, reduction="sum") / n, hits.sum() / n
+class Grounding:
+    """`Questions` as the objective of a source: see `training.data.Objective`."""
+
+    def module(self, width: int) -> Questions:
+        return Questions(width)
+
+    def loss(
+        self, module: nn.Module, hidden: Tensor, targets: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        assert isinstance(module, Questions)
+        return module.losses(hidden, targets)
+
+    def targets(
+        self, tokenizer: PreTrainedTokenizerBase, captions: list[str], truth: Sequence[Scene]
+    ) -> Tensor:
+        return word_answers(tokenizer, captions, truth)

@@ -1,4 +1,4 @@
-"""`python -m examples.scenes.quality`: paints held-out prompts, reads the pictures back, and counts.
+"""`python -m examples.scenes.quality`: paints held-out prompts, reads them back, and counts.
 
 Every prompt is of a scene with a combination of shape, colour and size that training never
 showed (one name in five leaves the size out); with `--seen`, without. Pictures come from the
@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import compress, pairwise
@@ -21,7 +20,6 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from benchmarks.local_engine import local_engine
@@ -40,9 +38,9 @@ from examples.scenes.scenes import (
     says_between,
     spelled_out,
 )
+from export.painting import paint
 from twinbrush.engine.engine import Engine
-from twinbrush.engine.generation import End, Event, Finished
-from twinbrush.engine.request import GenerationRequest, InvalidArgument
+from twinbrush.engine.request import InvalidArgument
 from twinbrush.runtimes.onnx_runtime import LocalModels
 
 SEED = 90_000_000  # of the held-out scenes; picture k is painted from seed k
@@ -175,44 +173,6 @@ def scene_engine(repository: Path) -> Iterator[Engine]:
         yield engine
 
 
-def paint(engine: Engine, prompts: list[str], **fields: np.ndarray) -> list[np.ndarray]:
-    """Pictures (H, W, 3) uint8 of the prompts, all requests at once.
-
-    Raises:
-        RuntimeError: a request ended in an error.
-    """
-    pictures: dict[int, np.ndarray] = {}
-    errors: list[str] = []
-    places = threading.Semaphore(64)
-
-    def replier(k: int, side: tuple[int, int]) -> Callable[[Event], None]:
-        def reply(event: Event) -> None:
-            if isinstance(event, Finished):
-                pictures[k] = np.frombuffer(event.image, np.uint8).reshape(*side, 3)
-            elif isinstance(event, End):
-                if event.error:
-                    errors.append(str(event.error))
-                places.release()
-
-        return reply
-
-    for k, prompt in enumerate(track(prompts, "painting", console=console, transient=True)):
-        given = {
-            "prompt": np.array([prompt.encode()], object),
-            "seed": np.array([k]),
-            "image_format": np.array([b"raw"], object),
-            "progress": np.array([False]),
-        }
-        request = GenerationRequest.parse(given | fields, engine.config)
-        places.acquire()
-        engine.submit(request, replier(k, (request.height, request.width)))
-    for _ in range(64):
-        places.acquire()
-    if errors:
-        raise RuntimeError(errors[0])
-    return [pictures[k] for k in range(len(prompts))]
-
-
 def interval(hits: int, n: int) -> tuple[float, float]:
     """95% Wilson score interval of a share, in percent."""
     z, p = 1.96, hits / n
@@ -223,25 +183,25 @@ def interval(hits: int, n: int) -> tuple[float, float]:
 
 def share(values: Iterable[bool | None]) -> dict[str, object] | None:
     """Percent true of those that are not None, with its interval."""
-    said = [value for value in values if value is not None]
-    if not said:
+    known = [value for value in values if value is not None]
+    if not known:
         return None
-    percent = round(100 * sum(said) / len(said), 1)
-    return {"percent": percent, "interval": interval(sum(said), len(said)), "n": len(said)}
+    percent = round(100 * sum(known) / len(known), 1)
+    return {"percent": percent, "interval": interval(sum(known), len(known)), "n": len(known)}
 
 
 def table_of(all_tasks: list[Task], scores: list[Score]) -> dict[str, dict[str, Any]]:
     """Attribute by attribute, by number of objects and over all."""
     rows: dict[str, list[Score]] = {name: [] for name in (*NAMES.values(), "all")}
-    for task, one in zip(all_tasks, scores, strict=True):
-        rows[NAMES[len(task.scene.items)]].append(one)
-        rows["all"].append(one)
+    for task, found in zip(all_tasks, scores, strict=True):
+        rows[NAMES[len(task.scene.items)]].append(found)
+        rows["all"].append(found)
     return {name: row_of(scored) for name, scored in rows.items()}
 
 
 def row_of(scores: list[Score]) -> dict[str, Any]:
     attributes = ("all_correct", *Score.__dataclass_fields__)
-    return {a: share(getattr(one, a) for one in scores) for a in attributes}
+    return {a: share(getattr(found, a) for found in scores) for a in attributes}
 
 
 def measure(engine: Engine, all_tasks: list[Task], **fields: str | float) -> list[Score]:

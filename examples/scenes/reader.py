@@ -45,7 +45,7 @@ def read(picture: np.ndarray) -> Reading:
         item = _item(pixels, ground, area, labels == 0)
         parts = _parts(pixels, area) if item.shape == NO_SHAPE else []
         split = [_item(pixels, ground, part, labels == 0) for part in parts]
-        items += split if split and NO_SHAPE not in {one.shape for one in split} else [item]
+        items += split if split and NO_SHAPE not in {item.shape for item in split} else [item]
     return Reading(background, tuple(items))
 
 

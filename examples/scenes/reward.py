@@ -1,18 +1,17 @@
-"""`python -m examples.scenes.reward`: a network that reads scenes back from latents, to learn from.
+"""Stage `reward`: a differentiable network that reads scenes back from latents.
 
-Of finished latents it sees the VQGAN's nearest codes; it reads noisy ones too, as they are where
-the distilled UNet ends its steps, and there says how likely what is. It tells of every cell whether
-an object has its centre there and what the object is. It learns from true pictures of the training
-world, crowded ones too. As all of it can be differentiated, a UNet can follow what it says of a
-picture and a caption: see `align`. `examples.scenes.reader`, which counts in the end, is a program of
-its own. Writes `reward_model/`.
+It reads finished latents as the VQGAN's nearest codes, and noisy ones as they are at the ends of
+the distilled UNet's steps, where its answers are likelihoods. For every cell it predicts whether an
+object has its centre there, and what the object is. It learns from true pictures of the training
+world, crowded ones too. `align` lets a UNet follow its gradient. `examples.scenes.reader`, which
+counts in the end, is a program of its own. Writes `reward_model/`.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -22,7 +21,6 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from examples.scenes.grounding import UNASKED
 from examples.scenes.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -35,11 +33,12 @@ from examples.scenes.scenes import (
     sample_crowd,
     says_between,
 )
+from examples.scenes.world import knows_truth, scene_latents
 from networks.loading import load_part
-from training import data
-from training.cli import stage_cli
-from training.diffusion import LATENT_CELL, latents
+from training.data import BadInput
 from training.distill import PHASE, PHASES, alpha_sigma, ddim_scheduler
+from training.latents import LATENT_CELL
+from training.losses import IGNORED
 from training.run import Run, check_trained, save_part
 
 STEPS, BATCH = 800, 128
@@ -71,7 +70,7 @@ class Readout(NamedTuple):
 
 
 class SceneReader(ModelMixin, ConfigMixin):
-    """Residual convolutions over latents, told how many phases of noise are in them."""
+    """Residual convolutions over latents, with an embedding of the phases of noise in them."""
 
     @register_to_config
     def __init__(self, channels: int = 8, width: int = 96, blocks: int = 4):
@@ -93,8 +92,9 @@ class SceneReader(ModelMixin, ConfigMixin):
         h = self.conv_in(x_t) + self.level_embedding(level)[:, :, None, None]
         for block in self.residual:
             h = h + block(h)
-        centre, *attributes, background = self.conv_out(h).float().split(CHOICES, dim=1)
-        return Readout(centre[:, 0], *attributes, background.mean((2, 3)))
+        logits = self.conv_out(h).float().split(CHOICES, dim=1)
+        centre, shape, colour, size, background = logits
+        return Readout(centre[:, 0], shape, colour, size, background.mean((2, 3)))
 
 
 def _activated(width: int, kernel: int, out: int | None = None) -> list[nn.Module]:
@@ -104,9 +104,10 @@ def _activated(width: int, kernel: int, out: int | None = None) -> list[nn.Modul
 
 def nearest_codes(vae: VQModel, x0: Tensor) -> Tensor:
     """The codes nearest to finished latents (B, C, h, w), with a gradient straight through."""
+    scale = cast(Any, vae.config).scaling_factor
     with torch.autocast(x0.device.type, enabled=False):
-        codes = vae.quantize(x0 / vae.config.scaling_factor)[0]
-    return codes * vae.config.scaling_factor
+        codes = vae.quantize(x0 / scale)[0]
+    return codes * scale
 
 
 @torch.no_grad()
@@ -116,7 +117,7 @@ def left_at(
     """Latents (B, C, h, w) of true pictures, with as much noise as there is at their levels.
 
     Args:
-        level: as `SceneReader` is told it, (B,).
+        level: as in `SceneReader`, (B,).
         amount: of noise in finished ones, as a UNet's are not without faults: (B, 1, 1, 1).
     """
     alpha, sigma = alpha_sigma(level * PHASE - 1, alphas_cumprod)
@@ -129,7 +130,7 @@ class Truth(NamedTuple):
 
     Attributes:
         centre: 1 in the cells of centres, (B, h, w).
-        attributes: index of shape, colour and size, `UNASKED` away from objects, (B, h, w, 3).
+        attributes: index of shape, colour and size, `IGNORED` away from objects, (B, h, w, 3).
         background: (B,).
     """
 
@@ -141,7 +142,7 @@ class Truth(NamedTuple):
 def truth_of(scenes: Sequence[Scene], cells: int) -> Truth:
     """Of pictures of `cells` by `cells` latents."""
     centre = torch.zeros(len(scenes), cells, cells)
-    attributes = torch.full((len(scenes), cells, cells, len(ATTRIBUTES)), UNASKED)
+    attributes = torch.full((len(scenes), cells, cells, len(ATTRIBUTES)), IGNORED)
     y, x = (np.mgrid[0:cells, 0:cells] + 0.5) * LATENT_CELL
     for row, scene in enumerate(scenes):
         for item in scene.items:
@@ -185,14 +186,14 @@ def faults(read: Readout, scenes: Sequence[Scene], captions: Sequence[str]) -> d
     """
     pixels = (torch.arange(read.centre.shape[-1], device=read.centre.device) + 0.5) * LATENT_CELL
     centre = F.logsigmoid(read.centre)
-    said = {name: getattr(read, name).log_softmax(1) for name in ATTRIBUTES}
+    likelihoods = {name: getattr(read, name).log_softmax(1) for name in ATTRIBUTES}
     backgrounds = read.background.log_softmax(1)
     found: dict[str, list[Tensor]] = {"missing": [], "count": [], "relation": [], "background": []}
     for row, (scene, caption) in enumerate(zip(scenes, captions, strict=True)):
         places = []
         for item in scene.items:
             there = centre[row]
-            for (name, answers), index in zip(said.items(), _indices(item), strict=True):
+            for (name, answers), index in zip(likelihoods.items(), _indices(item), strict=True):
                 if name != "size" or f"{item.size} {item.colour} {item.shape}" in caption:
                     there = there + answers[row, index]
             likely = there.flatten().logsumexp(0).exp().clamp(max=1)
@@ -212,7 +213,7 @@ def faults(read: Readout, scenes: Sequence[Scene], captions: Sequence[str]) -> d
 def _out_of_order(
     scene: Scene, caption: str, places: Sequence[tuple[Tensor, Tensor]]
 ) -> list[Tensor]:
-    """By how much each named relation does not hold; "between" may be in a row or a column."""
+    """By how much each named relation is violated; "between" may be in a row or a column."""
 
     def late(before: int, after: int, axis: int) -> Tensor:
         return F.relu(APART - (places[after][axis] - places[before][axis])) / APART
@@ -237,18 +238,19 @@ def _out_of_order(
 
 def train(run: Run) -> None:
     check_trained(run.checkpoint, "vae")
-    if not data.knows_truth(run.source):
-        raise data.BadInput("--data: examples.scenes.reward needs scenes, whose truth is known")
+    if not knows_truth(run.source):
+        raise BadInput("--data: the stage reward needs scenes, whose truth is known")
     first = run.first()
     rng = np.random.default_rng(70_000_000 + first)
     scenes = [sample_crowd(rng) for _ in range(PICTURES)]
     vae = load_part(run.checkpoint / "vae", VQModel).to(run.device)
-    clean = latents(run.checkpoint, run.runs, scenes, run.device)
+    clean = scene_latents(run.checkpoint, run.runs, scenes, run.device)
     spread = clean.std()
     truth = Truth(*(part.to(run.device) for part in truth_of(scenes, clean.shape[-1])))
     alphas_cumprod = ddim_scheduler().alphas_cumprod.to(run.device)
     torch.manual_seed(run.seed)
-    reader = SceneReader(clean.shape[1]).to(run.device)
+    reader = SceneReader(clean.shape[1])
+    nn.Module.to(reader, run.device)
 
     def loss_at(step: int) -> dict[str, Tensor]:
         draw = torch.Generator().manual_seed(first + step)
@@ -262,7 +264,3 @@ def train(run: Run) -> None:
 
     trained = run.trainer(reader, "reward", 1.5e-3, 0.99, [run.checkpoint / "vae"]).run(loss_at)
     save_part(trained.half(), run.checkpoint / "reward_model")
-
-
-if __name__ == "__main__":
-    stage_cli(train, STEPS, BATCH)

@@ -137,11 +137,11 @@ def sample_row(rng: np.random.Generator) -> Scene:
 
 
 def sample_request(rng: np.random.Generator) -> tuple[Scene, str]:
-    """A scene of the training world and a caption of it, to ask a painter for.
+    """A scene of the training world, and a caption of it as a user would write it.
 
-    Rather of three objects, which are harder, and rather of such in a row, which are rare. No
-    caption names the size of what training shows in one size alone: whoever learns from such does
-    not learn to heed it.
+    Scenes of three objects, which are harder, and of three in a row, which are rare, come more
+    often. No caption names the size of what training shows in one size alone: a model would learn
+    to ignore it.
     """
     while True:
         count = int(rng.choice((1, 2, 3), p=(0.2, 0.3, 0.5)))
@@ -213,7 +213,7 @@ def _may_pass_for(scene: Scene, other: Scene) -> bool:
     if len(items) < len(scene.items):
         return False
     chained, theirs = (
-        [relation(a, b) for a, b in itertools.pairwise(some)] for some in (scene.items, items)
+        [relation(a, b) for a, b in itertools.pairwise(row)] for row in (scene.items, items)
     )
     middle = middle_item(scene)
     return chained == theirs or (
@@ -289,7 +289,8 @@ def render(scene: Scene) -> np.ndarray:
     picture = np.empty((SIDE, SIDE, 3), np.float32)
     picture[:] = BACKGROUNDS[scene.background]
     for item in scene.items:
-        picture += coverage(item)[..., None] * (np.float32(COLOURS[item.colour]) - picture)
+        colour = np.array(COLOURS[item.colour], np.float32)
+        picture += coverage(item)[..., None] * (colour - picture)
     return np.round(picture).astype(np.uint8)
 
 
@@ -338,12 +339,12 @@ def _related(a: Item, b: Item, rng: np.random.Generator) -> str:
 
 
 def spelled_out(scene: Scene, caption: str) -> str:
-    """The caption, with more said of who stands where, if it leaves that open.
+    """The caption with the relations that it leaves open, if any.
 
-    Of two objects on the same side of a third it says how the last named stands to the first,
-    which comes first, from above or from the left, and no more how to the third. Of one between
-    two others it says that it is below the first named, and the other below it. A caption that
-    leaves nothing open stays.
+    Of two objects on the same side of a third, the last named is related to the first, which comes
+    first, from above or from the left, and no longer to the third. An object between two others
+    becomes below the first named, with the other below it. A caption that leaves nothing open
+    stays.
     """
     if says_between(caption):
         for wording, spelled in _BETWEEN.items():
@@ -367,8 +368,8 @@ def spelled_out(scene: Scene, caption: str) -> str:
 def sizes_named(scene: Scene, caption: str) -> str:
     """The caption, in which every object has a size.
 
-    Where it is left open one alone becomes large, of several each small, as most of them are. Kinds
-    that training shows large alone are left out.
+    If the size is left open, a single object becomes large and several become small, as most of
+    them are. Kinds that training only shows large are left out.
     """
     size = "large" if len(scene.items) == 1 else "small"
     for item in scene.items:

@@ -1,12 +1,16 @@
-"""`python -m examples.scenes.train`: every stage in order, each going on from its last save.
+"""`python -m examples.scenes.train [STAGE]`: trains the demo checkpoint, all stages or one.
 
-How long each stage took, in seconds over all sessions, is in `RUNS/times.json`.
+Stages: clip, bert, vqgan, diffusion, distill, spell_out_relations, reward, align, decoder; and
+fit_fusion_head, which only runs when it is named. They train on scenes, or on captioned pictures
+with --data. Each continues from its last save. `RUNS/times.json` holds the seconds of each stage
+over all runs.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,24 +19,30 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from examples.scenes import align, decoder, order, reward
-from training import bert, clip, data, diffusion, distill, vqgan
-from training.cli import stage_cli
+from examples.scenes import align, decoder, fit_fusion_head, reward, spell_out_relations
+from examples.scenes.world import knows_truth, world_for
+from training import bert, clip, diffusion, distill, vqgan
+from training.cli import stage_command
 from training.run import Run
 
-STAGES = (clip, bert, vqgan, diffusion, distill, order, reward, align, decoder)
-TOLD = (order, reward)  # need to know what is in the pictures
+CHECKPOINT = Path("checkpoints/scenes-64")
+STAGES = (clip, bert, vqgan, diffusion, distill, spell_out_relations, reward, align, decoder)
+ON_SCENES_ONLY = (spell_out_relations, reward)
+WARM_START = (bert, vqgan, diffusion, distill, fit_fusion_head, align)  # take --init
 WRITE_EVERY = 5.0  # seconds of work whose time a kill may lose
 
 
 def train(run: Run) -> None:
-    """Runs every stage; `steps` and `batch` are each stage's own where they are 0."""
+    """Runs every stage; `steps` and `batch` are each stage's own if they are 0."""
     run.runs.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn()) as bar:
-        stages = [one for one in STAGES if one not in TOLD or data.knows_truth(run.source)]
+        stages = [
+            stage for stage in STAGES if stage not in ON_SCENES_ONLY or knows_truth(run.source)
+        ]
         task = bar.add_task("stages", total=len(stages))
         for stage in stages:
             name = stage_name(stage)
@@ -46,6 +56,21 @@ def train(run: Run) -> None:
 def stage_name(stage: ModuleType) -> str:
     """As the command names it, and the folder of its saves."""
     return stage.__name__.rpartition(".")[-1]
+
+
+def main() -> None:
+    """Runs the stage that the first argument names, or all if it is an option or missing."""
+    stages = {stage_name(stage): stage for stage in (*STAGES, fit_fusion_head)}
+    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
+        name = sys.argv.pop(1)
+        if name not in stages:
+            sys.exit(f"error: STAGE: {name!r} is not one of {', '.join(stages)}")
+        stage = stages[name]
+        steps, batch, warm_start = stage.STEPS, stage.BATCH, stage in WARM_START
+        command = stage_command(stage.train, steps, batch, warm_start, CHECKPOINT, world_for)
+    else:
+        command = stage_command(train, None, None, False, CHECKPOINT, world_for)
+    typer.run(command)
 
 
 @contextmanager
@@ -75,4 +100,4 @@ def timed(path: Path, name: str) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    stage_cli(train)
+    main()

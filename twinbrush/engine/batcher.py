@@ -24,89 +24,17 @@ The batcher knows no arrays, no clock and no threads: callers pass the time and 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-
-@dataclass(frozen=True)
-class CallKey:
-    """Claims of equal key may share a call of `model` on latents of `height` × `width` cells.
-
-    Attributes:
-        alone: a claim of this key never shares a call.
-    """
-
-    model: str
-    height: int
-    width: int
-    alone: bool = False
-
-
-@dataclass(eq=False)
-class Claim:
-    """One image's claim on UNet calls.
-
-    Attributes:
-        key: claims of equal key may share a call.
-        rows: UNet rows of each call that it needs: 2 with guidance, 1 without.
-        priority: weight of its share.
-        deadline: seconds on the caller's clock by which its last call should be done.
-        done: calls that it has had; the batcher counts them.
-    """
-
-    key: CallKey
-    rows: Sequence[int]
-    priority: float = 1.0
-    deadline: float | None = None
-    done: int = 0
-
-    @property
-    def left(self) -> int:
-        """Calls that it still needs."""
-        return len(self.rows) - self.done
-
-    @property
-    def next_rows(self) -> int:
-        """Rows of its next call."""
-        return self.rows[self.done]
-
-
-@dataclass(eq=False)
-class _Lane:
-    """The claims of one key and priority; running claims are in neither order."""
-
-    key: CallKey
-    priority: float
-    start: float = 0.0  # tag at which its next call starts
-    live: int = 0  # claims, waiting or running
-    rows: int = 0  # of the waiting claims
-    running_rows: int = 0
-    calls: int = 0
-    call: float = 0.0  # seconds of a call of its key, while deadlines are looked at
-    shortest: list[tuple] = field(default_factory=list)  # (left, due, arrival, claim)
-    earliest: list[tuple] = field(default_factory=list)  # (due, arrival, claim)
-
-    @property
-    def weight(self) -> float:
-        return self.priority * self.live
-
-    def put(self, claim: Claim, due: int, arrival: int) -> None:
-        insort(self.shortest, (claim.left, due, arrival, claim))
-        insort(self.earliest, (due, arrival, claim))
-        self.rows += claim.next_rows
-
-    def take(self, claim: Claim, due: int, arrival: int) -> None:
-        del self.shortest[bisect_left(self.shortest, (claim.left, due, arrival))]
-        del self.earliest[bisect_left(self.earliest, (due, arrival))]
-        self.rows -= claim.next_rows
+from twinbrush.engine.claims import CallKey, Claim, Lane
 
 
 @dataclass(eq=False)
 class _Place:
     """Where a live claim stands."""
 
-    lane: _Lane
+    lane: Lane
     due: int  # virtual deadline: a count of the lane's calls
     arrival: int
     running: bool = False
@@ -129,7 +57,7 @@ class StepBatcher:
         seconds: Callable[[CallKey, int], float] | None = None,
     ) -> None:
         self._capacity, self._seconds = capacity, seconds
-        self._lanes: dict[CallKey, dict[float, _Lane]] = {}
+        self._lanes: dict[CallKey, dict[float, Lane]] = {}
         self._places: dict[Claim, _Place] = {}
         self._dated: dict[Claim, float] = {}  # live claims with a deadline
         self._now = 0.0  # the tag of the call served last
@@ -164,7 +92,7 @@ class StepBatcher:
         lanes = self._lanes.setdefault(claim.key, {})
         lane = lanes.get(claim.priority)
         if lane is None:
-            lane = lanes[claim.priority] = _Lane(claim.key, claim.priority)
+            lane = lanes[claim.priority] = Lane(claim.key, claim.priority)
         if not lane.live:
             lane.start = max(lane.start, self._now)
         lane.live += 1
@@ -264,10 +192,10 @@ class StepBatcher:
 
     # The choice over all lanes -------------------------------------------------------------
 
-    def _all_lanes(self) -> Iterator[_Lane]:
+    def _all_lanes(self) -> Iterator[Lane]:
         return (lane for lanes in self._lanes.values() for lane in lanes.values())
 
-    def _next_lane(self, with_running: bool) -> _Lane | None:
+    def _next_lane(self, with_running: bool) -> Lane | None:
         """The lane whose next call ends at the earliest tag; the oldest of equal ones."""
         best, earliest, gone = None, math.inf, []
         if not self.waiting:
@@ -286,12 +214,12 @@ class StepBatcher:
                 del self._lanes[lane.key]
         return best
 
-    def _likely_rows(self, lane: _Lane) -> int:
+    def _likely_rows(self, lane: Lane) -> int:
         """Rows of the lane's next call, running claims included."""
         rows = lane.rows + lane.running_rows
         return -(-rows // lane.live) if lane.key.alone else min(rows, self._capacity(lane.key))
 
-    def _better_later(self, lane: _Lane) -> bool:
+    def _better_later(self, lane: Lane) -> bool:
         if not lane.rows:
             return True
         part = not lane.key.alone and 2 * lane.rows < self._capacity(lane.key)
@@ -332,7 +260,7 @@ class StepBatcher:
 
     # One call ------------------------------------------------------------------------------
 
-    def _fill(self, lane: _Lane, urgent: Sequence[Claim]) -> list[Claim]:
+    def _fill(self, lane: Lane, urgent: Sequence[Claim]) -> list[Claim]:
         """The claims of a call that `lane` leads: urgent ones, its own, then its siblings'."""
         free = self._capacity(lane.key)
         chosen: dict[Claim, None] = {}
@@ -345,7 +273,7 @@ class StepBatcher:
                 break
         return list(chosen)
 
-    def _candidates(self, lane: _Lane, urgent: Sequence[Claim]) -> Iterator[Claim]:
+    def _candidates(self, lane: Lane, urgent: Sequence[Claim]) -> Iterator[Claim]:
         yield from urgent
         order = lane.shortest if lane.calls % 2 == 0 else lane.earliest
         yield from (entry[-1] for entry in order)
@@ -358,9 +286,9 @@ class StepBatcher:
             if not contended or sibling.start <= self._now:
                 yield from (entry[-1] for entry in sibling.earliest)
 
-    def _charge(self, lane: _Lane, chosen: Sequence[Claim], jump: bool) -> None:
+    def _charge(self, lane: Lane, chosen: Sequence[Claim], jump: bool) -> None:
         """Advances the tags of the lanes in a call by their parts of its work."""
-        rows: dict[_Lane, int] = {}
+        rows: dict[Lane, int] = {}
         for claim in chosen:
             owner = self._places[claim].lane
             rows[owner] = rows.get(owner, 0) + claim.next_rows

@@ -55,7 +55,7 @@ class PipelineConfig:
         checkpoint: its name, for messages.
         schedule: the noise schedule of the UNet.
         defaults: steps, guidance scale and sampler of a request that names none.
-        native_side: side of the pictures that the UNet was trained on, in pixels.
+        native_width, native_height: of the pictures that the UNet was trained on, in pixels.
         side_multiple: width and height must be multiples of this, in pixels.
         scale_factor: pixels a latent cell, each way.
         latent_channels: C.
@@ -70,7 +70,8 @@ class PipelineConfig:
     checkpoint: str
     schedule: NoiseSchedule
     defaults: Defaults
-    native_side: int
+    native_width: int
+    native_height: int
     side_multiple: int
     scale_factor: int
     latent_channels: int
@@ -79,6 +80,11 @@ class PipelineConfig:
     unet_inputs: tuple[str, ...]
     timestep_cond: int | None
     latent_to_rgb: tuple[tuple[float, float, float], ...]
+
+    @property
+    def native_side(self) -> int:
+        """The longer native side, in pixels."""
+        return max(self.native_width, self.native_height)
 
     @property
     def max_side(self) -> int:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from twinbrush.engine.batcher import CallKey
+from twinbrush.engine.claims import CallKey
 
 SMOOTHING = 0.2  # weight of the latest call, once a class has had as many as make it the mean
+SMALL = 4  # rows: calls of at most that many are never made smaller
 LOSS = 0.03  # of rows a second that a smaller call may cost
 PROBES_AT_FIRST, PROBE_EARLY, PROBE_LATE = 64, 4, 64  # calls; then every so many calls
 
@@ -85,7 +86,7 @@ class Costs:
             most: rows that a call may have; also the answer while nothing is known.
         """
         costs = self._keys.get(key)
-        if costs is None:
+        if costs is None or most <= SMALL:
             return most
         if most not in costs.enough:
             costs.enough[most] = _choose_rows(costs, most)

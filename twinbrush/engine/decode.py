@@ -13,7 +13,8 @@ import numpy as np
 from twinbrush.engine import images
 from twinbrush.engine.batcher import CallKey, Claim
 from twinbrush.engine.capacity import decoder_pictures
-from twinbrush.engine.denoise import Latent
+from twinbrush.engine.config import PipelineConfig
+from twinbrush.engine.denoise import Painting
 from twinbrush.engine.generation import Generation
 from twinbrush.engine.models import Models
 
@@ -28,7 +29,7 @@ class LiveImage:
 
     generation: Generation
     index: int
-    latent: Latent
+    painting: Painting
     claim: Claim
 
 
@@ -37,6 +38,7 @@ class Decoder:
 
     Args:
         models: the served networks.
+        config: the checkpoint.
         rows: of a UNet call of a key; a decoder call has a share of them.
         finish: takes an image and the bytes of its file, from any thread.
         fail: takes the requests that the exception being handled ends, the stage, and what the
@@ -46,11 +48,13 @@ class Decoder:
     def __init__(
         self,
         models: Models,
+        config: PipelineConfig,
         rows: Callable[[CallKey], int],
         finish: Callable[[LiveImage, bytes], None],
         fail: Callable[..., None],
     ):
-        self._models, self._rows, self._finish, self._fail = models, rows, finish, fail
+        self._models, self._config, self._rows = models, config, rows
+        self._finish, self._fail = finish, fail
         self._waiting: queue.SimpleQueue[LiveImage | None] = queue.SimpleQueue()
         self._encoders = ThreadPoolExecutor(IMAGE_ENCODERS, "image-encoder")
         self._pixels = 0  # decoded, and not encoded yet
@@ -80,7 +84,7 @@ class Decoder:
         if not group:
             return
         try:
-            latent = np.stack([image.latent.x for image in group])
+            latent = np.stack([image.painting.latent.x for image in group])
             pictures = self._models.run(DECODER, {"latent": latent})["image"]
         except Exception:
             self._fail([image.generation for image in group], "decoding")
@@ -100,7 +104,9 @@ class Decoder:
         generation = image.generation
         try:
             if not generation.ended:
-                self._finish(image, images.encode(pixels, generation.request.image_format))
+                request = generation.request
+                metadata = request.metadata_of(image.index, self._config)
+                self._finish(image, images.encode(pixels, request.image_format, metadata))
         except Exception:
             self._fail([generation], "encoding the image")
         finally:

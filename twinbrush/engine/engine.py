@@ -84,7 +84,9 @@ class Engine:
         self._conditioner = Conditioner(self._watchdog, config, tokenizer, limits.max_rows)
         self._to_encode: queue.SimpleQueue = queue.SimpleQueue()
         self._to_reply: queue.SimpleQueue = queue.SimpleQueue()
-        self._decoder = Decoder(self._watchdog, self._rows, self._finish, self._end_failed)
+        self._decoder = Decoder(
+            self._watchdog, self.config, self._rows, self._finish, self._end_failed
+        )
         loops = (self._encode_loop, self._denoise_loop, self._decoder.loop, self._reply_loop)
         self._threads = [start_guarded(loop.__qualname__, loop, self._fail) for loop in loops]
 
@@ -119,8 +121,8 @@ class Engine:
         )
         generation = Generation(request, self._plan.work(request), warnings, reply, self._end)
         now = time.monotonic()
-        if deadline_ms := getattr(request, "deadline_ms", 0):
-            generation.deadline = now + deadline_ms / 1000
+        if request.deadline_ms:
+            generation.deadline = now + request.deadline_ms / 1000
         with self._work:
             if self._closed or self._draining:
                 raise self._closed or EngineError.of_shutdown()
@@ -176,9 +178,9 @@ class Engine:
         try:
             encoded = self._conditioner([self._plan.texts(g.request) for g in generations])
             made = [
-                LiveImage(g, index, latent, self._plan.claim(g.request, latent))
+                LiveImage(g, index, painting, self._plan.claim(g.request, painting))
                 for g, tensors in zip(generations, encoded, strict=True)
-                for index, latent in enumerate(self._plan.latents(g.request, tensors))
+                for index, painting in enumerate(self._plan.paintings(g.request, tensors))
             ]
         except Exception as error:
             if len(generations) > 1 and not isinstance(error, EngineError):
@@ -211,10 +213,10 @@ class Engine:
 
     def _denoise(self, call: Sequence[LiveImage]) -> None:
         """One UNet call."""
-        key, counts = call[0].claim.key, [image.latent.rows for image in call]
+        key, counts = call[0].claim.key, [image.painting.rows for image in call]
         started = time.monotonic()
         try:
-            denoise_step(self._watchdog, key.model, [i.latent for i in call], self._buckets(key))
+            denoise_step(self._watchdog, key.model, [i.painting for i in call], self._buckets(key))
         except Exception as error:
             self._retry(call, error)
             return
@@ -225,19 +227,19 @@ class Engine:
             self._batcher.advance([image.claim for image in call])
             for image, count in zip(call, counts, strict=True):
                 self._admission.complete(image.generation, self._plan.call_work(key, count))
-                if image.latent.finished:
+                if image.painting.finished:
                     self._images.pop(image.claim, None)
         for image in call:
             if not image.generation.ended:
                 self._report(image)
-                if image.latent.finished:
+                if image.painting.finished:
                     self._decoder.put(image)
 
     def _retry(self, call: Sequence[LiveImage], error: Exception) -> None:
         """Tries each half of a failed call, down to the images at fault, which fail alone."""
         key = call[0].claim.key
         if any(text in repr(error).lower() for text in OUT_OF_MEMORY):
-            self._reduce_rows(key, sum(image.latent.rows for image in call))
+            self._reduce_rows(key, sum(image.painting.rows for image in call))
         if len(call) == 1 or isinstance(error, EngineError):
             self._end_failed([image.generation for image in call], "denoising")
             return
@@ -268,10 +270,12 @@ class Engine:
         return (*(size for size in buckets if size < most), most) if buckets else ()
 
     def _report(self, image: LiveImage) -> None:
-        request, latent = image.generation.request, image.latent
-        every, step = request.preview_every, latent.done
-        if every and step % every == 0 and not latent.finished:
-            event = partial(self._preview, image, step, latent.clean)
+        request, painting = image.generation.request, image.painting
+        if not painting.trajectory.ends_step[painting.calls - 1]:
+            return
+        every, step = request.preview_every, painting.steps
+        if every and step % every == 0 and not painting.finished:
+            event = partial(self._preview, image, step, painting.latent.clean)
         elif request.progress:
             event = partial(Progress, image.index, step, request.steps)
         else:

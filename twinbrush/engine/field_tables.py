@@ -8,6 +8,7 @@ is for people: each keeps a copy, between two marks where the file has other con
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -106,12 +107,9 @@ def _entry(key: str, value: str) -> list[str]:
     line = f'    "{key}": "{value}",'
     if len(line) <= 100:
         return [line]
-    parts, width = [""], 86
-    for word in value.split(" "):
-        if len(parts[-1]) + len(word) + 1 > width:
-            parts.append("")
-        parts[-1] += word + " "
-    parts[-1] = parts[-1].rstrip()
+    width = 90  # beside 8 spaces and 2 quotes
+    parts = [value] if len(value) <= width else textwrap.wrap(value, width - 1)
+    parts = [f"{part} " for part in parts[:-1]] + parts[-1:]
     return [f'    "{key}": (', *(f'        "{part}"' for part in parts), "    ),"]
 
 

@@ -32,6 +32,13 @@ class InvalidArgument(ValueError):
     def __init__(self, name: str, value: object, allowed: str):
         super().__init__(f"{shortened(name)}={shown(value)} is invalid: {allowed}.")
 
+    @classmethod
+    def worded(cls, message: str) -> InvalidArgument:
+        """An error whose message already names field, value and what is allowed."""
+        error = cls.__new__(cls)
+        ValueError.__init__(error, message)
+        return error
+
 
 def shown(value: object) -> str:
     """`repr` of a value for a message, of bounded length and cost."""

@@ -13,11 +13,13 @@ from twinbrush.engine.batcher import CallKey, Claim
 from twinbrush.engine.capacity import Capacity, capacities
 from twinbrush.engine.conditioning import Text
 from twinbrush.engine.config import PipelineConfig
-from twinbrush.engine.denoise import Latent
-from twinbrush.engine.request import GenerationRequest
-from twinbrush.engine.samplers import guidance_embedding, trajectory
+from twinbrush.engine.denoise import Painting
+from twinbrush.engine.guidance import Guidance, guidance_embedding, needs_negative
+from twinbrush.engine.request import FIELDS, GenerationRequest
+from twinbrush.engine.samplers import Trajectory, trajectory
 
 UNET = "unet"
+PRIORITY_WEIGHTS = {"low": 0.25, "normal": 1.0, "high": 4.0}
 
 
 class Planner:
@@ -45,9 +47,9 @@ class Planner:
             UNET, request.height // scale, request.width // scale, alone=request.deterministic
         )
 
-    def latents(
+    def paintings(
         self, request: GenerationRequest, encoded: Mapping[str, np.ndarray]
-    ) -> list[Latent]:
+    ) -> list[Painting]:
         """The images of a request, conditioned on what the encoders made of its texts."""
         config, key = self._config, self.key(request)
         conditioning = dict(encoded)
@@ -57,19 +59,20 @@ class Planner:
             embedding = guidance_embedding(scale, config.timestep_cond)
             conditioning["timestep_cond"] = np.tile(embedding, (rows, 1))
         return [
-            Latent(
-                trajectory=trajectory(request.sampler, config.schedule, request.steps),
+            Painting(
+                trajectory=self._trajectory(request),
                 conditioning=conditioning,
-                guidance_scale=request.guidance_scale,
+                guidance=self._guidance(request),
                 noise=np.random.default_rng(request.seed + index),
                 shape=(config.latent_channels, key.height, key.width),
             )
             for index in range(request.num_images)
         ]
 
-    def claim(self, request: GenerationRequest, latent: Latent) -> Claim:
+    def claim(self, request: GenerationRequest, painting: Painting) -> Claim:
         """The claim of one image on UNet calls."""
-        return Claim(self.key(request), [latent.rows] * latent.trajectory.steps)
+        rows = [painting.rows_at(call) for call in range(painting.trajectory.calls)]
+        return Claim(self.key(request), rows, PRIORITY_WEIGHTS[request.priority])
 
     def capacity(self, key: CallKey) -> Capacity:
         """What one call of a key may hold."""
@@ -77,9 +80,10 @@ class Planner:
         return next(capacity for capacity in self._capacities if side <= capacity.side)
 
     def work(self, request: GenerationRequest) -> float:
-        """The cost of a request: UNet rows times steps, in units of one row at the native size."""
-        pixels = request.width * request.height / self._config.native_side**2
-        return len(self.texts(request)) * request.steps * request.num_images * pixels
+        """The cost of a request in UNet rows at the native size."""
+        calls = self._trajectory(request).calls
+        rows = len(self.texts(request)) * calls * request.num_images
+        return self.call_work(self.key(request), rows)
 
     def call_work(self, key: CallKey, rows: int) -> float:
         """The cost of one UNet call, in the same units."""
@@ -90,6 +94,23 @@ class Planner:
         """Sentences on fields that have no effect."""
         if request.negative_prompt and not self._is_guided(request):
             yield f"negative_prompt has no effect at guidance_scale {request.guidance_scale:g}"
+        if not self._is_guided(request):
+            for name in ("guidance_rescale", "guidance_start", "guidance_end"):
+                if getattr(request, name) != FIELDS[name].default:
+                    yield f"{name} has no effect without a negative prompt's row"
+
+    @staticmethod
+    def _guidance(request: GenerationRequest) -> Guidance:
+        return Guidance(
+            request.guidance_scale, request.guidance_rescale,
+            request.guidance_start, request.guidance_end,
+        )  # fmt: skip
+
+    def _trajectory(self, request: GenerationRequest) -> Trajectory:
+        return trajectory(
+            request.sampler, self._config.schedule, request.steps,
+            request.chosen_sigma_schedule, request.eta,
+        )  # fmt: skip
 
     def _is_guided(self, request: GenerationRequest) -> bool:
         """Whether a UNet call has a second row for the negative prompt.
@@ -99,4 +120,4 @@ class Planner:
         """
         if self._config.timestep_cond:
             return bool(request.negative_prompt)
-        return request.guidance_scale > 1
+        return needs_negative(request.guidance_scale)

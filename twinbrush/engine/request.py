@@ -7,6 +7,7 @@ that the front doors, the client and the README keep.
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -32,15 +33,24 @@ from twinbrush.engine.fields import (
     table,
 )
 from twinbrush.engine.images import IMAGE_FORMATS
-from twinbrush.engine.samplers import MAX_STEPS, SAMPLERS
+from twinbrush.engine.samplers import MAX_STEPS, SAMPLERS, SIGMA_SCHEDULES, trajectory
 
 MAX_PROMPT_CHARACTERS = 2000
 MAX_ID_CHARACTERS = 256
 MAX_GUIDANCE_SCALE = 50.0
 MAX_IMAGES = 16
 MAX_SEED = 2**63 - 1
+MAX_DEADLINE_MS = 24 * 3600 * 1000
+PRIORITIES = ("low", "normal", "high")
+CHECKPOINTS_OWN = "default"  # sigma schedule
+# What says how a picture is delivered, not how it looks.
+NOT_IN_METADATA = frozenset({
+    "num_images", "image_format", "metadata", "priority", "deadline_ms", "progress",
+    "preview_every",
+})  # fmt: skip
 
-_NATIVE_SIDE = FromConfig("checkpoint's", lambda config: config.native_side)
+_NATIVE_WIDTH = FromConfig("checkpoint's", lambda config: config.native_width)
+_NATIVE_HEIGHT = FromConfig("checkpoint's", lambda config: config.native_height)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +77,30 @@ class GenerationRequest:
         "FP32", FromConfig("checkpoint's", lambda config: config.defaults.guidance_scale),
         Number(0, MAX_GUIDANCE_SCALE), "How closely to follow the prompt; 1 is no guidance.",
     )  # fmt: skip
-    width: int = row("INT32", _NATIVE_SIDE, Side(), "Width in pixels.")
-    height: int = row("INT32", _NATIVE_SIDE, Side(), "Height in pixels.")
+    width: int = row("INT32", _NATIVE_WIDTH, Side(), "Width in pixels.")
+    height: int = row("INT32", _NATIVE_HEIGHT, Side(), "Height in pixels.")
     sampler: str = row(
         "STRING", FromConfig("checkpoint's", lambda config: config.defaults.sampler),
         Choice(tuple(SAMPLERS)), "How latents go from one step to the next.",
     )  # fmt: skip
+    sigma_schedule: str = row(
+        "STRING", "default", Choice((CHECKPOINTS_OWN, *SIGMA_SCHEDULES)),
+        "How the noise levels of the steps are spaced; the default is the checkpoint's own.",
+    )  # fmt: skip
+    eta: float | None = row(
+        "FP32", FromConfig("sampler's", lambda config: None), Number(0, 1),
+        "Share of fresh noise in each step, of `ddim` and `tcd` alone.",
+    )  # fmt: skip
+    guidance_rescale: float = row(
+        "FP32", 0.0, Number(0, 1),
+        "How far guided predictions are brought back to the contrast of unguided ones.",
+    )  # fmt: skip
+    guidance_start: float = row(
+        "FP32", 0.0, Number(0, 1), "Share of the steps after which guidance begins."
+    )
+    guidance_end: float = row(
+        "FP32", 1.0, Number(0, 1), "Share of the steps after which guidance ends."
+    )
     num_images: int = row("INT32", 1, Integer(1, MAX_IMAGES), "Number of images.")
     image_format: str = row(
         "STRING", "png_base64", Choice(IMAGE_FORMATS),
@@ -82,6 +110,17 @@ class GenerationRequest:
     deterministic: bool = row(
         "BOOL", False, Flag(),
         "Same bytes however busy the server is; the request's UNet calls are not shared.",
+    )  # fmt: skip
+    metadata: bool = row(
+        "BOOL", True, Flag(), "Write prompt, seed and settings into the image file."
+    )
+    priority: str = row(
+        "STRING", "normal", Choice(PRIORITIES),
+        "Weight among the live requests; no priority starves another.",
+    )  # fmt: skip
+    deadline_ms: int = row(
+        "INT32", 0, Integer(0, MAX_DEADLINE_MS),
+        "Milliseconds after which the request is ended with `DEADLINE_EXCEEDED`; 0 sets none.",
     )  # fmt: skip
     progress: bool = row(
         "BOOL", True, Flag(), "Send a `progress` event for every step.", stream_only=True
@@ -107,7 +146,40 @@ class GenerationRequest:
         if values["seed"] > last_seed:
             allowed = f"must be between 0 and {last_seed} with {values['num_images']} images"
             raise InvalidArgument("seed", values["seed"], allowed)
-        return cls(**values)
+        start, end = values["guidance_start"], values["guidance_end"]
+        if start > end:
+            allowed = f"must be at most guidance_end, which is {end:g}"
+            raise InvalidArgument("guidance_start", start, allowed)
+        request = cls(**values)
+        try:
+            trajectory(
+                request.sampler, config.schedule, request.steps,
+                request.chosen_sigma_schedule, request.eta,
+            )  # fmt: skip
+        except ValueError as error:
+            raise InvalidArgument.worded(str(error)) from error
+        return request
+
+    @property
+    def chosen_sigma_schedule(self) -> str | None:
+        """None where it is the checkpoint's own."""
+        return None if self.sigma_schedule == CHECKPOINTS_OWN else self.sigma_schedule
+
+    def metadata_of(self, index: int, config: PipelineConfig, checkpoint_hash: str = "") -> dict:
+        """What the file of image `index` carries: enough to ask for it again. Empty if not wanted.
+
+        Args:
+            index: of the image within the request.
+            config: the checkpoint.
+            checkpoint_hash: of its weights; empty where it is not known.
+        """
+        if not self.metadata:
+            return {}
+        values = {k: v for k, v in dataclasses.asdict(self).items() if k not in NOT_IN_METADATA}
+        values |= {"seed": self.seed + index, "checkpoint": config.checkpoint}
+        if checkpoint_hash:
+            values["checkpoint_hash"] = checkpoint_hash
+        return values | {"version": f"Twinbrush {twinbrush.__version__}"}
 
 
 FIELDS: Mapping[str, Field] = table(GenerationRequest)

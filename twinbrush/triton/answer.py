@@ -21,6 +21,7 @@ SHARED_MEMORY = "/dev/shm"
 MARGIN = 2**20  # bytes that a region grows by
 # Status names of the engine that Triton's Python API lacks, and the nearest that it has.
 TRITON_CODES = {"RESOURCE_EXHAUSTED": "UNAVAILABLE", "DEADLINE_EXCEEDED": "CANCELLED"}
+STATUS_NAMES = {"INVALID_ARG": "INVALID_ARGUMENT"}  # gRPC's, where Triton's differ
 DTYPES = {"index": np.int32, "step": np.int32, "total_steps": np.int32, "seed": np.int64}
 
 
@@ -69,9 +70,17 @@ class RequestMetrics:
 
 
 class Answer:
-    """The responses of one request, and exactly one end."""
+    """The responses of one request, and exactly one end.
 
-    def __init__(self, request: Any, metrics: RequestMetrics):
+    Args:
+        request: Triton's.
+        metrics: of its model.
+        streams: whether its model is decoupled: a stream's error reaches the client without its
+            status, so the message begins with it.
+    """
+
+    def __init__(self, request: Any, metrics: RequestMetrics, streams: bool = False):
+        self._streams = streams
         self._sender = request.get_response_sender()
         self._open = True
         self._lock = threading.Lock()
@@ -92,10 +101,16 @@ class Answer:
         self._respond(pb_utils.InferenceResponse(tensors), "OK" if final else None)
 
     def fail(self, error: EngineError) -> None:
-        """Sends an error as the end; codes that Triton lacks stand in front of the message."""
+        """Sends an error as the end.
+
+        The message begins with the status where clients do not see it otherwise: in streams, and
+        where Triton lacks the code.
+        """
         code = TRITON_CODES.get(error.code, error.code)
-        message = str(error) if code == error.code else f"{error.code}: {error}"
-        failure = pb_utils.TritonError(message, getattr(pb_utils.TritonError, code))
+        status = STATUS_NAMES.get(error.code, error.code)
+        shown = self._streams or code != error.code
+        text = f"{status}: {error}" if shown else str(error)
+        failure = pb_utils.TritonError(text, getattr(pb_utils.TritonError, code))
         self._respond(pb_utils.InferenceResponse(error=failure), error.code)
 
     def end(self) -> None:

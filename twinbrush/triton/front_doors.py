@@ -51,7 +51,7 @@ class StreamModel:
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
-            answer = Answer(request, self._metrics)
+            answer = Answer(request, self._metrics, streams=True)
             try:
                 self._start(request, answer)
             except Exception as error:

@@ -1,4 +1,4 @@
-"""`python -m examples.scenes.benchmarks.autoencoder`: what of a picture survives the VQGAN of a checkpoint.
+"""`python -m examples.scenes.benchmarks.autoencoder`: what the VQGAN keeps of a picture.
 
 Held-out scenes are encoded, quantised and decoded. What the reader still reads right is the most
 that a UNet on these latents can reach.
@@ -18,9 +18,9 @@ from diffusers import VQModel
 
 from benchmarks.machine import write_result
 from examples.scenes.quality import NAMES, read, score, share, tasks
+from examples.scenes.world import pictures
 from export.checkpoint import open_checkpoint
 from networks.loading import CheckpointError
-from training import data
 from training.sheets import pixels_of
 
 GOALS = {"psnr": 28.0, "codes_used": 90.0}
@@ -48,13 +48,13 @@ def main(
     right: dict[str, list[bool]] = {name: [] for name in NAMES.values()}
     used: set[int] = set()
     for start in range(0, n, BATCH):
-        some = all_tasks[start : start + BATCH]
-        pictures = data.pictures([task.scene for task in some])
-        latents = vae.encode(pictures).latents
+        chunk = all_tasks[start : start + BATCH]
+        true = pictures([task.scene for task in chunk])
+        latents = vae.encode(true).latents
         used.update(vae.quantize(latents)[2][2].flatten().tolist())
         painted = vae.decode(latents).sample.clamp(-1, 1)
-        psnr += (10 * torch.log10(4 / (painted - pictures).square().mean((1, 2, 3)))).tolist()
-        for task, picture in zip(some, pixels_of(painted), strict=True):
+        psnr += (10 * torch.log10(4 / (painted - true).square().mean((1, 2, 3)))).tolist()
+        for task, picture in zip(chunk, pixels_of(painted), strict=True):
             right[NAMES[len(task.scene.items)]].append(score(task, read(picture)).all_correct)
     summary = {
         "psnr": round(float(np.mean(psnr)), 2),

@@ -1,4 +1,4 @@
-"""`python -m examples.scenes.benchmarks.diversity`: how much the pictures of one prompt differ from seed to seed.
+"""`python -m examples.scenes.benchmarks.diversity`: how pictures of a prompt differ by seed.
 
 A UNet that learns from a reward can come to paint always the same. Held-out prompts of one object
 are painted from many seeds and read back: how far the object's places spread, and how often it is
@@ -33,9 +33,9 @@ def main(
     ),
 ) -> None:
     """Measures how pictures of a prompt differ."""
-    asked = [task for task in tasks(3 * n) if len(task.scene.items) == 1]
+    requests = [task for task in tasks(3 * n) if len(task.scene.items) == 1]
     with scene_engine(repository) as engine:
-        painted = paint(engine, [task.prompt for task in asked for _ in range(seeds)])
+        painted = paint(engine, [task.prompt for task in requests for _ in range(seeds)])
         checkpoint = engine.config.checkpoint
     shown = [read(picture).items for picture in painted]
     found = [
@@ -47,13 +47,14 @@ def main(
     summary = {
         "spread": spread(found),
         "spread_of_scenes": spread([[i for i in world if i.size == size] for size in SIZES]),
-        "large_if_unnamed": large(asked, found),
+        "large_if_unnamed": large(requests, found),
         "large_of_scenes": round(100 * np.mean([item.size == "large" for item in world]), 1),
         "pictures_of_one_object": sum(map(len, found)),
         "pictures": len(painted),
     }
     write_result(
-        out, "python -m examples.scenes.benchmarks.diversity", checkpoint=checkpoint, prompts=n, seeds=seeds,
+        out, "python -m examples.scenes.benchmarks.diversity", checkpoint=checkpoint,
+        prompts=n, seeds=seeds,
         summary=summary,
     )  # fmt: skip
     print(json.dumps(summary))
@@ -69,11 +70,11 @@ def spread(places: list[list[Item]]) -> float | None:
     return round(float(np.mean(deviations)), 2) if deviations else None
 
 
-def large(asked: list[Task], found: list[list[Item]]) -> float | None:
+def large(requests: list[Task], found: list[list[Item]]) -> float | None:
     """Percent of large objects, where the prompt names no size."""
     free = [
         item.size == "large"
-        for task, group in zip(asked, found, strict=True)
+        for task, group in zip(requests, found, strict=True)
         if not any(size in task.prompt for size in SIZES)
         for item in group
     ]

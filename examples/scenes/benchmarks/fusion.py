@@ -1,15 +1,15 @@
-"""`python -m examples.scenes.benchmarks.fusion`: does the UNet follow CLIP and BERT fused better than either?
+"""`python -m examples.scenes.benchmarks.fusion`: CLIP and BERT fused against each alone.
 
 Three UNets with the same head are trained to the same budget on the same batches, anew for
 each seed; only what the head merges differs: CLIP tokens that attend to CLIP's own inner
 layers, BERT tokens that attend to BERT's, and CLIP tokens that attend to BERT's. So every
 arm has as many parameters and looks at as many layers; CLIP's own are seen whole, with the
-padding that Stable Diffusion's UNet sees too, BERT's where there are words. Held-out prompts
-are then painted from the same noise and read back. The encoders are the checkpoint's: where
-BERT was asked what the words of a scene's caption name and CLIP was not, as in `scenes-64`,
-that is part of what is compared; `--masked-words` takes a BERT that was not asked. With `--init`
-the UNets can paint before they learn to read. Learning rate,
-timesteps and guidance were chosen on the fusion. Each training goes on from its last save.
+padding that Stable Diffusion's UNet sees too, BERT's without padding. Held-out prompts are then
+painted from the same noise and read back. The encoders are the checkpoint's: the BERT of
+`scenes-64` was trained on the scenes' objective and its CLIP was not, which is part of what is
+compared; `--masked-words` takes a BERT of masked words alone. With `--init` the UNets can paint
+before they learn to read. Learning rate, timesteps and guidance were chosen on the fusion. Each
+training continues from its last save.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ import typer
 from diffusers import UNet2DConditionModel, VQModel
 from rich.console import Console
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from benchmarks.machine import write_result
 from examples.scenes.benchmarks.steps import points_lost
-from examples.scenes.grounding import word_answers
 from examples.scenes.quality import NAMES, Score, Task, read, score, table_of, tasks
-from examples.scenes.scenes import Scene
+from examples.scenes.world import SceneWorld, world_for
 from export.checkpoint import open_checkpoint
 from networks.loading import CheckpointError, load_part
 from training import bert, data
@@ -44,7 +44,6 @@ from training.diffusion import (
     EMA_DECAY,
     FROZEN,
     LEARNING_RATE,
-    Batches,
     Encoders,
     Painter,
     scheduler,
@@ -61,7 +60,7 @@ console = Console()
 
 
 class Arm(Encoders):
-    """What one arm's head gets: a stream of tokens, the layers it attends to, and their mask."""
+    """The inputs of one arm's head: a stream of tokens, the layers it attends to, their mask."""
 
     def __init__(self, checkpoint: Path, arm: str, device: torch.device):
         super().__init__(checkpoint, device)
@@ -78,9 +77,9 @@ class Arm(Encoders):
         mask = torch.ones(layers.shape[0], layers.shape[2], dtype=torch.int64, device=self.device)
         return tokens, layers, mask
 
-    def answers(self, texts: list[str], scenes: list[Scene]) -> Tensor:
-        tokenizer = self.tokenizer_2 if self.arm == "bert" else self.tokenizer
-        return word_answers(tokenizer, texts, scenes).to(self.device)
+    @property
+    def stream_tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.bert_tokenizer if self.arm == "bert" else self.tokenizer
 
 
 def main(
@@ -109,7 +108,7 @@ def main(
         typer.Option(help="A BERT of masked words alone, trained first, for the checkpoint's."),
     ] = False,
     arm: Annotated[
-        list[str], typer.Option(help=f"What to train, of {', '.join(ARMS)}; repeatable.")
+        list[str], typer.Option(help=f"Arm to train, of {', '.join(ARMS)}; repeatable.")
     ] = list(ARMS),  # noqa: B006
     n: Annotated[int, typer.Option(min=3, help="Held-out prompts.")] = 1000,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 takes all.")] = 0,
@@ -133,19 +132,22 @@ def main(
         vae = opened.load("vae", VQModel).to(on)
         if masked_words:
             checkpoint = with_masked_words(checkpoint, runs / "masked-words", on, bf16)
-        run = Run(checkpoint, runs / f"{steps}x{batch}", steps, batch, on, bf16, save_every=500)
-        batches = Batches(checkpoint, runs, batch, on)
+        source = world_for(on)
+        folder = runs / f"{steps}x{batch}"
+        run = Run(checkpoint, folder, steps, batch, on, bf16, save_every=500, source=source)
+        batches = source.latents(checkpoint, runs, batch, on)
         for seed, name in itertools.product(range(seeds), arms):
             encoders, seeded = Arm(checkpoint, name, on), replace(run, seed=seed)
             torch.manual_seed(seed)
-            painter = Painter(channels=channels)
+            painter = Painter(channels=channels, objective=source.objective)
             reads = [checkpoint / part for part in FROZEN]
             if init:
                 start(painter.unet, init)
                 reads.append(init / "unet")
             painter.to(on)
             trainer = seeded.trainer(painter, f"{name}-{seed}", LEARNING_RATE, EMA_DECAY, reads)
-            loss_at = velocity_loss(painter, encoders, batches, seeded.first())
+            first = seeded.first()
+            loss_at = velocity_loss(painter, encoders, batches, first, source.objective)
             trained = trainer.run(loss_at, batches)
             learnt = cast(Painter, trained.eval())
             found = painted(learnt, encoders, vae, all_tasks, seed)
@@ -184,10 +186,10 @@ def start(unet: UNet2DConditionModel, init: Path) -> None:
 
 
 def with_masked_words(checkpoint: Path, folder: Path, device: torch.device, bf16: bool) -> Path:
-    """A copy of a checkpoint, whose BERT learnt from masked words and nothing else."""
-    copy, told_nothing = folder / checkpoint.name, data.SceneWorld(told=False)
+    """A copy of a checkpoint, whose BERT was trained on masked words and nothing else."""
+    copy, captions = folder / checkpoint.name, SceneWorld(with_truth=False)
     shutil.copytree(checkpoint, copy, dirs_exist_ok=True)
-    bert.train(Run(copy, folder, MASKED_WORDS_STEPS, bert.BATCH, device, bf16, told_nothing))
+    bert.train(Run(copy, folder, MASKED_WORDS_STEPS, bert.BATCH, device, bf16, source=captions))
     return copy
 
 
@@ -200,12 +202,12 @@ def painted(
     empty = painter.fusion(*encoders([""]))
     scores = []
     for start in range(0, len(all_tasks), AT_ONCE):
-        some = all_tasks[start : start + AT_ONCE]
-        hidden = painter.fusion(*encoders([task.prompt for task in some]))
+        chunk = all_tasks[start : start + AT_ONCE]
+        hidden = painter.fusion(*encoders([task.prompt for task in chunk]))
         latents = sample(painter.unet, hidden, empty, scheduler(), DEFAULTS, draw)
         latents = latents / vae.config["scaling_factor"]
         pixels = pixels_of(vae.decode(latents, return_dict=False)[0])
-        scores += [score(task, read(p)) for task, p in zip(some, pixels, strict=True)]
+        scores += [score(task, read(p)) for task, p in zip(chunk, pixels, strict=True)]
     return scores
 
 
@@ -228,8 +230,8 @@ def plot(results: dict[str, list[dict[str, Any]]], file: Path) -> None:
             values = np.array([[t[row][attribute]["percent"] for row in rows] for t in tables])
             x = np.arange(len(rows)) + 0.27 * (k - 1)
             axes.bar(x, values.mean(axis=0), width=0.25, label=arm)
-            for one in values:
-                axes.plot(x, one, "k.", markersize=4)
+            for row in values:
+                axes.plot(x, row, "k.", markersize=4)
         axes.set_xticks(range(len(rows)), [row.replace("_", " ") for row in rows])
         axes.set(ylabel=f"{attribute.replace('_', ' ')}, %", ylim=(0, 100))
         axes.legend()

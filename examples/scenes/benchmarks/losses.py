@@ -1,10 +1,10 @@
-"""`python -m examples.scenes.benchmarks.losses`: what perceptual and adversarial terms do to the VQGAN's pictures.
+"""`python -m examples.scenes.benchmarks.losses`: perceptual and adversarial terms of the VQGAN.
 
 Decoders of one encoder are trained from the same weights, on the same pictures, for the same
 steps: with reconstruction alone, with each term, and with both. They start anew, or with
 `--further` where the checkpoint's own decoder ended, which is then measured too. Held-out scenes
 are decoded by all. Writes a plot and a sheet of pictures, side by side, beside the result file;
-each training goes on from its last save.
+each training continues from its last save.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from benchmarks.machine import write_result
 from examples.scenes.quality import read, score, share, tasks
+from examples.scenes.world import pictures, world_for
 from export.checkpoint import open_checkpoint
 from networks.loading import CheckpointError
 from training import data
@@ -67,13 +68,14 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     all_tasks = tasks(n)
-    true = data.pictures([task.scene for task in all_tasks])
+    true = pictures([task.scene for task in all_tasks])
     painted: dict[str, Tensor] = {}
     try:
         check_trained(checkpoint, "image_encoder", "vae")
         start = _trained if further else _untrained
         folder = runs / f"{steps}x{batch}{'-further' if further else ''}"
-        run = Run(checkpoint, folder, steps, batch, pick_device(device), bf16)
+        on = pick_device(device)
+        run = Run(checkpoint, folder, steps, batch, on, bf16, source=world_for(on))
         if further:
             painted["before"] = _decoded(_trained(checkpoint), true)
         for name, weights in VARIANTS.items():
@@ -85,9 +87,9 @@ def main(
         sys.exit(f"error: {error}")
     results = {name: _measures(y, true, all_tasks) for name, y in painted.items()}
     write_result(
-        out, "python -m examples.scenes.benchmarks.losses", checkpoint=checkpoint.name, steps=steps, batch=batch,
-        further=further, n=n, weights={name: asdict(weights) for name, weights in VARIANTS.items()},
-        results=results,
+        out, "python -m examples.scenes.benchmarks.losses", checkpoint=checkpoint.name,
+        steps=steps, batch=batch, further=further, n=n,
+        weights={name: asdict(weights) for name, weights in VARIANTS.items()}, results=results,
     )  # fmt: skip
     plot(results, out.with_suffix(".png"))
     sheet({"true": true, **painted}, out.with_name(f"{out.stem}_pictures.png"))
@@ -109,10 +111,8 @@ def _untrained(checkpoint: Path) -> VQModel:
 
 
 @torch.no_grad()
-def _decoded(vae: VQModel, pictures: Tensor) -> Tensor:
-    parts = [
-        vae.decode(vae.encode(some).latents, return_dict=False)[0] for some in pictures.split(100)
-    ]
+def _decoded(vae: VQModel, originals: Tensor) -> Tensor:
+    parts = [vae.decode(vae.encode(x).latents, return_dict=False)[0] for x in originals.split(100)]
     return torch.cat(parts).clamp(-1, 1)
 
 
@@ -150,17 +150,17 @@ def plot(results: dict[str, dict[str, Any]], file: Path) -> None:
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     panels = {"psnr": "PSNR, dB", "ssim": "SSIM", "edge_sharpness": "edge sharpness, 1 is true"}
     *axes, last = figure.subplots(1, 1 + len(panels))
-    for one, (measure, label) in zip(axes, panels.items(), strict=True):
-        bars = one.bar(list(results), [found[measure] for found in results.values()])
-        one.bar_label(bars, fmt="%.3g", padding=2, fontsize=8)
-        one.set_ylabel(label)
+    for panel, (measure, label) in zip(axes, panels.items(), strict=True):
+        bars = panel.bar(list(results), [found[measure] for found in results.values()])
+        panel.bar_label(bars, fmt="%.3g", padding=2, fontsize=8)
+        panel.set_ylabel(label)
     percent = np.array([found["read_right"]["percent"] for found in results.values()])
     low, high = np.array([found["read_right"]["interval"] for found in results.values()]).T
     last.bar(list(results), percent, yerr=(percent - low, high - percent), capsize=3)
     last.set_ylabel("read right, %")
-    for one in figure.axes:
-        one.tick_params("x", rotation=30)
-        one.margins(y=0.15)
+    for panel in figure.axes:
+        panel.tick_params("x", rotation=30)
+        panel.margins(y=0.15)
     figure.savefig(file, dpi=120)
 
 
@@ -168,10 +168,10 @@ def sheet(rows: dict[str, Tensor], file: Path) -> None:
     """The first pictures of every variant, a row each."""
     picture = Image.new("RGB", (LABEL + SHOWN * TILE, len(rows) * TILE), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
-    for i, (name, pictures) in enumerate(rows.items()):
+    for i, (name, shown) in enumerate(rows.items()):
         draw.text((6, i * TILE + TILE // 2 - 8), name, "#222222", font)
-        for k, one in enumerate(pixels_of(pictures[:SHOWN])):
-            tile = Image.fromarray(one).resize((TILE, TILE), Image.Resampling.NEAREST)
+        for k, pixels in enumerate(pixels_of(shown[:SHOWN])):
+            tile = Image.fromarray(pixels).resize((TILE, TILE), Image.Resampling.NEAREST)
             picture.paste(tile, (LABEL + k * TILE, i * TILE))
     picture.save(file)
 

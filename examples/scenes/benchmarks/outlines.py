@@ -1,9 +1,9 @@
 """`python -m examples.scenes.benchmarks.outlines`: how true to form painted objects are.
 
-`examples.scenes.quality` takes a circle with corners for a circle. Here held-out prompts are painted,
-and every picture that is all right is compared with a drawing of what is read from it: shapes,
-colours, sizes and places as they are read, but with the outlines that they should have. What of
-true pictures is drawn so is the most that can be reached.
+`examples.scenes.quality` takes a circle with corners for a circle. Here held-out prompts are
+painted, and every right picture is compared with a drawing of what is read from it: shapes,
+colours, sizes and places as they are read, with the outlines that they should have. True pictures,
+compared in the same way, give the best that can be reached.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ def main(
     ),
 ) -> None:
     """Measures PSNR in dB of right pictures against drawings of what is read from them."""
-    asked = tasks(n)
+    requests = tasks(n)
     with scene_engine(repository) as engine:
-        pictures = paint(engine, [task.prompt for task in asked])
+        pictures = paint(engine, [task.prompt for task in requests])
         checkpoint = engine.config.checkpoint
     found = [
         likeness(picture, reading)
-        for task, picture in zip(asked, pictures, strict=True)
+        for task, picture in zip(requests, pictures, strict=True)
         if score(task, reading := read(picture)).all_correct
     ]
-    true = [render(task.scene) for task in asked]
+    true = [render(task.scene) for task in requests]
     summary = {
         "psnr": _mean(found),
         "psnr_of_true": _mean([likeness(picture, read(picture)) for picture in true]),
@@ -50,8 +50,8 @@ def main(
         "n": n,
     }
     write_result(
-        out, "python -m examples.scenes.benchmarks.outlines", checkpoint=checkpoint, summary=summary,
-        tenth=_tenth(found),
+        out, "python -m examples.scenes.benchmarks.outlines", checkpoint=checkpoint,
+        summary=summary, tenth=_tenth(found),
     )  # fmt: skip
     print(json.dumps(summary))
 

@@ -1,4 +1,4 @@
-"""`python -m examples.scenes.benchmarks.pictures`: a sheet of pictures with their prompts, failures included.
+"""`python -m examples.scenes.benchmarks.pictures`: a sheet of pictures, failures included.
 
 The prompts are the first held-out ones of `examples.scenes.quality`, a row for each number of
 objects, and seeds count from 0: nothing is picked by eye. Painted by the serving engine in this

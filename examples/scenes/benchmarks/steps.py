@@ -23,8 +23,8 @@ from benchmarks.local_engine import local_engine
 from benchmarks.machine import write_result
 from examples.scenes.quality import NAMES, Score, Task, measure, table_of, tasks
 from export.checkpoint import Checkpoint, open_checkpoint
-from export.pipeline import SAMPLER_OF
 from export.repository import build
+from export.scheduler import SAMPLER_OF
 from networks.loading import CheckpointError
 from twinbrush.runtimes.onnx_runtime import LocalModels
 
@@ -57,9 +57,9 @@ def main(
     all_tasks = tasks(n)
     own = SAMPLER_OF[distilled.classes["scheduler"]]
     learnt = _scores(distilled, (own,), repository, all_tasks)[own]
-    taught = _scores(plain, TEACHER_SAMPLERS, repository, all_tasks)
+    by_sampler = _scores(plain, TEACHER_SAMPLERS, repository, all_tasks)
     labelled = {f"{distilled.name} {own}": learnt}
-    labelled |= {f"{plain.name} {sampler}": scores for sampler, scores in taught.items()}
+    labelled |= {f"{plain.name} {sampler}": scores for sampler, scores in by_sampler.items()}
     curves = {
         label: {steps: _right(all_tasks, scores) for steps, scores in by_steps.items()}
         for label, by_steps in labelled.items()
@@ -67,7 +67,7 @@ def main(
     summary = {
         "all_correct_4": curves[f"{distilled.name} {own}"][4]["all"]["percent"],
         "points_lost": {
-            sampler: points_lost(scores[25], learnt[4]) for sampler, scores in taught.items()
+            sampler: points_lost(scores[25], learnt[4]) for sampler, scores in by_sampler.items()
         },
         "n": n,
     }

@@ -1,17 +1,16 @@
-"""`python -m examples.scenes.benchmarks.tokens`: what the tokens of each text encoder tell of a scene.
+"""`python -m examples.scenes.benchmarks.tokens`: what a linear probe reads from text tokens.
 
-A linear probe (arXiv:1610.01644) is trained on frozen tokens: from the last word of an object's
-name it is to tell what the object is, where it stands and to whom. A UNet reads its prompt from
-these tokens, so what a probe cannot read is what the UNet has to work out by itself. Asked of CLIP,
-of BERT, of what the checkpoint's head makes of both, and of a BERT that learnt from masked words
-alone, which is trained first.
+The probe (arXiv:1610.01644) is trained on frozen tokens: from the last word of an object's name it
+predicts what the object is, where it stands and beside what. A UNet reads its prompt from these
+tokens, so it has to work out by itself what a probe cannot read. Probed are CLIP, BERT, the output
+of the checkpoint's head, and a BERT of masked words alone, which is trained first.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,23 +22,25 @@ from torch import Tensor
 
 from benchmarks.machine import write_result
 from examples.scenes.benchmarks.fusion import Arm, with_masked_words
-from examples.scenes.grounding import UNASKED, Questions
+from examples.scenes.grounding import Questions, word_answers
 from examples.scenes.quality import NAMES, tasks
+from examples.scenes.scenes import Scene
+from examples.scenes.world import captions, draw_scenes
 from export.checkpoint import open_checkpoint
 from networks.fusion_head import FusionHead
 from networks.loading import CheckpointError
 from training import data
 from training.cli import pick_device
-from training.diffusion import Encoders
+from training.losses import IGNORED
 
 CAPTIONS, LEARNING_RATE = 64, 3e-3  # a step
 FIRST_SEED = 70_000_000  # of the probe's captions
 console = Console()
-Head = Callable[[Tensor, Tensor, Tensor], Tensor]  # what an arm gives, to tokens (B, L, width)
+Head = Callable[[Tensor, Tensor, Tensor], Tensor]  # an arm's inputs to tokens (B, L, width)
 
 
 def main(
-    checkpoint: Annotated[Path, typer.Option(help="Whose encoders are asked.")] = Path(
+    checkpoint: Annotated[Path, typer.Option(help="Whose encoders are probed.")] = Path(
         "checkpoints/scenes-64"
     ),
     runs: Annotated[
@@ -68,13 +69,13 @@ def main(
             ("bert", "bert", checkpoint, stream),
             ("fused", "fusion", checkpoint, head),
         ):
-            results[name] = told(Arm(folder, arm, on), merge, steps, n)
+            results[name] = probed(Arm(folder, arm, on), merge, steps, n)
             console.print(f"{name}: {json.dumps(results[name]['all'])}")
     except (CheckpointError, data.BadInput) as error:
         sys.exit(f"error: {error}")
     write_result(
-        out, "python -m examples.scenes.benchmarks.tokens", checkpoint=opened.name, steps=steps, n=n,
-        results=results,
+        out, "python -m examples.scenes.benchmarks.tokens", checkpoint=opened.name, steps=steps,
+        n=n, results=results,
     )  # fmt: skip
     print(json.dumps({name: found["all"] for name, found in results.items()}))
 
@@ -84,11 +85,11 @@ def stream(tokens: Tensor, layers: Tensor, mask: Tensor) -> Tensor:
     return tokens
 
 
-def told(encoders: Encoders, head: Head, steps: int, n: int) -> dict[str, dict[str, float]]:
+def probed(encoders: Arm, head: Head, steps: int, n: int) -> dict[str, dict[str, float]]:
     """Percent of right answers to each question, by number of objects."""
     probe = trained_probe(encoders, head, steps)
     scenes, texts = zip(*((task.scene, task.prompt) for task in tasks(n)), strict=True)
-    answers = last_words(encoders.answers(list(texts), list(scenes)))
+    answers = last_words(answers_of(encoders, list(texts), scenes))
     hidden = head(*encoders(list(texts)))
     count = torch.tensor([len(scene.items) for scene in scenes], device=hidden.device)
     rows = {name: count == k for k, name in NAMES.items()} | {"all": count > 0}
@@ -101,16 +102,16 @@ def told(encoders: Encoders, head: Head, steps: int, n: int) -> dict[str, dict[s
     }
 
 
-def trained_probe(encoders: Encoders, head: Head, steps: int) -> Questions:
+def trained_probe(encoders: Arm, head: Head, steps: int) -> Questions:
     torch.manual_seed(0)
     probe = Questions(head(*encoders([""])).shape[-1]).to(encoders.device)
     optimizer = torch.optim.AdamW(probe.parameters(), LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in track(range(steps), "probing", console=console, transient=True):
-        scenes, rng = data.scenes(FIRST_SEED + step, CAPTIONS)
-        texts = data.captions(scenes, rng)
+        scenes, rng = draw_scenes(FIRST_SEED + step, CAPTIONS)
+        texts = captions(scenes, rng)
         hidden = head(*encoders(texts))
-        loss, _ = probe.losses(hidden, last_words(encoders.answers(texts, scenes)))
+        loss, _ = probe.losses(hidden, last_words(answers_of(encoders, texts, scenes)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -118,14 +119,19 @@ def trained_probe(encoders: Encoders, head: Head, steps: int) -> Questions:
     return probe
 
 
+def answers_of(encoders: Arm, texts: list[str], scenes: Sequence[Scene]) -> Tensor:
+    """The answers of an arm's stream of tokens, (B, L, questions)."""
+    return word_answers(encoders.stream_tokenizer, texts, scenes).to(encoders.device)
+
+
 def last_words(answers: Tensor) -> Tensor:
     """Answers (B, L, questions) of the last token of every name alone.
 
     CLIP reads from left to right: a word knows nothing of those after it.
     """
-    asked = answers[..., :1] != UNASKED
-    following = torch.cat([asked[:, 1:], torch.zeros_like(asked[:, :1])], dim=1)
-    return answers.masked_fill(following, UNASKED)
+    named = answers[..., :1] != IGNORED
+    following = torch.cat([named[:, 1:], torch.zeros_like(named[:, :1])], dim=1)
+    return answers.masked_fill(following, IGNORED)
 
 
 if __name__ == "__main__":

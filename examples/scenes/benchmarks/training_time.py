@@ -1,9 +1,9 @@
-"""`python -m examples.scenes.benchmarks.training_time`: how long `python -m examples.scenes.train` takes on this machine.
+"""`python -m examples.scenes.benchmarks.training_time`: minutes of `examples.scenes.train` here.
 
-Every stage runs in its place twice: for few steps, and for as many more as lie between two
-saves. The difference is what so many steps and a save take; with it, the stage's own steps, and
-what every run needs beside them, its time is told. With `--runs` nothing runs: what a run of
-`examples.scenes.train` that has ended took is told.
+Every stage runs in its place twice: for few steps, and for as many more as lie between two saves.
+The difference is the time of so many steps and a save; with it, the stage's own steps and the time
+that every run needs beside them, the stage's minutes follow. With `--runs` nothing runs: the
+minutes are those of a run of `examples.scenes.train` that has ended.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from safetensors import safe_open
 
 from benchmarks.machine import write_result
 from examples.scenes.train import STAGES, stage_name
+from examples.scenes.world import world_for
 from training import data
-from training.cli import SAVE_EVERY, pick_bf16, pick_device, scenes_for
+from training.cli import SAVE_EVERY, pick_bf16, pick_device
 from training.run import Run
 
 GOALS = {"cpu": 150.0, "cuda": 20.0}  # minutes
@@ -43,14 +44,14 @@ def main(
     runs: Annotated[
         Path | None,
         typer.Option(
-            help="--runs of a examples.scenes.train here that has ended; --bf16 if it had that."
+            help="--runs of an examples.scenes.train here that has ended; --bf16 if it had that."
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Result file.")] = Path(
         "benchmarks/results/training_time.json"
     ),
 ) -> None:
-    """Measures seconds a step of every stage, and tells the minutes of all."""
+    """Measures seconds a step of every stage, and adds up the minutes of all."""
     try:
         on = pick_device(device)
     except data.BadInput as error:
@@ -89,14 +90,14 @@ def measured(
     few: int, saving: int, batch: int, device: torch.device, bf16: bool
 ) -> dict[str, dict[str, float]]:
     """Seconds a step of every stage and beside them, and the minutes of its own steps."""
-    source, stages = scenes_for(device), {}
+    source, stages = world_for(device), {}
     with tempfile.TemporaryDirectory() as scratch:
         for stage in STAGES:
             seconds = []
             for steps in (few, few + saving):
                 run = Run(
                     Path(scratch, "made"), Path(scratch, f"runs-{steps}"), steps,
-                    batch or stage.BATCH, device, bf16, source, saving,
+                    batch or stage.BATCH, device, bf16, saving, source=source,
                 )  # fmt: skip
                 began = time.perf_counter()
                 stage.train(run)

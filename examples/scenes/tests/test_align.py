@@ -28,8 +28,9 @@ from examples.scenes.scenes import (
     sample_request,
     sample_scene,
 )
+from examples.scenes.world import SceneWorld
 from training import data, distill
-from training.diffusion import noised
+from training.latents import noised
 from twinbrush.engine.samplers import NoiseSchedule, ddim
 
 CIRCLE = Item("circle", "red", "small", 12, 30)
@@ -102,16 +103,16 @@ def test_requests_name_no_size_of_what_training_shows_in_one_alone():
 
 
 def test_who_is_asked_for_requests_hears_what_they_are_true_of():
-    batches = data.SceneWorld(requests=True).batches(7, 5, data.CPU, captions_only=True)
+    batches = SceneWorld().batches(7, 5, data.CPU, captions_only=True)
     batch = batches.at(2)
     rng = np.random.default_rng(7 + 2)
-    assert [*zip(batch.scenes, batch.captions, strict=True)] == [
+    assert [*zip(batch.truth, batch.captions, strict=True)] == [
         sample_request(rng) for _ in range(5)
     ]
     assert batch.pictures.shape == (0, 3, SIDE, SIDE)
-    untold = data.SceneWorld(told=False, requests=True).batches(7, 5, data.CPU).at(2)
-    assert untold.captions == batch.captions
-    assert untold.scenes == []
+    captions_alone = SceneWorld(with_truth=False).batches(7, 5, data.CPU, True).at(2)
+    assert captions_alone.captions == batch.captions
+    assert captions_alone.truth == []
 
 
 def test_truth_lies_in_the_cells_of_an_object():
@@ -120,7 +121,7 @@ def test_truth_lies_in_the_cells_of_an_object():
     assert truth.centre[1].sum() == 0
     kind = [SHAPES.index("square"), list(COLOURS).index("blue"), list(SIZES).index("small")]
     assert truth.attributes[0, 4, 6].tolist() == kind
-    assert truth.attributes[0, 0, 0].tolist() == [reward.UNASKED] * 3
+    assert truth.attributes[0, 0, 0].tolist() == [reward.IGNORED] * 3
     assert truth.background.tolist() == [list(BACKGROUNDS).index(b) for b in ("gray", "white")]
 
 
@@ -330,7 +331,7 @@ def test_the_student_is_taught_where_the_teacher_ends_a_phase():
 
     t = align.timesteps(torch.device("cpu"))
     x_t = noised(x0, noise, ALPHAS_CUMPROD[t])
-    v = align.taught(teacher, x_t, t, {"told": 1}, ALPHAS_CUMPROD)
+    v = align.teacher_velocity(teacher, x_t, t, {"told": 1}, ALPHAS_CUMPROD)
     assert asked[:2] == [[999, 749, 499, 249], [949, 699, 449, 199]]
     assert len(asked) == align.FINER
     torch.testing.assert_close(v, noised(noise, -x0, ALPHAS_CUMPROD[t]), rtol=1e-2, atol=1e-2)

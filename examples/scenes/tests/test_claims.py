@@ -13,7 +13,7 @@ from PIL import Image, ImageFilter
 from safetensors.torch import save_file
 
 from checkpoints import tiny_checkpoint
-from examples.scenes import quality
+from examples.scenes import quality, world
 from examples.scenes.benchmarks import (
     diversity,
     fusion,
@@ -24,17 +24,18 @@ from examples.scenes.benchmarks import (
     tokens,
     training_time,
 )
-from examples.scenes.grounding import UNASKED
+from examples.scenes.benchmarks.tokens import answers_of
 from examples.scenes.reader import read
 from examples.scenes.scenes import Item, Scene, render
 from training import bert, clip, data, diffusion
+from training.losses import IGNORED
 from training.run import digest
 
 CHECKPOINT = Path("checkpoints/scenes-64")
 
 
 def test_every_arm_of_fusion_is_trained_and_measured(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(diffusion, "SCENES", 100)
+    monkeypatch.setattr(world, "SCENES", 100)
     out = tmp_path / "fusion.json"
     given = {"steps": 2, "batch": 4, "seeds": 2, "device": "cpu", "bf16": False, "n": 3}
     with pytest.raises(SystemExit, match="--channels: 40 is not a multiple of 32"):
@@ -52,13 +53,13 @@ def test_every_arm_of_fusion_is_trained_and_measured(tmp_path, monkeypatch, caps
 
 
 def test_fusion_can_be_measured_behind_a_bert_of_masked_words(tmp_path, monkeypatch):
-    monkeypatch.setattr(diffusion, "SCENES", 100)
+    monkeypatch.setattr(world, "SCENES", 100)
     monkeypatch.setattr(fusion, "MASKED_WORDS_STEPS", 2)
     out, runs = tmp_path / "fusion.json", tmp_path / "runs"
     given = {"steps": 1, "batch": 4, "seeds": 1, "device": "cpu", "bf16": False, "n": 3}
     with pytest.raises(SystemExit, match="--arm: vae is not one of clip, bert, fusion"):
         fusion.main(CHECKPOINT, runs, **given, channels=32, threads=1, out=out, arm=["vae"])
-    before = digest([CHECKPOINT / "text_encoder_2"])
+    before = digest([CHECKPOINT / "bert"])
     fusion.main(
         CHECKPOINT, runs, **given, channels=32, threads=1, out=out, arm=["bert"], masked_words=True
     )
@@ -70,8 +71,8 @@ def test_fusion_can_be_measured_behind_a_bert_of_masked_words(tmp_path, monkeypa
     learnt = runs / "masked-words"
     heading = (learnt / "bert" / "losses.csv").read_text().splitlines()[0]
     assert heading == "step,loss,words,accuracy"  # no question was asked
-    made = digest([learnt / "scenes-64" / "text_encoder_2"])
-    assert digest([CHECKPOINT / "text_encoder_2"]) == before != made
+    made = digest([learnt / "scenes-64" / "bert"])
+    assert digest([CHECKPOINT / "bert"]) == before != made
 
 
 def test_arms_start_from_a_unet_that_has_yet_to_learn_to_read(tmp_path):
@@ -97,7 +98,7 @@ def test_every_arm_of_fusion_sees_what_it_says():
     tokens, layers = ({name: s[i] for name, s in seen.items()} for i in (0, 1))
     assert torch.equal(tokens["fusion"], tokens["clip"])
     assert torch.equal(layers["fusion"], layers["bert"])
-    ids, mask = data.token_ids(arms["bert"].tokenizer_2, caption)
+    ids, mask = data.token_ids(arms["bert"].bert_tokenizer, caption)
     with torch.no_grad():
         last = arms["bert"].bert(ids, attention_mask=mask).last_hidden_state
     assert torch.equal(tokens["bert"], last)
@@ -107,8 +108,8 @@ def test_every_arm_of_fusion_sees_what_it_says():
     assert not torch.equal(layers["clip"], layers["bert"])
     named = Item("circle", "red", "large", 18, 32), Item("square", "blue", "small", 46, 32)
     for name, arm in arms.items():
-        tokenizer = arm.tokenizer_2 if name == "bert" else arm.tokenizer
-        asked = arm.answers(caption, [Scene(named, "black")])[0, :, 0] != UNASKED
+        tokenizer = arm.bert_tokenizer if name == "bert" else arm.tokenizer
+        asked = answers_of(arm, caption, [Scene(named, "black")])[0, :, 0] != IGNORED
         ids, _ = data.token_ids(tokenizer, caption)
         assert tokenizer.decode(ids[0, asked]).split() == ["red", "circle", "blue", "square"]
     for parameter in arms["clip"].bert.parameters():
@@ -235,10 +236,10 @@ class Words(fusion.Arm):
 
 def test_a_probe_tells_what_tokens_tell():
     words = Words(CHECKPOINT, "clip", torch.device("cpu"))
-    said = tokens.told(words, tokens.stream, steps=120, n=60)["all"]
+    said = tokens.probed(words, tokens.stream, steps=120, n=60)["all"]
     assert said["shape"] == 100  # the last word of a name is the shape
     assert said["partner_shape"] < 90
-    nothing = tokens.told(words, lambda said, *_: 0 * said, steps=120, n=60)["all"]
+    nothing = tokens.probed(words, lambda said, *_: 0 * said, steps=120, n=60)["all"]
     assert nothing["shape"] < 50
 
 
@@ -261,7 +262,8 @@ def test_a_name_is_asked_for_at_its_last_word():
     caption = ["a small red circle is left of a blue square"]
     named = Item("circle", "red", "small", 18, 32), Item("square", "blue", "large", 46, 32)
     asked = (
-        tokens.last_words(encoders.answers(caption, [Scene(named, "black")]))[0, :, 0] != UNASKED
+        tokens.last_words(tokens.answers_of(encoders, caption, [Scene(named, "black")]))[0, :, 0]
+        != IGNORED
     )
     ids, _ = data.token_ids(encoders.tokenizer, caption)
     assert encoders.tokenizer.decode(ids[0, asked]).split() == ["circle", "square"]

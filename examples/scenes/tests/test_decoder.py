@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,12 +14,13 @@ import torch
 from safetensors.torch import load_file
 
 from examples.scenes import decoder
+from examples.scenes.world import SceneWorld
 from export.vqgan_decoder import AS_PAINTED
-from training import data
+from training import data, run
 from training.distill import PHASE, alpha_sigma, ddim_scheduler
 from training.loop import Trainer
-from training.run import Run
 
+Run = partial(run.Run, source=SceneWorld())
 TRAINED = Path("checkpoints/scenes-64")
 WEIGHTS = Path("vae", "diffusion_pytorch_model.safetensors")
 CONFIG = Path("vae", "config.json")
@@ -32,7 +34,7 @@ def painter() -> decoder.LatentPainter:
 
 @pytest.fixture
 def batch() -> data.Batch:
-    return data.SCENES.sample(5, 6)
+    return SceneWorld().sample(5, 6)
 
 
 def latents(painter: decoder.LatentPainter, batch: data.Batch, seed: int = 0) -> torch.Tensor:

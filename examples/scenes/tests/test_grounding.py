@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,18 +20,18 @@ from transformers import BertTokenizer, CLIPTokenizer
 from examples.scenes.grounding import (
     NOBODY,
     QUESTIONS,
-    UNASKED,
     Questions,
-    cross_entropy,
     names,
     partner,
     place,
     word_answers,
 )
 from examples.scenes.scenes import HELD_OUT, Item, Scene, describe, sample_scene
-from training import bert, data
-from training.run import Run
+from examples.scenes.world import SceneBatches, SceneWorld
+from training import bert, data, run
+from training.losses import IGNORED, cross_entropy
 
+Run = partial(run.Run, source=SceneWorld())
 PAIR = Scene(
     (Item("circle", "red", "small", 12, 30), Item("square", "blue", "large", 48, 33)), "white"
 )
@@ -39,7 +40,7 @@ UNNAMED = "unnamed"
 
 
 def answered(scene: Scene, caption: str) -> dict[str, tuple[str, ...]]:
-    choices = [dict(enumerate(c)) | {UNASKED: UNNAMED} for c in QUESTIONS.values()]
+    choices = [dict(enumerate(c)) | {IGNORED: UNNAMED} for c in QUESTIONS.values()]
     return {
         caption[start:end]: tuple(c[i] for c, i in zip(choices, answers, strict=True))
         for start, end, answers in names(scene, caption)
@@ -96,7 +97,7 @@ def test_every_object_is_named_and_names_do_not_overlap(seed):
             QUESTIONS["colour"].index(item.colour),
             QUESTIONS["size"].index(item.size)
             if f"{item.size} {item.colour} {item.shape}" in caption
-            else UNASKED,
+            else IGNORED,
         )
         for item in scene.items
     }
@@ -104,22 +105,22 @@ def test_every_object_is_named_and_names_do_not_overlap(seed):
 
 
 @pytest.mark.parametrize(
-    ("part", "kind"), [("tokenizer", CLIPTokenizer), ("tokenizer_2", BertTokenizer)]
+    ("part", "kind"), [("tokenizer", CLIPTokenizer), ("bert_tokenizer", BertTokenizer)]
 )
 def test_only_words_of_names_are_asked(part, kind):
     tokenizer = kind.from_pretrained(f"checkpoints/scenes-64/{part}")
     (answers,) = word_answers(tokenizer, [WORDS], [PAIR])
     ids, _ = data.token_ids(tokenizer, [WORDS])
-    asked = ids[0][answers[:, 0] != UNASKED]
+    asked = ids[0][answers[:, 0] != IGNORED]
     assert tokenizer.decode(asked).split() == ["red", "circle", "large", "blue", "square"]
     left, right = (QUESTIONS["place"].index(side) for side in ("left of", "right of"))
-    assert answers[answers[:, 3] != UNASKED][:, 3].tolist() == [left] * 2 + [right] * 3
+    assert answers[answers[:, 3] != IGNORED][:, 3].tolist() == [left] * 2 + [right] * 3
 
 
 def test_questions_are_answered_at_the_words_of_names_alone():
     questions = Questions(4)
     hidden = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    answers = torch.full((2, 5, len(QUESTIONS)), UNASKED)
+    answers = torch.full((2, 5, len(QUESTIONS)), IGNORED)
     loss, _ = questions.losses(hidden, answers)
     assert loss == 0
     answers[1, 2] = torch.tensor([0, 1, 1, 3, 2, 0])
@@ -132,13 +133,13 @@ def test_questions_are_answered_at_the_words_of_names_alone():
 
 def test_answers_are_counted_among_those_that_were_asked():
     scores = torch.tensor([[2.0, 0.0], [0.0, 2.0], [0.0, 2.0]])
-    right = torch.tensor([0, UNASKED, 0])
+    right = torch.tensor([0, IGNORED, 0])
     loss, accuracy = cross_entropy(scores, right)
     assert accuracy == 0.5
     torch.testing.assert_close(loss, F.cross_entropy(scores[[0, 2]], right[[0, 2]]))
 
 
-class MirroredPair(data.SceneWorld):
+class MirroredPair(SceneWorld):
     """Two scenes, where objects traded places and captions one word, over and over."""
 
     def batches(self, *_, **__):
@@ -149,7 +150,7 @@ class MirroredPair(data.SceneWorld):
     def at(self, step):
         mirrored = replace(PAIR, items=tuple(replace(i, x=60 - i.x) for i in PAIR.items))
         texts = [WORDS, WORDS.replace("left", "right")]
-        return data.Batch(data.no_pictures(), texts * 8, [PAIR, mirrored] * 8)
+        return data.Batch(data.no_pictures(64), texts * 8, [PAIR, mirrored] * 8)
 
     def report(self):
         return ""
@@ -162,18 +163,18 @@ def test_bert_learns_further_from_the_weights_that_init_names(tmp_path):
     started = Run(tmp_path / "new", tmp_path / "runs", 1, 4, init=Path("checkpoints/scenes-64"))
     bert.train(started)  # one step of warming up moves nothing far
     before, after = (
-        load_file(folder / "text_encoder_2" / "model.safetensors")
+        load_file(folder / "bert" / "model.safetensors")
         for folder in (started.init, started.checkpoint)
     )
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         torch.testing.assert_close(after[name], tensor, rtol=0, atol=0.01)
     vocabularies = [
-        BertTokenizer.from_pretrained(folder / "tokenizer_2").get_vocab()
+        BertTokenizer.from_pretrained(folder / "bert_tokenizer").get_vocab()
         for folder in (started.init, started.checkpoint)
     ]
     assert vocabularies[0] == vocabularies[1]
-    missing = f"--init: {tmp_path}/tokenizer_2 is no tokenizer to start from"
+    missing = f"--init: {tmp_path}/bert_tokenizer is no tokenizer to start from"
     with pytest.raises(data.BadInput, match=missing):
         bert.train(replace(started, init=tmp_path))
 
@@ -187,9 +188,9 @@ def test_bert_learns_what_no_word_says_alone(tmp_path):
 
 def test_bert_never_reads_the_size_of_what_training_shows_in_one_alone(tmp_path, monkeypatch):
     read = []
-    at = data.SceneBatches.at
+    at = SceneBatches.at
     monkeypatch.setattr(
-        data.SceneBatches, "at", lambda self, step: read.append(at(self, step)) or read[-1]
+        SceneBatches, "at", lambda self, step: read.append(at(self, step)) or read[-1]
     )
     bert.train(Run(tmp_path, tmp_path / "runs", 5, 100))
     captions = [caption for batch in read for caption in batch.captions]

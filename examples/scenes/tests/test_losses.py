@@ -10,13 +10,13 @@ from torch.nn import functional as F
 
 from examples.scenes.benchmarks.losses import _measures, _untrained, edge_sharpness
 from examples.scenes.quality import tasks
-from training import data
+from examples.scenes.world import pictures as pictures_of
 
 CHECKPOINT = Path("checkpoints/scenes-64")
 
 
 def pictures(count: int) -> torch.Tensor:
-    return data.pictures([task.scene for task in tasks(count)])
+    return pictures_of([task.scene for task in tasks(count)])
 
 
 def test_edges_are_as_sharp_as_they_are_steep():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from examples.scenes import align, decoder, refit, reward
-from training import bert, clip, diffusion, distill, vqgan
+from examples.scenes import align, decoder, fit_fusion_head, reward, world
+from examples.scenes.world import SceneWorld
+from training import bert, clip, diffusion, distill, run, vqgan
 from training.loop import Trainer
-from training.run import Run
 
+Run = partial(run.Run, source=SceneWorld())
 TRAINED = Path("checkpoints/scenes-64").resolve()
 TEACHER = TRAINED.with_name("scenes-64-teacher")
 
@@ -26,9 +28,9 @@ class Begun(Exception):
 @pytest.fixture
 def begin(tmp_path, monkeypatch):
     """Begins a stage; gives the losses of two steps and the weights that it starts from."""
-    monkeypatch.setattr(diffusion, "SCENES", 100)
+    monkeypatch.setattr(world, "SCENES", 100)
     monkeypatch.setattr(reward, "PICTURES", 100)
-    for stage, part in ((clip, "tokenizer"), (bert, "tokenizer_2")):
+    for stage, part in ((clip, "tokenizer"), (bert, "bert_tokenizer")):
         tokenizer = AutoTokenizer.from_pretrained(TRAINED / part)
         monkeypatch.setattr(stage, "trained_tokenizer", lambda *_, kept=tokenizer: kept)
 
@@ -62,11 +64,15 @@ def test_a_seed_is_of_the_random_weights_and_of_the_draws(begin, monkeypatch, st
 @pytest.mark.parametrize(
     ("stage", "source", "parts"),
     [
-        (bert, TRAINED, ["tokenizer_2", "text_encoder_2"]),
+        (bert, TRAINED, ["bert_tokenizer", "bert"]),
         (vqgan, TRAINED, ["vae"]),
         (diffusion, TEACHER, ["fusion", "unet"]),
         (distill, TRAINED, ["unet"]),
-        (refit, TRAINED, ["tokenizer", "text_encoder", "tokenizer_2", "fusion", "text_encoder_2"]),
+        (
+            fit_fusion_head,
+            TRAINED,
+            ["tokenizer", "text_encoder", "bert_tokenizer", "fusion", "bert"],
+        ),
         (align, TRAINED, ["unet"]),
     ],
 )

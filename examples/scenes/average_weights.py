@@ -1,7 +1,7 @@
-"""`python -m examples.scenes.average`: a part of a checkpoint becomes the mean of what several have.
+"""`python -m examples.scenes.average_weights`: replaces a part's weights by the mean of several.
 
-A gradient that is mostly noise leaves noise in the weights, another in each round of training
-from one to the next; the mean of where rounds ended holds less of it (arXiv:1803.05407).
+A noisy gradient leaves noise in the weights, different in each round of training; the mean of
+several rounds holds less of it (arXiv:1803.05407).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main(
     checkpoint: Annotated[Path, typer.Option(help="Checkpoint folder to write.")] = Path(
         "checkpoints/scenes-64"
     ),
-    part: Annotated[str, typer.Option(help="What is averaged.")] = "unet",
+    part: Annotated[str, typer.Option(help="Part of the checkpoints to average.")] = "unet",
 ) -> None:
     """Replaces a part's weights by the mean of those of several checkpoints."""
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,33 +13,35 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import BertModel
 
-from examples.scenes import refit
+from examples.scenes import fit_fusion_head
 from examples.scenes.scenes import HELD_OUT, names_one_sized
+from examples.scenes.world import SceneWorld
 from networks.fusion_head import FusionHead
 from networks.loading import load_part
 from training import data
 from training.diffusion import Encoders
-from training.run import Run
+from training.run import Run as AnyRun
 
+Run = partial(AnyRun, source=SceneWorld())
 ORIGINAL = Path("checkpoints/scenes-64").resolve()
 WEIGHTS = Path("fusion", "diffusion_pytorch_model.safetensors")
-ASKED = data.requests_of(data.SCENES).batches(1, 100, data.CPU, captions_only=True).at(0).captions
-TEXTS = [caption for caption in ASKED if not names_one_sized(caption)]
+REQUESTS = SceneWorld().batches(1, 100, data.CPU, captions_only=True).at(0).captions
+TEXTS = [caption for caption in REQUESTS if not names_one_sized(caption)]
 
 
 @pytest.fixture
 def changed(tmp_path) -> Path:
     """The demo checkpoint with another last layer of BERT, and its teacher."""
     checkpoint, teacher = tmp_path / "changed", tmp_path / "changed-teacher"
-    for part in ("tokenizer", "tokenizer_2", "text_encoder"):
+    for part in ("tokenizer", "bert_tokenizer", "text_encoder"):
         shutil.copytree(ORIGINAL / part, checkpoint / part)
     for folder in (checkpoint, teacher):
         shutil.copytree(ORIGINAL / "fusion", folder / "fusion")
-    bert = load_part(ORIGINAL / "text_encoder_2", BertModel, add_pooling_layer=False)
+    bert = load_part(ORIGINAL / "bert", BertModel, add_pooling_layer=False)
     with torch.no_grad():
         for weight in bert.encoder.layer[-1].parameters():
             weight *= 0.8
-    bert.save_pretrained(checkpoint / "text_encoder_2")
+    bert.save_pretrained(checkpoint / "bert")
     return checkpoint
 
 
@@ -54,9 +57,11 @@ def said(encoders: Path, head: Path) -> torch.Tensor:
 def test_the_head_says_behind_a_changed_bert_what_it_said(changed):
     wanted = said(ORIGINAL, ORIGINAL)
     before = F.mse_loss(said(changed, ORIGINAL), wanted)
-    refit.train(run(changed, 100, 24))
+    fit_fusion_head.train(run(changed, 100, 24))
     assert F.mse_loss(said(changed, changed), wanted) < 0.5 * before
-    curve = list(csv.DictReader((changed.parent / "runs" / "refit" / "losses.csv").open()))
+    curve = list(
+        csv.DictReader((changed.parent / "runs" / "fit_fusion_head" / "losses.csv").open())
+    )
     losses = [float(row["loss"]) for row in curve]  # each of other captions
     assert sum(losses[5:]) < sum(losses[:5])
     assert len(losses) == 10
@@ -71,7 +76,7 @@ def test_a_teacher_keeps_the_same_head(changed, same):
         torch.nn.init.zeros_(other.levels[0].to_q.weight)
         other.save_pretrained(teacher / "fusion")
     before = load_file(teacher / WEIGHTS)
-    refit.train(run(changed, 1))
+    fit_fusion_head.train(run(changed, 1))
     fitted, after = load_file(changed / WEIGHTS), load_file(teacher / WEIGHTS)
     for name, tensor in (fitted if same else before).items():
         assert torch.equal(after[name], tensor), name
@@ -80,7 +85,7 @@ def test_a_teacher_keeps_the_same_head(changed, same):
 
 def test_no_teacher_is_made_where_there_is_none(changed):
     shutil.rmtree(changed.with_name("changed-teacher"))
-    refit.train(run(changed, 1))
+    fit_fusion_head.train(run(changed, 1))
     assert not changed.with_name("changed-teacher").exists()
 
 
@@ -89,7 +94,7 @@ def test_it_asks_for_nothing_that_training_shows_in_one_size_alone(changed, monk
     monkeypatch.setattr(
         Encoders, "__call__", lambda self, texts: asked.append(texts) or encoded(self, texts)
     )
-    refit.train(run(changed, 3))
+    fit_fusion_head.train(run(changed, 3))
     assert len(asked) == 6
     assert asked[::2] == asked[1::2]  # the same of both
     captions = [text for texts in asked for text in texts]
@@ -99,8 +104,10 @@ def test_it_asks_for_nothing_that_training_shows_in_one_size_alone(changed, monk
 
 
 def test_it_needs_a_head_to_fit(changed, tmp_path):
-    with pytest.raises(data.BadInput, match=r"--init: training\.refit needs the checkpoint whose"):
-        refit.train(Run(changed, tmp_path / "runs", 1, 4))
+    with pytest.raises(
+        data.BadInput, match=r"--init: the stage fit_fusion_head needs the checkpoint whose"
+    ):
+        fit_fusion_head.train(Run(changed, tmp_path / "runs", 1, 4))
     shutil.rmtree(changed / "fusion")
     with pytest.raises(data.BadInput, match=f"--checkpoint: {changed} has no fusion: train"):
-        refit.train(run(changed, 1))
+        fit_fusion_head.train(run(changed, 1))

@@ -1,0 +1,115 @@
+"""How a client reaches its server: channel, metadata, time left, and when to try again.
+
+Shared by `Client` and `AsyncClient`. Knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from twinbrush_client.errors import QueueFull, ServerUnavailable, TwinbrushError, error_of
+
+DEFAULT_ADDRESS = "127.0.0.1:8001"
+TIMEOUT = 300.0  # seconds
+MAX_RETRIES = 2
+FIRST_PAUSE, LONGEST_PAUSE = 0.25, 10.0  # seconds
+PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")
+OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
+
+
+@dataclass(frozen=True)
+class Connection:
+    """A server's address and the ways to talk to it.
+
+    Attributes:
+        address: host and port of the server's gRPC endpoint.
+        timeout: seconds that a call may take in all, its retries included.
+        max_retries: tries after the first where the server was full or not there.
+        headers: metadata of every call, such as an API key.
+        tls: True for TLS with the system's certificates, or a PEM file of the authorities.
+        credentials: gRPC's own, in place of `tls`.
+    """
+
+    address: str = DEFAULT_ADDRESS
+    timeout: float = TIMEOUT
+    max_retries: int = MAX_RETRIES
+    headers: Mapping[str, str] = field(default_factory=dict)
+    tls: bool | str | Path = False
+    credentials: grpc.ChannelCredentials | None = None
+
+    def channel(self, kind: Any) -> Any:
+        """A channel of `grpc` or of `grpc.aio`.
+
+        Raises:
+            OSError: the file of certificates cannot be read.
+        """
+        options = [*OPTIONS, ("grpc.enable_http_proxy", int(not self.is_loopback))]
+        credentials = self.credentials
+        if credentials is None and self.tls:
+            roots = None if self.tls is True else Path(str(self.tls)).read_bytes()
+            credentials = grpc.ssl_channel_credentials(roots)
+        if credentials is None:
+            return kind.insecure_channel(self.address, options)
+        return kind.secure_channel(self.address, credentials, options)
+
+    @property
+    def is_loopback(self) -> bool:
+        host = self.address.removeprefix("ipv6:").removeprefix("ipv4:").removeprefix("dns:")
+        return host.startswith(("localhost:", "127.", "[::1]", "unix:"))
+
+    @property
+    def metadata(self) -> list[tuple[str, str]]:
+        return [(name.lower(), value) for name, value in self.headers.items()]
+
+    def error(self, raised: Any) -> TwinbrushError:
+        """The client's exception of gRPC's."""
+        trailing = dict(raised.trailing_metadata() or ())
+        hint = trailing.get("retry-after")
+        after = float(hint) if hint and hint.replace(".", "", 1).isdecimal() else None
+        text, code = str(raised.details() or ""), raised.code().name
+        if code == "UNAVAILABLE" and "failed to connect" in text:
+            text = f"no server answers at {self.address}{self._proxy()} ({text})"
+        elif code == "CANCELLED" and "Locally cancelled" in text:
+            text = "the request was cancelled"
+        elif code == "DEADLINE_EXCEEDED":
+            text = "the request was not finished within its timeout"
+        return error_of(code, text, after)
+
+    def _proxy(self) -> str:
+        names = [name for name in PROXIES if os.environ.get(name)]
+        return "" if self.is_loopback or not names else f" through the proxy of {names[0]}"
+
+    def deadline(self, timeout: float | None) -> Deadline:
+        return Deadline(time.monotonic() + (self.timeout if timeout is None else timeout))
+
+    def pause(self, failure: TwinbrushError, attempt: int, deadline: Deadline) -> float | None:
+        """Seconds before the next try, or None where there is none.
+
+        Doubles with each attempt, and is random within a half, so that many clients do not come
+        back at once; a hint of the server is the least.
+        """
+        if not isinstance(failure, QueueFull | ServerUnavailable) or attempt >= self.max_retries:
+            return None
+        longest = min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE)
+        pause = (failure.retry_after or 0.0) + longest * random.uniform(0.5, 1)
+        return pause if pause < deadline.left else None
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """A point of `time.monotonic`."""
+
+    at: float
+
+    @property
+    def left(self) -> float:
+        """Seconds; gRPC takes no negative ones."""
+        return max(0.0, self.at - time.monotonic())

@@ -1,0 +1,159 @@
+"""Checks that need the JSON files of a checkpoint alone.
+
+Each network is built from its configuration without memory for weights, so that whatever a
+library rejects is rejected before anything is read or downloaded. Knows no weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from export.checkpoint import Checkpoint
+from export.source import first_line
+from networks.fusion_head import FusionHead
+from networks.loading import CheckpointError
+
+UNSERVED_INPUTS = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type")
+
+
+def check_configs(checkpoint: Checkpoint) -> None:
+    """Checks every configuration by itself and against its neighbours.
+
+    Raises:
+        CheckpointError: with part, field, value and what is allowed.
+    """
+    from export import pipeline
+
+    text, unet = checkpoint.config("text_encoder"), checkpoint.config("unet")
+    for name in ("hidden_size", "max_position_embeddings", "vocab_size"):
+        if name in text:
+            check_whole(checkpoint, "text_encoder", name, text[name])
+    clip = _build(checkpoint, "text_encoder", lambda: CLIPTextModel(CLIPTextConfig(**text)))
+    check_unet(checkpoint, unet)
+    _build(checkpoint, "unet", lambda: UNet2DConditionModel.from_config(unet))
+    width = clip.config.hidden_size
+    _check_fusion(checkpoint, width)
+    if unet.get("cross_attention_dim", 1280) != width:
+        raise CheckpointError(
+            f"unet has cross_attention_dim {unet.get('cross_attention_dim', 1280)},"
+            f" text_encoder has hidden_size {width}"
+        )
+    check_vae(checkpoint, checkpoint.config("vae"))
+    pipeline.check(checkpoint)
+
+
+def check_unet(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
+    """Checks the inputs of a UNet, and the sizes that the rest of the pipeline depends on."""
+    for name in UNSERVED_INPUTS:
+        if config.get(name) is not None:
+            raise CheckpointError(f"unet has {name} {config[name]}: such inputs are not served")
+    for name in ("in_channels", "out_channels"):
+        check_whole(checkpoint, "unet", name, config.get(name, 4))
+    channels = config.get("in_channels", 4), config.get("out_channels", 4)
+    if channels[0] != channels[1]:
+        text = f"unet has in_channels {channels[0]} and out_channels {channels[1]}"
+        raise CheckpointError(f"{text}: only UNets that paint from noise alone are served")
+    check_widths(checkpoint, "unet", config, "block_out_channels")
+    if config.get("time_cond_proj_dim") is not None:
+        check_whole(checkpoint, "unet", "time_cond_proj_dim", config["time_cond_proj_dim"])
+
+
+def check_vae(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
+    """Checks what the decoder does with latents, and builds it."""
+    tiny = checkpoint.classes["vae"] == "AutoencoderTiny"
+    for name in ("scaling_factor", "shift_factor"):
+        value = config.get(name, 1.0)
+        if name == "shift_factor" and value is None:
+            continue
+        _check_number(checkpoint, "vae", name, value, positive=name == "scaling_factor")
+    check_widths(
+        checkpoint, "vae", config, "decoder_block_out_channels" if tiny else "block_out_channels"
+    )
+    if tiny and config.get("upsampling_scaling_factor", 2) != 2:
+        value = config["upsampling_scaling_factor"]
+        raise CheckpointError(f"vae has upsampling_scaling_factor {value!r}, only 2 is served")
+    vae_class = getattr(diffusers, checkpoint.classes["vae"])
+    vae = _build(checkpoint, "vae", lambda: vae_class.from_config(config))
+    channels = vae.config.get("vq_embed_dim") or vae.config.latent_channels
+    painted = checkpoint.config("unet").get("in_channels", 4)
+    if channels != painted:
+        raise CheckpointError(f"vae decodes latents of {channels} channels, unet paints {painted}")
+    for name in ("latents_mean", "latents_std"):
+        values = config.get(name)
+        if values is None:
+            continue
+        if not isinstance(values, list) or len(values) != channels:
+            raise CheckpointError(
+                f"{checkpoint.folders['vae']}/config.json: {name}={values!r} is invalid:"
+                f" must be {channels} numbers, one a channel"
+            )
+        for value in values:
+            _check_number(checkpoint, "vae", name, value, positive=name == "latents_std")
+
+
+def check_whole(checkpoint: Checkpoint, part: str, name: str, value: Any) -> None:
+    """Raises CheckpointError where a field is no whole number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        file = checkpoint.folders[part] / "config.json"
+        raise CheckpointError(
+            f"{file}: {name}={value!r} is invalid: must be a whole number above 0"
+        )
+
+
+def check_widths(checkpoint: Checkpoint, part: str, config: Mapping[str, Any], name: str) -> None:
+    """Raises CheckpointError where a field is no list of whole numbers above 0."""
+    values = config.get(name, [1])
+    good = isinstance(values, list) and values
+    if not good or not all(
+        isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in values
+    ):
+        file = checkpoint.folders[part] / "config.json"
+        text = f"{file}: {name}={values!r} is invalid"
+        raise CheckpointError(f"{text}: must be a list of whole numbers above 0")
+
+
+def _check_number(checkpoint: Checkpoint, part: str, name: str, value: Any, positive: bool) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or (positive and value <= 0):
+        file = checkpoint.folders[part] / "config.json"
+        allowed = "a number above 0" if positive else "a number"
+        raise CheckpointError(f"{file}: {name}={value!r} is invalid: must be {allowed}")
+
+
+def _build(checkpoint: Checkpoint, part: str, make: Any) -> Any:
+    """A network without memory for its weights."""
+    try:
+        with torch.device("meta"):
+            return make()
+    except CheckpointError:
+        raise
+    except Exception as error:
+        file = checkpoint.folders[part] / "config.json"
+        name = checkpoint.classes.get(part)
+        raise CheckpointError(f"{file} makes no {name}: {first_line(error)}") from error
+
+
+def _check_fusion(checkpoint: Checkpoint, width: int) -> None:
+    """Checks that the fusion head fits the encoders on both of its sides."""
+    from export import bert
+
+    network = _build(checkpoint, "bert", lambda: bert.build(checkpoint))
+    check_whole(checkpoint, "bert", "hidden_size", network.config.hidden_size)
+    if "fusion" not in checkpoint.folders:
+        return
+    bert.check_layers(checkpoint)
+    config = checkpoint.config("fusion")
+    head = _build(checkpoint, "fusion", lambda: FusionHead.from_config(config)).config
+    for name, value, other in (
+        ("width", head.width, width),
+        ("bert_width", head.bert_width, network.config.hidden_size),
+    ):
+        if value != other:
+            raise CheckpointError(f"fusion has {name} {value}, its encoder has {other}")

@@ -1,0 +1,245 @@
+"""What an export command does with its checked options; the typer commands only declare flags.
+
+Knows no flag names beyond those in its messages, and no measure of pictures.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from export.checkpoint import Checkpoint, open_checkpoint
+from export.convert import ConversionError, ParityError
+from export.gate import Gate, GateError, MakeMeasure
+from export.precision import Precision
+from export.prune import parse_ratios, prune_checkpoint
+from export.repository import MODELS, SOURCE, ModelReport, RepositoryError, build, check_machine
+from export.resources import ResourceError
+from export.source import Source
+from export.tensorrt import TensorRTError, load_tensorrt
+from networks.loading import CheckpointError
+from networks.pruned import pruning_of
+
+FAILURES = (
+    CheckpointError, ConversionError, ParityError, GateError, RepositoryError, ResourceError,
+    TensorRTError,
+)  # fmt: skip
+console = Console()
+
+
+class OptionError(ValueError):
+    """An option cannot be used; the message names it, its value and what is allowed."""
+
+
+@dataclass(frozen=True)
+class PruneOptions:
+    """Shares of MACs to remove by model, and the new folder that keeps the pruned checkpoint."""
+
+    ratios: dict[str, float]
+    folder: Path | None = None
+
+
+@dataclass(frozen=True)
+class GateOptions:
+    """The measure of the gate, and the unoptimised checkpoint where the exported one is pruned."""
+
+    measure: MakeMeasure
+    against: str | None = None
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything that an export is asked for.
+
+    Attributes:
+        source: where the parts of the checkpoint are.
+        repository: to build into.
+        models: to build; the others stay as an earlier export left them.
+        precision: of the built models.
+        tensorrt: whether plans for this machine are built too.
+        prune: None exports the checkpoint as it is.
+        gate: None accepts every export that passes parity.
+        report: JSON file for the table, or None.
+    """
+
+    source: Source
+    repository: Path
+    models: list[str]
+    precision: Precision = Precision.FP32
+    tensorrt: bool = False
+    prune: PruneOptions | None = None
+    gate: GateOptions | None = None
+    report: Path | None = None
+
+
+def parse_models(only: str | None) -> list[str]:
+    """The models of `--only`, each once; all where it is None."""
+    if only is None:
+        return [*MODELS]
+    models = [*dict.fromkeys(name.strip() for name in only.split(","))]
+    if unknown := set(models) - set(MODELS):
+        raise OptionError(f"--only {min(unknown)!r} is no model: {', '.join(MODELS)} are")
+    return models
+
+
+def parse_precision(text: str) -> Precision:
+    if text not in list(Precision):
+        raise OptionError(f"--precision {text!r} is not allowed: {' or '.join(Precision)}")
+    return Precision(text)
+
+
+def parse_prune(prune: str | None, models: list[str], folder: Path | None) -> PruneOptions | None:
+    """`--prune` and `--save-pruned`, checked against `--only`."""
+    if prune is None:
+        if folder is not None:
+            raise OptionError(f"--save-pruned {folder}: nothing is pruned without --prune")
+        return None
+    try:
+        ratios = parse_ratios(prune)
+    except ValueError as error:
+        raise OptionError(str(error)) from error
+    if left_out := set(ratios) - set(models):
+        raise OptionError(f"--prune {min(left_out)}: --only leaves it out")
+    if folder is not None and not folder.parent.is_dir():
+        raise OptionError(f"--save-pruned {folder}: {folder.parent} is no folder")
+    return PruneOptions(ratios, folder)
+
+
+def check_report(report: Path | None) -> None:
+    """Raises OptionError where the report cannot be written."""
+    if report is None:
+        return
+    if not report.parent.is_dir():
+        raise OptionError(f"--report {report}: {report.parent} is no folder")
+    if report.is_dir():
+        raise OptionError(f"--report {report} is a folder: name a file")
+    if not os.access(report if report.exists() else report.parent, os.W_OK):
+        raise OptionError(f"--report {report} cannot be written")
+
+
+@contextmanager
+def stop_on_error(repository: Path) -> Iterator[None]:
+    """Ends the command with one sentence instead of a traceback, and keeps libraries quiet."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    try:
+        yield
+        return
+    except (OptionError, *FAILURES) as error:
+        reason = str(error)
+    except OSError as error:
+        reason = f"cannot write into {repository}: {error.strerror or error}"
+    text = f"[red]export failed:[/] {escape(reason)}"
+    console.print(text, highlight=False, soft_wrap=True)
+    raise typer.Exit(1)
+
+
+def export_checkpoint(options: Options) -> None:
+    """Opens, prunes, builds, gates and reports.
+
+    Raises:
+        Each of `FAILURES`, and OSError where the repository cannot be written.
+    """
+    check_report(options.report)
+    trt = load_tensorrt() if options.tensorrt else None
+    with ExitStack() as stack:
+        status = stack.enter_context(console.status("opening the checkpoint"))
+        opened, original = _open(options)
+        if options.prune:
+            scratch = stack.enter_context(tempfile.TemporaryDirectory())
+            check_machine(opened, options.repository, options.models, options.precision)
+            opened = prune_checkpoint(
+                opened, options.prune.ratios, options.prune.folder or Path(scratch, "pruned"),
+                lambda model: status.update(f"pruning {model}"),
+            )  # fmt: skip
+        gate = None
+        if options.gate:
+            optimised = _optimised(original, opened, options.models, options.precision)
+            gate = Gate(original, optimised, options.repository, options.gate.measure)
+        reports = build(
+            opened, options.repository, lambda model: status.update(f"exporting {model}"),
+            options.models, options.precision, trt, gate,
+        )  # fmt: skip
+    if options.report is not None:
+        lines = [asdict(line) for line in reports]
+        options.report.write_text(json.dumps(lines, indent=2) + "\n")
+    console.print(_table(opened.name, reports))
+    if gate is not None:
+        console.print(f"the gate passes: {gate.summary}", highlight=False, soft_wrap=True)
+    console.print(f"{options.repository} serves {opened.name} now")
+
+
+def _open(options: Options) -> tuple[Checkpoint, Checkpoint]:
+    """The checkpoint to export, and the one that the gate compares with.
+
+    Raises:
+        CheckpointError: one cannot be opened, or the gate has only a pruned one.
+    """
+    gate = options.gate
+    against = gate.against if gate else None
+    # A pruned checkpoint has the text model that --bert gives to its original.
+    opened = open_checkpoint(options.source, keep_bert=against is not None)
+    if against is not None:
+        source = replace(
+            options.source, checkpoint=against, revision=None, subfolder=None, variant=None
+        )
+        return opened, open_checkpoint(source)
+    pruned = [name for name, part in SOURCE.items() if pruning_of(opened.folders[part])]
+    if gate and pruned:
+        text = f"{opened.name} has {', '.join(pruned)} pruned"
+        raise CheckpointError(f"--gate needs --gate-against, the unpruned checkpoint: {text}")
+    return opened, opened
+
+
+def _optimised(
+    original: Checkpoint, opened: Checkpoint, models: list[str], precision: Precision
+) -> list[str]:
+    """Models that are not what a plain export of `original` makes.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if precision is not Precision.FP32:
+        return models
+    optimised = [
+        name
+        for name, part in SOURCE.items()
+        if name in models and pruning_of(opened.folders[part]) != pruning_of(original.folders[part])
+    ]
+    if not optimised:
+        raise CheckpointError(
+            "--gate has nothing to compare: no model is optimised;"
+            " --gate-against names the unpruned checkpoint of a pruned one"
+        )
+    return optimised
+
+
+def _table(name: str, reports: list[ModelReport]) -> Table:
+    table = Table(title=f"{name}, against PyTorch", title_justify="left")
+    for heading in ("model", "weights", "MACs", "MB", "type", "nodes", "error", "s"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for r in reports:
+        table.add_row(
+            r.model, _millions(r.parameters, r.pruning and r.pruning.parameters),
+            _millions(r.macs, r.pruning and r.pruning.macs), f"{r.bytes / 1e6:.1f}", r.precision,
+            str(r.nodes), f"{r.error:.1e}", f"{r.seconds:.1f}",
+        )  # fmt: skip
+    return table
+
+
+def _millions(count: int, pruned: tuple[int, int] | None) -> str:
+    """A count in millions, and its change by pruning."""
+    change = f" ({100 * (pruned[1] / pruned[0] - 1):+.0f}%)" if pruned else ""
+    return f"{count / 1e6:.2f} M{change}"

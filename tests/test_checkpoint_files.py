@@ -1,0 +1,456 @@
+"""Files of checkpoints: variants, shards, single files, parts of other places, and refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from single_file import write_single_file
+from transformers import CLIPTextModel
+
+from checkpoints import stable_diffusion, text_model
+from export.checkpoint import open_checkpoint
+from export.macs import native_rows
+from export.pipeline import write
+from export.repository import load_parts
+from export.sizes import native_size, scale_factor
+from export.source import Source, looks_like_path
+from networks.loading import CheckpointError
+from twinbrush.engine.config import PipelineConfig
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Path:
+    """A checkpoint as Stable Diffusion 1.5 is one."""
+    return stable_diffusion(tmp_path_factory.mktemp("plain") / "plain", distilled=False)
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory) -> Path:
+    return text_model(tmp_path_factory.mktemp("bert") / "tiny-bert", "bert")
+
+
+@pytest.fixture
+def copied(plain, tmp_path) -> Path:
+    return Path(shutil.copytree(plain, tmp_path / "copied"))
+
+
+def weights_of(folder: Path) -> Path:
+    (file,) = folder.glob("*.safetensors")
+    return file
+
+
+def change(file: Path, **fields: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def outputs(source: Source) -> dict[str, torch.Tensor]:
+    with torch.no_grad():
+        return {
+            name: part.module(**part.example(2, 2))
+            for name, part in load_parts(open_checkpoint(source)).items()
+        }
+
+
+def assert_equal_outputs(source: Source, wanted: Source, **tolerance: float) -> None:
+    ours, theirs = outputs(source), outputs(wanted)
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, msg=name, **tolerance)
+
+
+def halve(folder: Path, name: str) -> None:
+    """Replaces the weights of a part by half-precision ones under another name."""
+    file = weights_of(folder)
+    halved = {key: tensor.half() for key, tensor in load_file(file).items()}
+    file.unlink()
+    save_file(halved, folder / name, {"format": "pt"})
+
+
+def test_weights_that_exist_as_fp16_only_are_found(copied, plain, bert):
+    for part in ("unet", "vae"):
+        halve(copied / part, "diffusion_pytorch_model.fp16.safetensors")
+    halve(copied / "text_encoder", "model.fp16.safetensors")
+    opened = open_checkpoint(copied, bert)
+    assert {opened.weights[part][0] for part in ("unet", "vae", "text_encoder")} == {"fp16"}
+    assert opened.weights["bert"][0] is None
+    wanted = Source(str(plain), bert=str(bert))
+    found = Source(str(copied), bert=str(bert))
+    assert_equal_outputs(found, wanted, rtol=0.05, atol=0.02)
+
+
+def test_a_variant_is_read_only_where_it_is_chosen(copied, bert):
+    file = weights_of(copied / "unet")
+    other = {key: tensor * 0.5 for key, tensor in load_file(file).items()}
+    save_file(other, file.with_name("diffusion_pytorch_model.fp16.safetensors"), {"format": "pt"})
+    for variant, factor in ((None, 1.0), ("fp16", 0.5)):
+        opened = open_checkpoint(Source(str(copied), variant=variant, bert=str(bert)))
+        unet = opened.load("unet", UNet2DConditionModel)
+        wanted = load_file(file)["conv_in.weight"] * factor
+        assert torch.equal(unet.conv_in.weight, wanted)
+        assert opened.weights["vae"][0] is None
+    with pytest.raises(CheckpointError, match=r"--variant bf16: no part has .* they have fp16"):
+        open_checkpoint(Source(str(copied), variant="bf16", bert=str(bert)))
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_shards_are_put_together(copied, plain, bert, variant):
+    for part, model_class in (("unet", UNet2DConditionModel), ("text_encoder", CLIPTextModel)):
+        model = model_class.from_pretrained(copied / part)
+        weights_of(copied / part).unlink()
+        model.save_pretrained(copied / part, max_shard_size="60KB", variant=variant)
+        assert len([*(copied / part).glob("*.safetensors")]) > 1
+    wanted = Source(str(plain), bert=str(bert))
+    assert_equal_outputs(Source(str(copied), bert=str(bert)), wanted)
+    shard = max((copied / "unet").glob("*.safetensors"))
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=rf"unet lacks the shard {shard.name}, which"):
+        open_checkpoint(copied, bert)
+
+
+def test_a_checkpoint_may_be_in_a_subfolder(plain, bert, tmp_path):
+    (tmp_path / "all").mkdir()
+    shutil.copytree(plain, tmp_path / "all" / "inner")
+    source = Source(str(tmp_path / "all"), subfolder="inner", bert=str(bert))
+    assert open_checkpoint(source).folders["unet"] == tmp_path / "all" / "inner" / "unet"
+    with pytest.raises(CheckpointError, match=r"--subfolder outer is not in .*: it has inner"):
+        open_checkpoint(Source(str(tmp_path / "all"), subfolder="outer", bert=str(bert)))
+    with pytest.raises(CheckpointError, match="leaves the checkpoint"):
+        open_checkpoint(Source(str(tmp_path / "all"), subfolder="../x", bert=str(bert)))
+
+
+def twin(folder: Path) -> Path:
+    """A checkpoint with what a single file's family fixes: heads, groups and sizes."""
+    source = stable_diffusion(folder, distilled=False)
+    torch.manual_seed(1)
+    UNet2DConditionModel(
+        sample_size=64, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=32,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    ).save_pretrained(source / "unet")  # fmt: skip
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(32, 32, 64), sample_size=256,
+    ).save_pretrained(source / "vae")  # fmt: skip
+    encoder = CLIPTextModel.from_pretrained(source / "text_encoder")
+    encoder.config.num_attention_heads = 1
+    encoder.save_pretrained(source / "text_encoder")
+    return source
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_single_file_is_what_its_folder_is(tmp_path, bert, monkeypatch, half):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = twin(tmp_path / "folder")
+    file = write_single_file(folder, tmp_path / "one.safetensors")
+    if half:
+        save_file({k: v.half() for k, v in load_file(file).items()}, file)
+    parts = {"bert": str(bert), "tokenizer": str(folder)}
+    single, whole = Source(str(file), **parts), Source(str(folder), **parts)
+    close = {"rtol": 0.05, "atol": 0.02} if half else {"rtol": 1e-5, "atol": 1e-5}
+    assert_equal_outputs(single, whole, **close)
+    written = []
+    for source in (single, whole):
+        opened = open_checkpoint(source)
+        target = tmp_path / opened.name / "engine"
+        target.mkdir(parents=True)
+        write(opened, load_parts(opened), target)
+        written.append(json.loads((target / "pipeline.json").read_text()))
+        written[-1].pop("checkpoint")
+        written[-1].pop("latent_to_rgb")
+    assert written[0] == written[1]
+
+
+def test_a_single_file_needs_a_tokenizer_and_says_so(plain, bert, tmp_path):
+    file = write_single_file(plain, tmp_path / "one.safetensors")
+    with pytest.raises(CheckpointError, match=r"--tokenizer names a folder .* vocab\.json and"):
+        open_checkpoint(file, bert)
+
+
+def test_a_lora_is_no_checkpoint(plain, bert, tmp_path):
+    file = tmp_path / "style.safetensors"
+    save_file({"lora_unet_down.lora_up.weight": torch.ones(2, 2)}, file)
+    source = Source(str(file), bert=str(bert), tokenizer=str(plain / "tokenizer"))
+    with pytest.raises(CheckpointError, match=r"style\.safetensors is a LoRA"):
+        open_checkpoint(source)
+
+
+def test_a_vae_of_elsewhere_decodes(plain, bert, tmp_path):
+    torch.manual_seed(0)
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=(16, 16, 16), decoder_block_out_channels=(16, 16, 16),
+        num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1), scaling_factor=0.7,
+    )  # fmt: skip
+    vae.save_pretrained(tmp_path / "taesd")
+    opened = open_checkpoint(Source(str(plain), bert=str(bert), vae=str(tmp_path / "taesd")))
+    decoder = load_parts(opened)["vqgan_decoder"]
+    latent = decoder.example(2, 1)["latent"]
+    with torch.no_grad():
+        torch.testing.assert_close(decoder.module(latent), vae.decode(latent / 0.7).sample)
+    assert scale_factor(opened) == 4
+
+
+def test_autoencoders_of_16_channels_and_of_normalised_latents_decode(copied, bert):
+    torch.manual_seed(0)
+    mean, std = [0.1 * k for k in range(16)], [1 + 0.1 * k for k in range(16)]
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 16), norm_num_groups=4, latent_channels=16,
+        latents_mean=mean, latents_std=std,
+    )  # fmt: skip
+    vae.save_pretrained(copied / "vae")
+    unet = UNet2DConditionModel.from_config(
+        UNet2DConditionModel.load_config(copied / "unet") | {"in_channels": 16, "out_channels": 16}
+    )
+    unet.save_pretrained(copied / "unet")
+    decoder = load_parts(open_checkpoint(copied, bert))["vqgan_decoder"]
+    latent = decoder.example(2, 1)["latent"]
+    raw = latent * torch.tensor(std).view(1, 16, 1, 1) / 0.18215
+    raw = raw + torch.tensor(mean).view(1, 16, 1, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            decoder.module(latent), vae.decode(raw).sample, rtol=1e-4, atol=1e-4
+        )
+
+
+def test_pictures_need_not_be_square(copied, bert, tmp_path):
+    change(copied / "unet" / "config.json", sample_size=[8, 12])
+    opened = open_checkpoint(copied, bert)
+    parts = load_parts(opened)
+    assert native_rows(parts["unet"], 1)["sample"].shape == (1, 4, 8, 12)
+    write(opened, parts, tmp_path)
+    config = PipelineConfig.load(tmp_path / "pipeline.json")
+    assert (config.native_width, config.native_height, config.native_side) == (48, 32, 48)
+
+
+def test_a_unet_without_a_size_takes_that_of_its_autoencoder(copied, bert):
+    change(copied / "unet" / "config.json", sample_size=None)
+    change(copied / "vae" / "config.json", sample_size=[32, 64])
+    assert native_size(open_checkpoint(copied, bert)) == (8, 16)
+    config = json.loads((copied / "vae" / "config.json").read_text())
+    del config["sample_size"]
+    (copied / "vae" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"unet/config\.json has no sample_size: add"):
+        open_checkpoint(copied, bert)
+
+
+def test_former_names_of_bert_are_read_and_those_of_clip_left_alone(tiny, tmp_path):
+    former = Path(shutil.copytree(tiny, tmp_path / "former"))
+    (former / "bert").rename(former / "text_encoder_2")
+    (former / "bert_tokenizer").rename(former / "tokenizer_2")
+    index = json.loads((former / "model_index.json").read_text())
+    index["text_encoder_2"], index["tokenizer_2"] = index.pop("bert"), index.pop("bert_tokenizer")
+    index["fusion"] = ["export.fusion_head", "FusionHead"]
+    (former / "model_index.json").write_text(json.dumps(index))
+    opened = open_checkpoint(former)
+    assert opened.folders["bert"].name == "text_encoder_2"
+    assert opened.classes["fusion"] == "FusionHead"
+    index["text_encoder_2"] = ["transformers", "CLIPTextModelWithProjection"]
+    index["tokenizer_2"] = ["transformers", "CLIPTokenizer"]
+    (former / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="lacks its part bert/; --bert names"):
+        open_checkpoint(former)
+
+
+def lfs_weights(folder: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"
+    weights_of(folder / "text_encoder").write_text(pointer)
+
+
+def lfs_tokenizer(folder: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"
+    (folder / "tokenizer" / "tokenizer.json").write_text(pointer)
+
+
+def cut(folder: Path) -> None:
+    file = weights_of(folder / "unet")
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def pickle(folder: Path) -> None:
+    file = weights_of(folder / "vae")
+    file.rename(file.with_name("diffusion_pytorch_model.bin"))
+
+
+def disguised_pickle(folder: Path) -> None:
+    torch.save({"a": torch.ones(1)}, weights_of(folder / "unet"))
+
+
+def no_weights(folder: Path) -> None:
+    weights_of(folder / "unet").unlink()
+
+
+def sentencepiece_only(folder: Path) -> None:
+    shutil.rmtree(folder / "tokenizer")
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "spiece.model").write_bytes(b"x")
+
+
+def index_of(**fields: object):
+    return lambda folder: change(folder / "model_index.json", **fields)
+
+
+def config_of(part: str, **fields: object):
+    name = "scheduler_config.json" if part == "scheduler" else "config.json"
+    return lambda folder: change(folder / part / name, **fields)
+
+
+@pytest.mark.parametrize(
+    ("breaking", "message"),
+    [
+        (lfs_weights, r"model\.safetensors is a Git LFS pointer.*: run `git lfs pull`"),
+        (lfs_tokenizer, r"tokenizer\.json is a Git LFS pointer"),
+        (cut, r"unet/\S+ is cut short: it has \d+ bytes of \d+: download it again"),
+        (pickle, r"vae has no safetensors; diffusion_pytorch_model\.bin is a pickle"),
+        (disguised_pickle, "is a pickle under another name"),
+        (no_weights, "unet has no safetensors: its weights are missing"),
+        (sentencepiece_only, r"has only spiece\.model, which needs sentencepiece"),
+        (index_of(_class_name="StableDiffusionControlNetPipeline"), "ControlNet.* is not served"),
+        (index_of(_class_name="PixArtAlphaPipeline"), "PixArtAlphaPipeline', which is not served"),
+        (index_of(_class_name="StableDiffusionInpaintPipeline"), "Inpaint.*is not served"),
+        (index_of(unet=[None, None]), "lacks its part unet/"),
+        (index_of(unet="UNet"), "has unet 'UNet', which is not allowed"),
+        (index_of(defaults=[1]), r"has defaults \[1\], which is not allowed"),
+        (config_of("vae", scaling_factor=None), "vae/config.json: scaling_factor=None is invalid"),
+        (config_of("scheduler", beta_start=float("nan")), "is not JSON: NaN is no number"),
+        (config_of("scheduler", beta_start=2.0), "makes noise that does not grow"),
+        (config_of("unet", sample_size=-1), "unet/config.json: sample_size=-1 is invalid"),
+        (config_of("unet", sample_size=[8, 7]), "latent sides must be multiples of 2"),
+        (config_of("unet", in_channels=9), "unet has in_channels 9 and out_channels 4"),
+    ],
+)
+def test_one_sentence_names_file_and_remedy(copied, bert, monkeypatch, breaking, message):
+    breaking(copied)
+    reads = []
+    monkeypatch.setattr("networks.loading.load_part", lambda *given, **named: reads.append(given))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        open_checkpoint(copied, bert)
+    assert "\n" not in str(caught.value)
+    assert not reads
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "weights.bin", "old.pt"])
+def test_an_existing_pickle_is_not_called_absent(tmp_path, name):
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="is a pickle, which can run code and is not read"):
+        open_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("text", "local"),
+    [
+        ("./mine", True), ("../mine", True), ("~/mine", True), ("/a", True), ("a/b/c", True),
+        ("model.safetensors", True), ("org/model.ckpt", True), ("tests/nothing", True),
+        ("org/model", False), ("runwayml/stable-diffusion-v1.5", False), ("gpt2", False),
+    ],
+)  # fmt: skip
+def test_a_path_is_never_a_hub_id(text, local):
+    assert looks_like_path(text) == local
+
+
+def test_a_mistyped_path_is_not_sent_to_the_hub(monkeypatch):
+    called = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: called.append(a))
+    for text in ("./mine", "checkpoints/scenes-46", "one.safetensors", "a/b/c"):
+        with pytest.raises(CheckpointError, match="is not there"):
+            open_checkpoint(text)
+    assert not called
+
+
+class Hub:
+    """Stands for the hub: a folder that gives the files which are asked for, and counts them."""
+
+    def __init__(self, folder: Path, cache: Path):
+        self.folder, self.cache, self.sent = folder, cache / "c0ffee", []
+        self.names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+
+    def list_repo_files(self, repository: str, revision: str) -> list[str]:
+        assert revision == "c0ffee"
+        return self.names
+
+    def snapshot_download(self, repository: str, revision: str, allow_patterns: list[str]) -> str:
+        for name in self.names:
+            if any(fnmatch(name, pattern) for pattern in allow_patterns):
+                (self.cache / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(self.folder / name, self.cache / name)
+                self.sent.append(name)
+        return str(self.cache)
+
+
+@pytest.fixture
+def hub(copied, tmp_path, monkeypatch) -> Hub:
+    hub = Hub(copied, tmp_path / "cache")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub.snapshot_download)
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
+    return hub
+
+
+def test_only_the_weights_that_are_read_are_downloaded(copied, bert, hub):
+    unet = weights_of(copied / "unet")
+    shutil.copy(unet, unet.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    (copied / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
+    hub.__init__(copied, hub.cache.parent)
+    opened = open_checkpoint(Source("some/checkpoint", revision="main", bert=str(bert)))
+    assert opened.revisions == {"some/checkpoint": "c0ffee"}
+    weights = [name for name in hub.sent if not name.endswith((".json", ".txt"))]
+    assert sorted(weights) == [
+        "text_encoder/model.safetensors", "unet/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+    ]  # fmt: skip
+
+
+def test_a_configuration_is_refused_before_weights_are_downloaded(copied, bert, hub):
+    change(copied / "unet" / "config.json", in_channels=9)
+    with pytest.raises(CheckpointError, match="in_channels 9"):
+        open_checkpoint(Source("some/checkpoint", bert=str(bert)))
+    assert hub.sent
+    assert not [name for name in hub.sent if name.endswith(".safetensors")]
+
+
+CONFIGS = (
+    "model_index.json", "unet/config.json", "vae/config.json", "text_encoder/config.json",
+    "bert/config.json", "fusion/config.json", "scheduler/scheduler_config.json",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_no_configuration_ends_in_a_traceback(tiny, tmp_path, name):
+    """Fields take wrong values in turn; the checkpoint opens or is refused by name."""
+    folder = Path(shutil.copytree(tiny, tmp_path / "fuzzed"))
+    file = folder / name
+    good = json.loads(file.read_text())
+    refused = 0
+    others = ([], "words", -1, {}, True)
+    for place, field in enumerate(good):
+        for wrong in (None, float("nan"), others[place % len(others)]):
+            file.write_text(json.dumps(good | {field: wrong}))
+            text = refusal(folder)
+            assert "\n" not in text, (field, wrong)
+            refused += bool(text)
+    assert refused >= len(good)  # NaN is never right
+
+
+def refusal(folder: Path) -> str:
+    """Why a checkpoint is refused; empty where it opens. Other errors are the test's."""
+    try:
+        open_checkpoint(folder)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def test_a_single_file_of_another_family_is_named_before_it_is_read(plain, bert, tmp_path):
+    file = write_single_file(plain, tmp_path / "xl.safetensors")
+    tensors = {
+        name.replace("cond_stage_model.", "conditioner.embedders.0."): tensor
+        for name, tensor in load_file(file).items()
+    }
+    save_file(tensors, file)
+    source = Source(str(file), bert=str(bert), tokenizer=str(plain / "tokenizer"))
+    with pytest.raises(CheckpointError, match="StableDiffusionXLPipeline, which is not served"):
+        open_checkpoint(source)
