@@ -83,10 +83,21 @@ def test_the_plot_is_drawn_with_and_without_recovery(tmp_path):
     assert Image.open(tmp_path / "x.png").size == (1200, 480)
 
 
-@pytest.mark.parametrize("name", ["pruning", "pruning_bert"])
-def test_committed_results_can_be_plotted(name, tmp_path):
-    result = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
-    plot(result["points"], result["model"], tmp_path / "x.png", AllCorrect(1))
+@pytest.mark.parametrize("recovered", [None, {"percent": 80.0, "interval": [70.0, 87.0], "n": 100}])
+def test_a_result_file_can_be_plotted(recovered, tmp_path):
+    cell = {"percent": 90.0, "interval": [85.0, 93.0], "n": 100}
+    result = Result(tmp_path / "x.json", "command", "tiny", "unet", AllCorrect(1), (0, 8))
+    for ratio in (0, 0.3):
+        point = {
+            "ratio": ratio,
+            "macs_removed": 100 * ratio,
+            "pruned": cell,
+            "recovered": recovered,
+        }
+        result.points.append(point)
+    result.finish([{1: 10.0, 16: 90.0}, {1: 8.0, 16: 60.0}])
+    saved = json.loads((tmp_path / "x.json").read_text())
+    plot(saved["points"], saved["model"], tmp_path / "x.png", AllCorrect(1))
     assert (tmp_path / "x.png").stat().st_size > 10_000
 
 
