@@ -58,8 +58,11 @@ def kohya(part, name):
 
 
 def diffusers_keys(part, name):
-    start = f"{part}." + ("text_model." if part == "text_encoder" else "") + name
-    return f"{start}.lora.down.weight", f"{start}.lora.up.weight", f"{start}.alpha"
+    if part == "unet":
+        start = f"unet.{name}.lora"
+    else:
+        start = f"text_encoder.text_model.{name}.lora_linear_layer"
+    return f"{start}.down.weight", f"{start}.up.weight", f"{part}.{name}.alpha"
 
 
 def peft_keys(part, name):
@@ -330,8 +333,10 @@ def unet_lora(layers, tmp_path_factory):
 
 def test_the_command_fuses_and_records_a_lora(tiny, repository, unet_lora, tmp_path):
     served = shutil.copytree(repository, tmp_path / "served")
-    done = export_command(tiny, "--repository", served, "--only", "unet", "--lora",
-                          f"{unet_lora}:0.5", "--sampler", "lcm", "--default", "steps=2")  # fmt: skip
+    done = export_command(
+        tiny, "--repository", served, "--only", "unet", "--lora", f"{unet_lora}:0.5",
+        "--sampler", "lcm", "--default", "steps=2",
+    )  # fmt: skip
     assert done.exit_code == 0, done.output
     assert "style.safetensors is fused into unet with scale 0.5" in done.output
     assert "--sampler lcm replaces DDIMScheduler" in done.output
