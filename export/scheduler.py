@@ -161,6 +161,8 @@ def _shared_options(class_name: str, config: dict[str, Any], replacement: str) -
     known_class = isinstance(former_class, type) and issubclass(former_class, SchedulerMixin)
     former = inspect.signature(former_class).parameters if known_class else {}
     config = {name: former[name].default for name in TRAINED if name in former} | config
+    if "skip_prk_steps" not in former:
+        config = {"skip_prk_steps": True} | config  # see _shared_fields
     if config.get("beta_start") is None and config.get("trained_betas") is None:
         raise CheckpointError(
             f"--sampler {replacement} cannot replace {class_name}: its configuration has no"
