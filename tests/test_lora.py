@@ -361,6 +361,24 @@ def test_the_command_fuses_and_records_a_lora(tiny, repository, unet_lora, tmp_p
     assert (fused - plain).abs().max() > 1e-2
 
 
+def test_guessed_defaults_are_printed_until_they_are_set(tiny, repository, tmp_path):
+    served = shutil.copytree(repository, tmp_path / "served")
+    copied = shutil.copytree(tiny, tmp_path / "copied")
+    index = json.loads((copied / "model_index.json").read_text())
+    del index["defaults"]
+    (copied / "model_index.json").write_text(json.dumps(index))
+    command = (copied, "--repository", served, "--only", "fusion")
+    line = "guessed: 20 steps, guidance_scale 7.5; set them with --default"
+    assert line in export_command(*command).output
+    partly = export_command(*command, "--default", "steps=3").output
+    assert "guessed: guidance_scale 7.5; set them with --default" in partly
+    done = export_command(*command, "--default", "steps=3,guidance_scale=2")
+    assert "guessed:" not in done.output
+    assert "guessed:" not in export_command(tiny, *command[1:]).output
+    config = json.loads((served / "text_to_image_stream" / "1" / "pipeline.json").read_text())
+    assert config["defaults"] == {"sampler": "ddim", "steps": 4, "guidance_scale": 3.0}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
