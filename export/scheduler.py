@@ -13,6 +13,7 @@ from typing import Any
 import diffusers
 from diffusers import SchedulerMixin
 
+from export.source import first_line
 from networks.loading import CheckpointError
 from twinbrush.engine.samplers import MAX_STEPS, SAMPLERS, NoiseSchedule, trajectory
 
@@ -210,7 +211,7 @@ def _alphas_cumprod(scheduler_class: type, merged: dict[str, Any]) -> list[float
         return reader(**options).alphas_cumprod.double().tolist()
     except Exception as error:
         raise CheckpointError(
-            f"the scheduler's betas ({', '.join(BETAS)}) cannot be read: {error}"
+            f"the scheduler's betas ({', '.join(BETAS)}) cannot be read: {first_line(error)}"
         ) from error
 
 
@@ -237,7 +238,7 @@ def _check_schedule(sampler: str, fields: dict[str, Any]) -> None:
             if steps <= schedule.original_inference_steps or sampler not in ("lcm", "tcd"):
                 trajectory(sampler, schedule, steps)
     except (ValueError, TypeError, ZeroDivisionError, IndexError) as error:
-        raise CheckpointError(f"the scheduler cannot be served: {error}") from error
+        raise CheckpointError(f"the scheduler cannot be served: {first_line(error)}") from error
 
 
 def _class_of(sampler: str) -> str:
