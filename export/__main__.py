@@ -16,6 +16,7 @@ from export.command import (
     parse_models,
     parse_precision,
     parse_prune,
+    parse_serving,
     stop_on_error,
 )
 from export.gate import LEAST_PSNR, PROMPTS, psnr
@@ -60,6 +61,17 @@ def main(
     tokenizer: Annotated[
         str | None,
         typer.Option(help="Folder or hub id of CLIP's tokenizer; a single file has none."),
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(help="LoRA to fuse, FILE or FILE:SCALE in safetensors; can be repeated."),
+    ] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="Sampler in place of the checkpoint's scheduler.")
+    ] = None,
+    default: Annotated[
+        str | None,
+        typer.Option(help="Defaults of requests, as in steps=1,guidance_scale=0,sampler=euler_a."),
     ] = None,
     only: Annotated[
         str, typer.Option(help=f"Models to rebuild, with commas: {', '.join(MODELS)}.")
@@ -123,9 +135,9 @@ def main(
             tensorrt,
             parse_prune(prune, models, save_pruned),
             GateOptions(psnr(gate_psnr, gate_prompts), gate_against) if gate else None,
-            report,
+            parse_serving(sampler, default, lora or []),
         )
-        export_checkpoint(options)
+        export_checkpoint(options, report)
 
 
 if __name__ == "__main__":

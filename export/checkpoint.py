@@ -10,12 +10,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from export.lora import Lora, check_loras, fuse
 from export.source import Source, Tree, check_source, first_line, open_tree
 from export.weights import LFS, choose_weights, lfs_pointer, read_header, read_json, variants_of
 from networks.loading import CheckpointError, load_part
 from networks.pruned import pruning_of
 
-__all__ = ["PARTS", "Checkpoint", "first_line", "open_checkpoint"]
+__all__ = ["PARTS", "Checkpoint", "Serving", "first_line", "open_checkpoint"]
 
 # Classes that each part may be of; None is any text model that transformers knows.
 PARTS = {
@@ -35,6 +36,21 @@ SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "
 
 
 @dataclass(frozen=True)
+class Serving:
+    """What an export changes of a checkpoint.
+
+    Attributes:
+        sampler: in place of the checkpoint's scheduler; None keeps it.
+        defaults: of requests, over those of the checkpoint.
+        loras: fused into the networks as they are loaded.
+    """
+
+    sampler: str | None = None
+    defaults: dict[str, Any] = field(default_factory=dict)
+    loras: tuple[Lora, ...] = ()
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A checked checkpoint.
 
@@ -46,6 +62,7 @@ class Checkpoint:
         index: `model_index.json`.
         weights: variant and file names that each network is loaded from.
         scratch: keeps the converted parts of a single file for as long as the checkpoint lives.
+        serving: what the export changes of it.
     """
 
     name: str
@@ -55,21 +72,32 @@ class Checkpoint:
     index: dict[str, Any]
     weights: dict[str, tuple[str | None, list[str]]] = field(default_factory=dict)
     scratch: tempfile.TemporaryDirectory | None = None
+    serving: Serving = field(default_factory=Serving)
 
     def config(self, part: str) -> dict[str, Any]:
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
         return read_json(self.folders[part] / name)
 
     def load(self, part: str, model_class: Any, **options: Any) -> Any:
-        """The part's torch module: see `load_part`."""
+        """The part's torch module, with the LoRAs fused: see `load_part`."""
         variant = self.weights.get(part, (None, []))[0]
         if variant is not None:
             options["variant"] = variant
-        return load_part(self.folders[part], model_class, **options)
+        network = load_part(self.folders[part], model_class, **options)
+        fuse(network, part, self.serving.loras)
+        return network
+
+    def loras_of(self, part: str) -> list[dict[str, Any]]:
+        """Records of the LoRAs in a part: fused before it was saved, and those of this export."""
+        records = [*self.index.get("loras", []), *(lora.record() for lora in self.serving.loras)]
+        return [record for record in records if part in record["parts"]]
 
 
 def open_checkpoint(
-    source: Source | str | Path, bert: str | Path | None = None, keep_bert: bool = False
+    source: Source | str | Path,
+    bert: str | Path | None = None,
+    keep_bert: bool = False,
+    serving: Serving | None = None,
 ) -> Checkpoint:
     """Checks that a checkpoint has every part, each of a class that can be exported.
 
@@ -80,11 +108,13 @@ def open_checkpoint(
         bert: replaces the text model of `source`; without a fusion head of its own the
             checkpoint gets a new one.
         keep_bert: takes a `bert` only where the checkpoint has no text model of its own.
+        serving: what the export changes of it. LoRAs that the checkpoint records as fused are
+            not fused again.
 
     Raises:
         CheckpointError: with the first thing that is wrong.
     """
-    from export.checks import check_configs
+    from export.checks import check_configs, without_weights
 
     if not isinstance(source, Source):
         source = Source(str(source))
@@ -99,8 +129,9 @@ def open_checkpoint(
             variant, files = choose_weights(tree.within(name), opened.folders[part], source.variant)
             weights[part] = variant, files
             wanted.setdefault(id(tree), (tree, []))[1].extend(_join(name, f) for f in files)
-    opened = replace(opened, weights=weights)
+    opened = replace(opened, weights=weights, serving=_to_fuse(serving or Serving(), opened))
     check_configs(opened)
+    check_loras(opened.serving.loras, lambda part: without_weights(opened, part))
     for tree, names in wanted.values():
         tree.fetch(names)
     _check_weights(opened)
@@ -183,6 +214,25 @@ def _read_index(index: dict[str, Any], file: Path) -> tuple[dict[str, str], dict
             raise CheckpointError(f"{text}: a library and a class, both in quotes")
         classes[part] = entry[1]
     return names, classes
+
+
+def _to_fuse(serving: Serving, opened: Checkpoint) -> Serving:
+    """Without the LoRAs that were fused before the checkpoint was saved."""
+    records = opened.index.get("loras", [])
+    fields = {"file", "sha256", "scale", "parts"}
+    if not isinstance(records, list) or not all(
+        isinstance(record, dict) and record.keys() >= fields for record in records
+    ):
+        raise CheckpointError(f"{opened.name}: the loras of its model_index.json cannot be read")
+    fused = {record["sha256"]: record["scale"] for record in records}
+    for lora in serving.loras:
+        if fused.get(lora.sha256, lora.scale) != lora.scale:
+            raise CheckpointError(
+                f"--lora {lora.file}:{lora.scale:g}: {opened.name} has it fused already, with"
+                f" scale {fused[lora.sha256]:g}"
+            )
+    loras = tuple(lora for lora in serving.loras if lora.sha256 not in fused)
+    return replace(serving, loras=loras)
 
 
 def _is_class(entry: Any) -> bool:

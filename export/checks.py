@@ -12,7 +12,9 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
 from diffusers import UNet2DConditionModel
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from export.checkpoint import Checkpoint
@@ -47,6 +49,16 @@ def check_configs(checkpoint: Checkpoint) -> None:
         )
     check_vae(checkpoint, checkpoint.config("vae"))
     pipeline.check(checkpoint)
+
+
+def without_weights(checkpoint: Checkpoint, part: str) -> nn.Module | None:
+    """A UNet or text encoder of CLIP without memory for its weights, None where it is missing."""
+    if part not in checkpoint.folders:
+        return None
+    config, name = checkpoint.config(part), checkpoint.classes[part]
+    if part == "unet":
+        return _build(checkpoint, part, lambda: UNet2DConditionModel.from_config(config))
+    return _build(checkpoint, part, lambda: getattr(transformers, name)(CLIPTextConfig(**config)))
 
 
 def check_unet(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:

@@ -10,9 +10,9 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import typer
@@ -20,13 +20,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from export.checkpoint import Checkpoint, open_checkpoint
+from export import pipeline
+from export.checkpoint import Checkpoint, Serving, open_checkpoint
 from export.convert import ConversionError, ParityError
 from export.gate import Gate, GateError, MakeMeasure
+from export.lora import read_lora
 from export.precision import Precision
 from export.prune import parse_ratios, prune_checkpoint
 from export.repository import MODELS, SOURCE, ModelReport, RepositoryError, build, check_machine
 from export.resources import ResourceError
+from export.scheduler import parse_defaults
 from export.source import Source
 from export.tensorrt import TensorRTError, load_tensorrt
 from networks.loading import CheckpointError
@@ -71,7 +74,7 @@ class Options:
         tensorrt: whether plans for this machine are built too.
         prune: None exports the checkpoint as it is.
         gate: None accepts every export that passes parity.
-        report: JSON file for the table, or None.
+        serving: what changes of the checkpoint.
     """
 
     source: Source
@@ -81,7 +84,7 @@ class Options:
     tensorrt: bool = False
     prune: PruneOptions | None = None
     gate: GateOptions | None = None
-    report: Path | None = None
+    serving: Serving = field(default_factory=Serving)
 
 
 def parse_models(only: str | None) -> list[str]:
@@ -117,6 +120,25 @@ def parse_prune(prune: str | None, models: list[str], folder: Path | None) -> Pr
     return PruneOptions(ratios, folder)
 
 
+def parse_serving(sampler: str | None, defaults: str | None, loras: Sequence[str]) -> Serving:
+    """`--sampler`, `--default` and `--lora`; the LoRA files are read as far as their keys.
+
+    Raises:
+        CheckpointError: a value or a file cannot be used.
+    """
+    given = parse_defaults(defaults or "")
+    if sampler and given.get("sampler", sampler) != sampler:
+        raise OptionError(f"--default sampler={given['sampler']}: --sampler is {sampler}")
+    read = [read_lora(text) for text in loras]
+    first: dict[str, Path] = {}
+    for lora in read:
+        if lora.sha256 in first:
+            both = f"{first[lora.sha256]} and {lora.file}"
+            raise OptionError(f"--lora is given twice for one content, {both}: add the scales")
+        first[lora.sha256] = lora.file
+    return Serving(sampler, given, tuple(read))
+
+
 def check_report(report: Path | None) -> None:
     """Raises OptionError where the report cannot be written."""
     if report is None:
@@ -146,17 +168,18 @@ def stop_on_error(repository: Path) -> Iterator[None]:
     raise typer.Exit(1)
 
 
-def export_checkpoint(options: Options) -> None:
-    """Opens, prunes, builds, gates and reports.
+def export_checkpoint(options: Options, report: Path | None = None) -> None:
+    """Opens, prunes, builds, gates and reports; the table also goes into `report`, as JSON.
 
     Raises:
         Each of `FAILURES`, and OSError where the repository cannot be written.
     """
-    check_report(options.report)
+    check_report(report)
     trt = load_tensorrt() if options.tensorrt else None
     with ExitStack() as stack:
         status = stack.enter_context(console.status("opening the checkpoint"))
         opened, original = _open(options)
+        _print_changes(opened)
         if options.prune:
             scratch = stack.enter_context(tempfile.TemporaryDirectory())
             check_machine(opened, options.repository, options.models, options.precision)
@@ -172,13 +195,32 @@ def export_checkpoint(options: Options) -> None:
             opened, options.repository, lambda model: status.update(f"exporting {model}"),
             options.models, options.precision, trt, gate,
         )  # fmt: skip
-    if options.report is not None:
+    if report is not None:
         lines = [asdict(line) for line in reports]
-        options.report.write_text(json.dumps(lines, indent=2) + "\n")
+        report.write_text(json.dumps(lines, indent=2) + "\n")
     console.print(_table(opened.name, reports))
     if gate is not None:
         console.print(f"the gate passes: {gate.summary}", highlight=False, soft_wrap=True)
     console.print(f"{options.repository} serves {opened.name} now")
+
+
+def _print_changes(opened: Checkpoint) -> None:
+    """Says what is served otherwise than the checkpoint's files say, and what is a guess."""
+    serving, lines = opened.serving, []
+    if serving.sampler:
+        unused = pipeline.unused_scheduler_options(opened)
+        listed = ", ".join(f"{name}={value!r}" for name, value in unused.items())
+        line = f"--sampler {serving.sampler} replaces {opened.classes['scheduler']}"
+        lines.append(line + (f"; not used: {listed}" if listed else ""))
+    for lora in serving.loras:
+        parts = " and ".join(lora.parts)
+        lines.append(f"{lora.file.name} is fused into {parts} with scale {lora.scale:g}")
+    if guessed := pipeline.guessed_defaults(opened):
+        words = {"steps": "{} steps", "guidance_scale": "guidance_scale {}"}
+        listed = ", ".join(words[name].format(value) for name, value in guessed.items())
+        lines.append(f"guessed: {listed}; set them with --default")
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def _open(options: Options) -> tuple[Checkpoint, Checkpoint]:
@@ -190,17 +232,31 @@ def _open(options: Options) -> tuple[Checkpoint, Checkpoint]:
     gate = options.gate
     against = gate.against if gate else None
     # A pruned checkpoint has the text model that --bert gives to its original.
-    opened = open_checkpoint(options.source, keep_bert=against is not None)
+    opened = open_checkpoint(options.source, keep_bert=against is not None, serving=options.serving)
     if against is not None:
         source = replace(
             options.source, checkpoint=against, revision=None, subfolder=None, variant=None
         )
-        return opened, open_checkpoint(source)
+        original = open_checkpoint(source, serving=options.serving)
+        _check_same_loras(opened, original)
+        return opened, original
     pruned = [name for name, part in SOURCE.items() if pruning_of(opened.folders[part])]
     if gate and pruned:
         text = f"{opened.name} has {', '.join(pruned)} pruned"
         raise CheckpointError(f"--gate needs --gate-against, the unpruned checkpoint: {text}")
     return opened, opened
+
+
+def _check_same_loras(opened: Checkpoint, original: Checkpoint) -> None:
+    """Raises CheckpointError where the gate would measure a LoRA."""
+    for part in original.folders:
+        theirs = [record["sha256"] for record in original.loras_of(part)]
+        for record in opened.loras_of(part):
+            if record["sha256"] not in theirs:
+                raise CheckpointError(
+                    f"--gate-against {original.name} lacks the LoRA {record['file']} of"
+                    f" {opened.name}: --lora {record['file']}:{record['scale']:g} fuses it"
+                )
 
 
 def _optimised(

@@ -12,7 +12,13 @@ import numpy as np
 
 from export.checkpoint import Checkpoint
 from export.part import Part
-from export.scheduler import check_defaults, choose_sampler, family_defaults, read_schedule
+from export.scheduler import (
+    check_defaults,
+    choose_sampler,
+    family_defaults,
+    read_schedule,
+    unused_options,
+)
 from export.sizes import native_size, scale_factor, side_multiple
 from export.tokenizer import load_tokenizer
 from export.vqgan_decoder import latent_to_rgb
@@ -149,12 +155,39 @@ def _encoder(checkpoint: Checkpoint, part: Part, source: str, folder: Path) -> d
 
 
 def _schedule(checkpoint: Checkpoint) -> dict[str, Any]:
-    return read_schedule(checkpoint.classes["scheduler"], checkpoint.config("scheduler"))
+    config = checkpoint.config("scheduler")
+    return read_schedule(checkpoint.classes["scheduler"], config, checkpoint.serving.sampler)
 
 
 def defaults(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Defaults of requests: the checkpoint's, or those of its family."""
-    sampler = choose_sampler(checkpoint.classes["scheduler"], checkpoint.config("scheduler"))
+    """Defaults of requests: of the command, else of the checkpoint, else of its family."""
+    return _usual(checkpoint)[0] | _given(checkpoint)
+
+
+def guessed_defaults(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The defaults that nothing says: neither command, nor checkpoint, nor its family."""
+    usual, guessed = _usual(checkpoint)
+    known = {"sampler", *_given(checkpoint)}
+    return {name: value for name, value in usual.items() if guessed and name not in known}
+
+
+def unused_scheduler_options(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the checkpoint's scheduler says and the sampler in its place does not use."""
+    class_name, config = checkpoint.classes["scheduler"], checkpoint.config("scheduler")
+    sampler = checkpoint.serving.sampler
+    return unused_options(class_name, config, sampler) if sampler else {}
+
+
+def _given(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Defaults that the checkpoint or the command says."""
+    serving = checkpoint.serving
+    replaced = {"sampler": serving.sampler} if serving.sampler else {}
+    given = check_defaults(checkpoint.index.get("defaults", {}))
+    return given | replaced | check_defaults(serving.defaults)
+
+
+def _usual(checkpoint: Checkpoint) -> tuple[dict[str, Any], bool]:
+    class_name, config = checkpoint.classes["scheduler"], checkpoint.config("scheduler")
+    sampler = choose_sampler(class_name, config, checkpoint.serving.sampler)
     timestep_cond = bool(checkpoint.config("unet").get("time_cond_proj_dim"))
-    usual, _ = family_defaults(sampler, checkpoint.name, timestep_cond)
-    return usual | check_defaults(checkpoint.index.get("defaults", {}))
+    return family_defaults(sampler, checkpoint.name, timestep_cond)

@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import diffusers
+import transformers
 from torch import nn
 
 from export.channel_groups import ChannelGroup, channel_groups, choose, importances, units
@@ -158,7 +160,11 @@ def prune_checkpoint(
     try:
         with tempfile.TemporaryDirectory(prefix=".pruning-", dir=folder.parent) as scratch:
             stage = Path(scratch) / folder.name
-            _copy(checkpoint, parts["fusion"], stage, without=[SOURCE[name] for name in ratios])
+            pruned = [SOURCE[name] for name in ratios]
+            fused = {part for lora in checkpoint.serving.loras for part in lora.parts} - {*pruned}
+            _copy(checkpoint, parts["fusion"], stage, without=[*pruned, *fused])
+            for part in fused:
+                _save_fused(checkpoint, part, stage / part)
             for name, pruning in done.items():
                 save_part(checkpoint, parts[name], pruning, stage / SOURCE[name])
             os.replace(stage, folder)
@@ -166,7 +172,9 @@ def prune_checkpoint(
         # What cannot be copied comes as a list, with a reason for each file.
         reason = error.args[0][0][-1] if isinstance(error, shutil.Error) else error.strerror
         raise CheckpointError(f"cannot write {folder}: {reason or error}") from error
-    return replace(open_checkpoint(folder), name=checkpoint.name, revisions=checkpoint.revisions)
+    serving = replace(checkpoint.serving, loras=())
+    opened = open_checkpoint(folder, serving=serving)
+    return replace(opened, name=checkpoint.name, revisions=checkpoint.revisions)
 
 
 def save_part(checkpoint: Checkpoint, part: Part, pruning: Pruning, folder: Path) -> None:
@@ -181,6 +189,17 @@ def save_part(checkpoint: Checkpoint, part: Part, pruning: Pruning, folder: Path
         for key, parameter in module.named_parameters(recurse=False):
             whole.get_submodule(name).register_parameter(key, parameter)
     save_pruned(whole, folder, pruning)
+
+
+def _save_fused(checkpoint: Checkpoint, part: str, folder: Path) -> None:
+    """Writes a part that LoRAs changed and pruning does not."""
+    name = checkpoint.classes[part]
+    library = diffusers if hasattr(diffusers, name) else transformers
+    fused = checkpoint.load(part, getattr(library, name))
+    if pruning := pruning_of(checkpoint.folders[part]):
+        save_pruned(fused, folder, pruning)
+    else:
+        fused.save_pretrained(folder)
 
 
 def network(part: Part) -> nn.Module:
@@ -208,6 +227,12 @@ def _copy(checkpoint: Checkpoint, fusion: Part, folder: Path, without: list[str]
         network(fusion).save_pretrained(folder / "fusion")
         classes["fusion"] = ["networks.fusion_head", "FusionHead"]
     kept = {name: entry for name, entry in checkpoint.index.items() if name not in known}
+    records = [
+        *checkpoint.index.get("loras", []),
+        *(lora.record() for lora in checkpoint.serving.loras),
+    ]
+    if records:
+        kept["loras"] = records
     index = json.dumps(kept | classes, indent=2)
     (folder / "model_index.json").write_text(index + "\n")
 

@@ -51,6 +51,7 @@ class ModelReport:
         parameters: how many the network has.
         macs: multiply-accumulates of one row at the size that it was trained on.
         pruning: what was removed from it, None where nothing was.
+        loras: name, SHA-256 and scale of each LoRA file fused into it.
         bytes: of the ONNX file and its external data.
         sha256: of each file, by name.
         precision: that it computes in.
@@ -67,6 +68,7 @@ class ModelReport:
     parameters: int
     macs: int
     pruning: Pruning | None
+    loras: list[dict[str, Any]]
     bytes: int
     sha256: dict[str, str]
     precision: str
@@ -142,6 +144,7 @@ def build(
         (stage / ENGINE).mkdir(parents=True)
         pipeline.write(checkpoint, parts, stage / ENGINE)
         _check_tokenizers(kept, repository, stage)
+        _check_loras(kept, repository, checkpoint)
         profiles = wanted_by_engine(repository, stage / ENGINE / "pipeline.json") if trt else None
         target = Build(repository, stage, precision, trt, profiles)
         parts = {name: parts[name] for name in only}
@@ -229,6 +232,16 @@ def _check_tokenizers(kept: Container[str], repository: Path, stage: Path) -> No
             raise CheckpointError(f"{text}: export everything")
 
 
+def _check_loras(kept: dict[str, dict], repository: Path, checkpoint: Checkpoint) -> None:
+    """Refuses to keep a model without a LoRA that changes it."""
+    for name, line in kept.items():
+        fused = {(record["sha256"], record["scale"]) for record in line.get("loras", [])}
+        for lora in checkpoint.serving.loras:
+            if SOURCE.get(name) in lora.parts and (lora.sha256, lora.scale) not in fused:
+                text = f"--lora {lora.file} changes {name}, which --only leaves out"
+                raise CheckpointError(f"{text}: {repository} has it without the LoRA")
+
+
 def _build_model(checkpoint: Checkpoint, part: Part, target: Build) -> ModelReport:
     started = time.monotonic()
     folder = target.stage / part.name / "1"
@@ -244,6 +257,7 @@ def _build_model(checkpoint: Checkpoint, part: Part, target: Build) -> ModelRepo
         parameters=sum(p.numel() for p in part.module.parameters()),
         macs=count_macs(part),
         pruning=pruning_of(checkpoint.folders[source]) if source else None,
+        loras=checkpoint.loras_of(source) if source else [],
         bytes=sum(file.stat().st_size for file in files),
         sha256={file.name: sha256_of(file) for file in files},
         precision=target.precision.value,

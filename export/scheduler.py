@@ -11,7 +11,9 @@ import math
 from typing import Any
 
 import diffusers
+from diffusers import SchedulerMixin
 
+from export.source import first_line
 from networks.loading import CheckpointError
 from twinbrush.engine.samplers import MAX_STEPS, SAMPLERS, NoiseSchedule, trajectory
 
@@ -31,6 +33,8 @@ SAMPLER_OF = {
     "UniPCMultistepScheduler": "unipc",
 }
 BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+TRAINED = (*BETAS, "prediction_type", "rescale_betas_zero_snr")
+SOLVER = ("solver_type", "solver_order")  # each scheduler has values of its own
 SIGMA_OPTIONS = {
     "use_karras_sigmas": "karras",
     "use_exponential_sigmas": "exponential",
@@ -107,18 +111,19 @@ def read_schedule(
     Args:
         class_name: the scheduler's class in diffusers.
         config: its `scheduler_config.json`.
-        replacement: a sampler in place of the scheduler's. A class that is not served is then
-            read for the options that it shares with that sampler's scheduler.
+        replacement: a sampler in place of the scheduler's. Its scheduler then reads the options
+            that it shares, as `from_config` of diffusers does; `unused_options` names the others.
 
     Raises:
         CheckpointError: the scheduler or one of its options cannot be served.
     """
     sampler = choose_sampler(class_name, config, replacement)
-    known_class = class_name if class_name in SAMPLER_OF else _class_of(sampler)
-    scheduler_class = getattr(diffusers, known_class)
+    if replacement is not None:
+        config = _shared_options(class_name, config, replacement)
+        class_name = _class_of(sampler)
+    scheduler_class = getattr(diffusers, class_name)
     known = inspect.signature(scheduler_class).parameters
-    if replacement is None:
-        _check_options(class_name, config, known)
+    _check_options(class_name, config, known)
     merged = {
         name: config.get(name, option.default) for name, option in known.items() if name in SERVED
     }
@@ -131,6 +136,46 @@ def read_schedule(
         raise CheckpointError(_refusal("solver_type", merged["solver_type"], "midpoint or heun"))
     _check_schedule(sampler, fields)
     return fields
+
+
+def unused_options(class_name: str, config: dict[str, Any], replacement: str) -> dict[str, Any]:
+    """Options of a replaced scheduler that have no meaning for the sampler in its place."""
+    shared = _shared_options(class_name, config, replacement)
+    return {
+        name: value
+        for name, value in config.items()
+        if not name.startswith("_")
+        and name not in (*shared, *WITHOUT_EFFECT)
+        and value not in ONLY.get(name, ())
+    }
+
+
+def _shared_options(class_name: str, config: dict[str, Any], replacement: str) -> dict[str, Any]:
+    """Options of a scheduler that the one of another sampler reads.
+
+    What the UNet was trained with is not left to the defaults of the other class.
+
+    Raises:
+        CheckpointError: nothing says which noise the UNet was trained with.
+    """
+    former_class = getattr(diffusers, class_name, None)
+    known_class = isinstance(former_class, type) and issubclass(former_class, SchedulerMixin)
+    former = inspect.signature(former_class).parameters if known_class else {}
+    config = {name: former[name].default for name in TRAINED if name in former} | config
+    if "skip_prk_steps" not in former:
+        config = {"skip_prk_steps": True} | config  # see _shared_fields
+    if config.get("beta_start") is None and config.get("trained_betas") is None:
+        raise CheckpointError(
+            f"--sampler {replacement} cannot replace {class_name}: its configuration has no"
+            " beta_start, the noise that the UNet was trained with"
+        )
+    other = _class_of(replacement)
+    known = inspect.signature(getattr(diffusers, other)).parameters
+    named_by_sampler = () if other == class_name else (*SOLVER, "algorithm_type")
+    shared = {n: v for n, v in config.items() if n in known and n not in named_by_sampler}
+    if replacement in ("dpmpp_2m", "dpmpp_2m_sde"):
+        shared.pop("algorithm_type", None)
+    return shared
 
 
 def _shared_fields(config: dict[str, Any], merged: dict[str, Any]) -> dict[str, Any]:
@@ -166,7 +211,7 @@ def _alphas_cumprod(scheduler_class: type, merged: dict[str, Any]) -> list[float
         return reader(**options).alphas_cumprod.double().tolist()
     except Exception as error:
         raise CheckpointError(
-            f"the scheduler's betas ({', '.join(BETAS)}) cannot be read: {error}"
+            f"the scheduler's betas ({', '.join(BETAS)}) cannot be read: {first_line(error)}"
         ) from error
 
 
@@ -193,7 +238,7 @@ def _check_schedule(sampler: str, fields: dict[str, Any]) -> None:
             if steps <= schedule.original_inference_steps or sampler not in ("lcm", "tcd"):
                 trajectory(sampler, schedule, steps)
     except (ValueError, TypeError, ZeroDivisionError, IndexError) as error:
-        raise CheckpointError(f"the scheduler cannot be served: {error}") from error
+        raise CheckpointError(f"the scheduler cannot be served: {first_line(error)}") from error
 
 
 def _class_of(sampler: str) -> str:

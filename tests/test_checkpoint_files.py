@@ -318,7 +318,7 @@ def config_of(part: str, **fields: object):
         (index_of(defaults=[1]), r"has defaults \[1\], which is not allowed"),
         (config_of("vae", scaling_factor=None), "vae/config.json: scaling_factor=None is invalid"),
         (config_of("scheduler", beta_start=float("nan")), "is not JSON: NaN is no number"),
-        (config_of("scheduler", beta_start=2.0), "makes noise that does not grow"),
+        (config_of("scheduler", beta_start=2.0), "beta_start=2.0 .* a number between 0 and 1"),
         (config_of("unet", sample_size=-1), "unet/config.json: sample_size=-1 is invalid"),
         (config_of("unet", sample_size=[8, 7]), "latent sides must be multiples of 2"),
         (config_of("unet", in_channels=9), "unet has in_channels 9 and out_channels 4"),

@@ -1,8 +1,10 @@
 """Scheduler configs: every option is served, refused by name, or without effect."""
 
 import inspect
+import json
 
 import diffusers
+import numpy as np
 import pytest
 
 from export.scheduler import (
@@ -13,6 +15,7 @@ from export.scheduler import (
     family_defaults,
     parse_defaults,
     read_schedule,
+    unused_options,
 )
 from networks.loading import CheckpointError
 from twinbrush.engine.samplers import NoiseSchedule, trajectory
@@ -77,6 +80,62 @@ def test_a_sampler_replaces_an_unknown_scheduler():
     assert fields["alphas_cumprod"][0] == pytest.approx(1 - 0.00085)
     with pytest.raises(CheckpointError, match="sampler='plms'"):
         read_schedule("DPMSolverSDEScheduler", config, "plms")
+
+
+SD15 = {
+    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1,
+    "clip_sample": False, "set_alpha_to_one": False, "skip_prk_steps": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("former", ["PNDMScheduler", "DDIMScheduler", "UniPCMultistepScheduler"])
+@pytest.mark.parametrize("class_name", SAMPLER_OF)
+def test_a_replaced_scheduler_has_the_noise_and_timesteps_of_diffusers(former, class_name):
+    known = inspect.signature(getattr(diffusers, former)).parameters
+    old = getattr(diffusers, former)(**{n: v for n, v in SD15.items() if n in known})
+    config = json.loads(old.to_json_string())
+    loaded = getattr(diffusers, former).from_config(config)  # it knows what the file says
+    new = getattr(diffusers, class_name).from_config(loaded.config)
+    sampler = SAMPLER_OF[class_name]
+    fields = read_schedule(former, config, sampler)
+    np.testing.assert_allclose(fields["alphas_cumprod"], new.alphas_cumprod, rtol=1e-6)
+    if sampler == "pndm":
+        new.config.skip_prk_steps = True
+    new.set_timesteps(4)
+    got = trajectory(sampler, NoiseSchedule(**fields | {
+        "alphas_cumprod": tuple(fields["alphas_cumprod"])
+    }), 4).timesteps  # fmt: skip
+    np.testing.assert_allclose(got, new.timesteps.numpy()[: len(got)], rtol=1e-5)
+
+
+def test_options_that_a_replaced_scheduler_leaves_are_listed():
+    config = SD15 | {"_class_name": "PNDMScheduler", "set_alpha_to_one": True}
+    assert unused_options("PNDMScheduler", config, "euler_a") == {
+        "set_alpha_to_one": True, "skip_prk_steps": True,
+    }  # fmt: skip
+    assert unused_options("PNDMScheduler", config, "lcm") == {"skip_prk_steps": True}
+    clipped = SD15 | {"clip_sample": True, "clip_sample_range": 2.0}
+    assert unused_options("DDIMScheduler", clipped, "euler")["clip_sample"] is True
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "sampler"),
+    [("clip_sample", True, "lcm"), ("interpolation_type", "log_linear", "euler"),
+     ("beta_end", float("nan"), "euler"), ("prediction_type", "flow_prediction", "dpmpp_2m")],
+)  # fmt: skip
+def test_shared_options_of_a_replaced_scheduler_are_checked(option, value, sampler):
+    with pytest.raises(CheckpointError, match=option):
+        read_schedule("DDIMScheduler", SD15 | {option: value}, sampler)
+
+
+def test_what_a_unet_was_trained_with_stays_when_its_scheduler_is_replaced():
+    expected = diffusers.DDIMScheduler(prediction_type="sample").alphas_cumprod
+    fields = read_schedule("DDIMScheduler", {"prediction_type": "sample"}, "lcm")
+    np.testing.assert_allclose(fields["alphas_cumprod"], expected, rtol=1e-6)
+    assert fields["prediction_type"] == "sample"
+    for unknown in ("FlowMatchEulerDiscreteScheduler", "SomeScheduler"):
+        with pytest.raises(CheckpointError, match=r"cannot replace .* no beta_start"):
+            read_schedule(unknown, {"shift": 3.0}, "euler")
 
 
 @pytest.mark.parametrize(

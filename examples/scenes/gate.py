@@ -130,9 +130,8 @@ def main(
             parse_precision(precision),
             prune=parse_prune(prune, models, save_pruned),
             gate=GateOptions(all_correct(gate_loss, gate_psnr, gate_prompts), gate_against),
-            report=report,
         )
-        export_checkpoint(options)
+        export_checkpoint(options, report)
 
 
 if __name__ == "__main__":
