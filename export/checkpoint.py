@@ -19,16 +19,22 @@ __all__ = ["PARTS", "Checkpoint", "first_line", "open_checkpoint"]
 
 # Classes that each part may be of; None is any text model that transformers knows.
 PARTS = {
-    "text_encoder": ("CLIPTextModel",),
+    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
     "bert": None,
     "fusion": ("FusionHead",),
     "unet": ("UNet2DConditionModel",),
     "vae": ("VQModel", "AutoencoderKL", "AutoencoderTiny"),
 }
-OTHERS = ("tokenizer", "bert_tokenizer", "scheduler")
+OTHERS = ("tokenizer", "tokenizer_2", "bert_tokenizer", "scheduler")
 # Names of parts in checkpoints of earlier versions, where the class is none of CLIP's.
 FORMER = {"bert": "text_encoder_2", "bert_tokenizer": "tokenizer_2"}
-PIPELINES = ("TwinbrushPipeline", "StableDiffusionPipeline", "LatentConsistencyModelPipeline")
+PIPELINES = (
+    "TwinbrushPipeline", "StableDiffusionPipeline", "StableDiffusionXLPipeline",
+    "LatentConsistencyModelPipeline",
+)  # fmt: skip
+# Parts that a checkpoint may be without, each with what belongs to it.
+OPTIONAL = (("text_encoder_2", "tokenizer_2"), ("bert", "bert_tokenizer"), ("fusion",))
 # A tokenizer needs all files of one of these; transformers makes an empty one without them.
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",))
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model")
@@ -45,6 +51,7 @@ class Checkpoint:
         classes: class name of each part.
         index: `model_index.json`.
         weights: variant and file names that each network is loaded from.
+        clip_skip: layers of CLIP's towers, from the end, whose results are not used.
         scratch: keeps the converted parts of a single file for as long as the checkpoint lives.
     """
 
@@ -54,6 +61,7 @@ class Checkpoint:
     classes: dict[str, str]
     index: dict[str, Any]
     weights: dict[str, tuple[str | None, list[str]]] = field(default_factory=dict)
+    clip_skip: int = 0
     scratch: tempfile.TemporaryDirectory | None = None
 
     def config(self, part: str) -> dict[str, Any]:
@@ -128,8 +136,14 @@ def _find_parts(source: Source, keep_bert: bool) -> tuple[Checkpoint, dict[str, 
         other = open_tree(source.tokenizer)
         place = "tokenizer" if other.within("tokenizer") else ""
         trees["tokenizer"], classes["tokenizer"] = (other, place), "CLIPTokenizer"
-    if "fusion" not in classes and source.bert is not None:
-        del trees["fusion"]
+    if "text_encoder_2" in classes and "tokenizer_2" not in classes:
+        trees["tokenizer_2"] = trees["tokenizer"]  # a single file has one vocabulary for both
+        classes["tokenizer_2"] = classes.get("tokenizer", "CLIPTokenizer")
+    needed = ("bert",) if "fusion" in classes else ()
+    for together in OPTIONAL:
+        if not any(part in classes for part in together) and together[0] not in needed:
+            for part in together:
+                del trees[part]
     for part, (place, folder) in trees.items():
         if part not in classes or not (place.folder / folder).is_dir():
             raise CheckpointError(_lacks(source, part, folder))
@@ -137,7 +151,10 @@ def _find_parts(source: Source, keep_bert: bool) -> tuple[Checkpoint, dict[str, 
     _check_variant(source, trees)
     hubs = {place.hub for place, _ in trees.values() if place.hub}
     folders = {part: place.folder / folder for part, (place, folder) in trees.items()}
-    return Checkpoint(name, dict(hubs), folders, classes, index, scratch=scratch), trees
+    opened = Checkpoint(
+        name, dict(hubs), folders, classes, index, clip_skip=source.clip_skip, scratch=scratch
+    )
+    return opened, trees
 
 
 def _open_root(source: Source) -> tuple[str, tempfile.TemporaryDirectory | None, Tree]:
@@ -174,7 +191,9 @@ def _read_index(index: dict[str, Any], file: Path) -> tuple[dict[str, str], dict
     for part in names:
         entry = index.get(part)
         former = index.get(FORMER.get(part, ""))
-        if entry is None and _is_class(former) and not former[1].startswith("CLIP"):
+        if part in FORMER.values() and not _is_second_tower(index):
+            continue
+        if entry is None and _is_class(former) and not _is_second_tower(index):
             entry, names[part] = former, FORMER[part]
         if entry is None or entry == [None, None]:
             continue
@@ -183,6 +202,12 @@ def _read_index(index: dict[str, Any], file: Path) -> tuple[dict[str, str], dict
             raise CheckpointError(f"{text}: a library and a class, both in quotes")
         classes[part] = entry[1]
     return names, classes
+
+
+def _is_second_tower(index: dict[str, Any]) -> bool:
+    """Whether `text_encoder_2` is one of CLIP's, not a text model under its former name."""
+    entry = index.get("text_encoder_2")
+    return _is_class(entry) and entry[1].startswith("CLIP")
 
 
 def _is_class(entry: Any) -> bool:

@@ -22,7 +22,12 @@ from twinbrush.engine.prompt import PromptTokenizer
 from twinbrush.engine.request import FIELDS, GenerationRequest
 
 # File of the tokenizer whose ids each text model was trained on.
-TOKENIZER = {"clip_text": "clip_tokenizer.json", "bert": "bert_tokenizer.json"}
+TOKENIZER = {
+    "clip_text": "clip_tokenizer.json",
+    "clip_text_2": "clip_tokenizer_2.json",
+    "bert": "bert_tokenizer.json",
+}
+SOURCES = {"clip_text": "tokenizer", "clip_text_2": "tokenizer_2", "bert": "bert_tokenizer"}
 
 
 def write(checkpoint: Checkpoint, parts: dict[str, Part], folder: Path) -> None:
@@ -50,11 +55,13 @@ def write(checkpoint: Checkpoint, parts: dict[str, Part], folder: Path) -> None:
         "latent_channels": unet.config.in_channels,
         "encoders": [
             _encoder(checkpoint, parts[model], tokenizer, folder)
-            for model, tokenizer in (("clip_text", "tokenizer"), ("bert", "bert_tokenizer"))
+            for model, tokenizer in SOURCES.items()
+            if model in parts
         ],
         "fusion_inputs": list(parts["fusion"].inputs),
         "unet_inputs": [n for n in parts["unet"].inputs if n not in ("sample", "timestep")],
         "timestep_cond": unet.config.time_cond_proj_dim,
+        "zeros_for_empty_negative": bool(index.get("force_zeros_for_empty_prompt", False)),
         "latent_to_rgb": index.get("latent_to_rgb") or latent_to_rgb(parts["vqgan_decoder"]),
     }
     (folder / "pipeline.json").write_text(json.dumps(pipeline) + "\n")

@@ -67,7 +67,7 @@ def part(checkpoint: Checkpoint, latent_channels: int) -> Part:
         name="vqgan_decoder",
         module=decoder,
         inputs={"latent": TensorSpec(torch.float32, (channels, "height", "width"))},
-        output=("image", TensorSpec(torch.float32, (3, "image_height", "image_width"))),
+        outputs={"image": TensorSpec(torch.float32, (3, "image_height", "image_width"))},
         example=lambda batch, size: {"latent": normal((batch, channels, 4 * size, 4 * size + 4))},
         # A codebook rounded to FP16 has other nearest codes.
         full_precision=(vae.quantize,) if decoder.looks_up else (),
