@@ -21,26 +21,25 @@ from checkpoints import TOKENS, trained_tokenizer
 CROSS_DOWN, DOWN = "CrossAttnDownBlock2D", "DownBlock2D"
 CROSS_UP, UP = "CrossAttnUpBlock2D", "UpBlock2D"
 SD_BLOCKS = {
-    "down_block_types": (CROSS_DOWN, CROSS_DOWN, CROSS_DOWN, DOWN),
-    "up_block_types": (UP, CROSS_UP, CROSS_UP, CROSS_UP),
-    "block_out_channels": (16, 16, 32, 32),
+    "down_block_types": (CROSS_DOWN, DOWN),
+    "up_block_types": (UP, CROSS_UP),
+    "block_out_channels": (16, 32),
 }
-# Tiny BK-SDM leaves out the innermost stage and the middle, the small one a layer of each block.
-BK_SMALL = {**SD_BLOCKS, "layers_per_block": 1, "mid_block_type": None}
+# BK-SDM leaves out the middle; the tiny one the innermost stage too.
+BK_SMALL = {**SD_BLOCKS, "mid_block_type": None}
 BK_TINY = {
-    "down_block_types": (CROSS_DOWN,) * 3,
-    "up_block_types": (CROSS_UP,) * 3,
-    "block_out_channels": (16, 16, 32),
-    "layers_per_block": 1,
+    "down_block_types": (CROSS_DOWN,) * 2,
+    "up_block_types": (CROSS_UP,) * 2,
+    "block_out_channels": (16, 32),
     "mid_block_type": None,
 }
-SD2_UNET = {"use_linear_projection": True, "attention_head_dim": (1, 1, 2, 2)}
+SD2_UNET = {"use_linear_projection": True, "attention_head_dim": (1, 2)}
 XL_UNET = {
-    "down_block_types": (DOWN, CROSS_DOWN, CROSS_DOWN),
-    "up_block_types": (CROSS_UP, CROSS_UP, UP),
-    "block_out_channels": (16, 32, 32),
-    "transformer_layers_per_block": (1, 2, 3),
-    "attention_head_dim": (1, 2, 2),
+    "down_block_types": (DOWN, CROSS_DOWN),
+    "up_block_types": (CROSS_UP, UP),
+    "block_out_channels": (16, 32),
+    "transformer_layers_per_block": (1, 2),
+    "attention_head_dim": (1, 2),
     "use_linear_projection": True,
     "addition_embed_type": "text_time",
     "addition_time_embed_dim": 8,
@@ -50,14 +49,14 @@ XL_UNET = {
 # Segmind's UNets differ from SDXL's in the depth of their transformers alone.
 SSD_1B = {
     **XL_UNET,
-    "transformer_layers_per_block": (0, 2, 4),
-    "reverse_transformer_layers_per_block": ((4, 4, 2), (2, 1, 1), 0),
+    "transformer_layers_per_block": (0, 3),
+    "reverse_transformer_layers_per_block": ((2, 1), 0),
     "mid_block_type": "UNetMidBlock2D",
 }
 VEGA = {
     **XL_UNET,
-    "transformer_layers_per_block": (0, 1, 2),
-    "reverse_transformer_layers_per_block": ((2, 2, 1), (1, 1, 1), 0),
+    "transformer_layers_per_block": (0, 2),
+    "reverse_transformer_layers_per_block": ((1, 1), 0),
     "mid_block_type": "UNetMidBlock2D",
 }
 
@@ -137,7 +136,7 @@ FAMILIES: dict[str, Family] = {
     "stabilityai/stable-diffusion-2": Family(SD_BLOCKS | SD2_UNET, PNDM_V, open_clip=True),
     "stabilityai/sd-turbo": Family(SD_BLOCKS | SD2_UNET, TURBO, open_clip=True, **DISTILLED),
     "SimianLuo/LCM_Dreamshaper_v7": Family(SD_BLOCKS | {"time_cond_proj_dim": 16}, LCM),
-    "nota-ai/bk-sdm-small": Family(SD_BLOCKS | {"layers_per_block": 1}, PNDM),
+    "nota-ai/bk-sdm-small": Family(BK_SMALL, PNDM),
     "nota-ai/bk-sdm-tiny": Family(BK_TINY, PNDM),
     "segmind/small-sd": Family(BK_SMALL, DPM),
     "segmind/tiny-sd": Family(BK_TINY, DPM),
@@ -164,7 +163,7 @@ def write_family(folder: Path, family: Family) -> Path:
     vae = _vq() if family.vq else _kl(family.xl)
     torch.manual_seed(3)
     unet = diffusers.UNet2DConditionModel(**{
-        "sample_size": 16, "in_channels": 4, "out_channels": 4, "layers_per_block": 2,
+        "sample_size": 16, "in_channels": 4, "out_channels": 4, "layers_per_block": 1,
         "cross_attention_dim": 32, "attention_head_dim": 2, "norm_num_groups": 8, **family.unet,
     })  # fmt: skip
     name, config = family.scheduler
