@@ -30,7 +30,7 @@ from twinbrush.engine.engine import Engine
 from twinbrush.engine.generation import End, Event
 from twinbrush.engine.request import GenerationRequest
 from twinbrush.runtimes.onnx_runtime import LocalModels
-from twinbrush.server.__main__ import chosen_ports
+from twinbrush.server.addresses import chosen_ports
 from twinbrush.server.install import find_triton
 from twinbrush.server.process import ServerOptions, TritonProcess
 from twinbrush_client.wire import inputs
@@ -86,7 +86,7 @@ def main(
 @contextmanager
 def _server(repository: Path) -> Iterator[grpc.InferenceServerClient]:
     """A client of a server of its own."""
-    http, grpc_port, metrics = chosen_ports(0, 0, 0)
+    http, grpc_port, metrics = chosen_ports("127.0.0.1", 0, 0, 0)
     options = ServerOptions(repository, http_port=http, grpc_port=grpc_port, metrics_port=metrics)
     with TritonProcess(find_triton(), options) as process:
         while not process.ready():

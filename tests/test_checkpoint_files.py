@@ -254,7 +254,7 @@ def test_former_names_of_bert_are_read_and_those_of_clip_left_alone(tiny, tmp_pa
     index["tokenizer_2"] = ["transformers", "CLIPTokenizer"]
     (former / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="lacks its part bert/; --bert names"):
-        open_checkpoint(former)
+        open_checkpoint(former)  # its fusion head was trained with one
 
 
 def lfs_weights(folder: Path) -> None:

@@ -1,23 +1,17 @@
-"""The client package and its command line, against the real server."""
+"""The client package, against the real server."""
 
 from __future__ import annotations
 
 import asyncio
 import inspect
-import os
-import signal
 import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
-from harness import heard
-from PIL import Image
-from test_wire import SLOW, unet_calls, wait_for_a_call, work_stops
+from test_wire import SLOW, unet_calls, work_stops
 from tritonclient.grpc import service_pb2_grpc
 
 from twinbrush_client import (
@@ -37,18 +31,11 @@ from twinbrush_client.connection import Connection
 from twinbrush_client.errors import error_of
 from twinbrush_client.fields import DATA_TYPES, STREAM_ONLY
 
-COMMAND = str(Path(sys.executable).parent / "twinbrush")
-
 
 @pytest.fixture
 def client(server):
     with Client(server.address) as client:
         yield client
-
-
-def run(server, *arguments):
-    command = [COMMAND, "generate", *arguments, "--server", server.address]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
 def test_generate_gives_pictures_that_know_their_seed(client):
@@ -102,6 +89,7 @@ WRONG_TYPES = [
     ({"prompt": 3}, "prompt=3 is invalid: must be text."),
     ({"prompt": ["a", 3]}, "prompt=3 is invalid: must be text."),
     ({"prompt": b"a"}, "prompt=b'a' is invalid: must be text."),
+    ({"prompt": "\ud800"}, "prompt='\\ud800' is invalid: must be text that UTF-8 can hold."),
     ({"prompt": "x" * 10**7}, "prompt='xxx"),
     ({"steps": 3, "num_inference_steps": 3}, "num_inference_steps=3 is invalid: is another name"),
     ({"preview_every": 2}, "preview_every=2 is invalid: is a field of stream() only."),
@@ -271,6 +259,24 @@ def test_headers_reach_the_server(server):
         assert [sent["x-api-key"] for sent in flaky.metadata] == ["secret"] * 2
 
 
+def test_tls_by_a_file_of_certificates(server, tmp_path):
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out",
+         certificate, "-days", "2", "-subj", "/CN=localhost", "-addext",
+         "subjectAltName=DNS:localhost"], check=True, capture_output=True,
+    )  # fmt: skip
+    pair = [(key.read_bytes(), certificate.read_bytes())]
+    flaky = Flaky(server.address, 0, grpc.StatusCode.INTERNAL, "")
+    port = flaky.server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials(pair))
+    with flaky:
+        with Client(f"localhost:{port}", tls=certificate) as client:
+            assert client.generate("a red circle", steps=1)[0].size == (32, 32)
+        stranger = Client(f"localhost:{port}", tls=True, max_retries=0)
+        with stranger, pytest.raises(ServerUnavailable, match="ertificate"):
+            stranger.generate("a red circle")
+
+
 def test_pauses_grow_have_jitter_and_heed_the_server():
     connection = Connection(max_retries=9)
     deadline = connection.deadline(100)
@@ -365,51 +371,3 @@ def test_a_stream_left_after_its_last_picture_lets_the_server_stop(repository, s
 def test_a_cut_prompt_warns(client):
     with pytest.warns(UserWarning, match="was cut to 16"):
         client.generate("very " * 30 + "red circle")
-
-
-def test_the_command_writes_pictures_and_prints_seeds_and_paths(server, tmp_path):
-    done = run(server, "A red circle!", "-n", "3", "--seed", "7", "--steps", "4", "--out",
-               str(tmp_path))  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    for seed in (7, 8, 9):
-        path = tmp_path / f"a-red-circle-{seed}.png"
-        assert Image.open(path).size == (32, 32)
-        assert f"{path}  seed {seed}" in done.stdout
-    assert "3 image(s) in " in done.stdout
-
-
-def test_the_command_says_plainly_what_is_wrong(server, tmp_path):
-    done = run(server, "a red circle", "--steps", "0", "--out", str(tmp_path))
-    assert done.returncode == 1
-    assert "steps=0 is invalid: must be between 1 and 50" in done.stdout
-    assert "Traceback" not in done.stdout + done.stderr
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_command_without_a_server_says_so(tmp_path):
-    command = [COMMAND, "generate", "x", "--server", "127.0.0.1:1", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1
-    assert "Traceback" not in done.stdout + done.stderr
-    assert "127.0.0.1:1" in done.stdout
-
-
-def test_the_command_stops_the_work_after_its_timeout(server, tmp_path):
-    with work_stops(server):
-        done = run(server, "a red circle", "-n", "16", "--steps", "50", "--width", "128",
-                   "--height", "128", "--timeout", "1", "--out", str(tmp_path))  # fmt: skip
-    assert done.returncode == 1
-    assert "not finished after the 1 s of --timeout" in done.stdout
-
-
-def test_ctrl_c_stops_the_work_on_the_server(server, tmp_path):
-    command = [COMMAND, "generate", "a red circle", "-n", "16", "--steps", "50", "--width", "128",
-               "--height", "128", "--out", str(tmp_path), "--server", server.address]  # fmt: skip
-    with work_stops(server) as before:
-        with heard(signal.SIGINT):  # processes in the background ignore it
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        wait_for_a_call(server, before)
-        os.kill(process.pid, signal.SIGINT)
-        output, _ = process.communicate(timeout=20)
-    assert process.returncode == 130
-    assert "the server has stopped working on it" in output

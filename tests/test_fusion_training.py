@@ -129,7 +129,7 @@ def test_the_loss_falls_and_only_the_head_changes(kind, train, bert, tmp_path, c
         assert load_parts(open_checkpoint(out))["fusion"].output[1].axes == (TOKENS, 32)
 
 
-def test_training_that_was_killed_ends_with_the_same_head(train, tmp_path, monkeypatch):
+def test_training_that_was_killed_ends_with_the_same_head(train, tmp_path, monkeypatch, capsys):
     checkpoint = stable_diffusion(tmp_path / "sd", distilled=False)
     options = {"steps": 4, "save_every": 2, "accumulate": 2, "checkpointing": True}
     whole = train(checkpoint, "whole", **options)
@@ -145,7 +145,10 @@ def test_training_that_was_killed_ends_with_the_same_head(train, tmp_path, monke
         with pytest.raises(KeyboardInterrupt):
             train(checkpoint, "again", **options)
     assert not (tmp_path / "again").exists()
+    capsys.readouterr()
     again = train(checkpoint, "again", **options)
+    losses = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert losses["before"] == losses["clip_alone"] != losses["after"]  # the start, not the save
     assert (again / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from harness import ROOT
 from PIL import Image
 
 from benchmarks import pruning
-from benchmarks.pruning import Bench, Psnr, plot
+from benchmarks.pruning import Bench, Psnr, Result, plot
 from examples.scenes.benchmarks import pruning as on_scenes
 from examples.scenes.benchmarks.pruning import AllCorrect
 
@@ -89,17 +90,27 @@ def test_committed_results_can_be_plotted(name, tmp_path):
     assert (tmp_path / "x.png").stat().st_size > 10_000
 
 
-def test_psnr_is_against_the_unpruned_model(tiny, repository, tmp_path, capsys):
-    out = tmp_path / "x.json"
-    pruning.main(
-        tiny, repository, "unet", "0.3", recovery=0, batch=1, bf16=False, runs=tmp_path, n=2,
-        turns=1, out=out,
-    )  # fmt: skip
-    whole, pruned = json.loads(out.read_text())["points"]
-    assert whole["pruned"] == {"psnr": 100.0, "n": 2}
-    assert 5 < pruned["pruned"]["psnr"] < 60
+def test_psnr_is_against_the_unpruned_model():
+    measure, black = Psnr(3), np.zeros((3, 8, 8, 3), np.uint8)
+    measure.start([*black])
+    assert len(measure.prompts) == 3
+    assert measure.score([*black]) == {"psnr": 100.0, "n": 3}
+    assert measure.score([black[0], black[1], black[2] + 255]) == {"psnr": 4.77, "n": 3}
+
+
+def test_a_result_has_speeds_against_the_unpruned_model(tmp_path, capsys):
+    result = Result(tmp_path / "x.json", "command", "tiny", "unet", Psnr(2), (0, 8))
+    for ratio, psnr in ((0, 100.0), (0.3, 20.0)):
+        cell = {"psnr": psnr, "n": 2}
+        point = {"ratio": ratio, "macs_removed": 100 * ratio, "pruned": cell, "recovered": None}
+        result.points.append(point)
+    result.finish([{1: 10.0, 16: 90.0}, {1: 8.0, 16: 60.0}])
+    saved = json.loads((tmp_path / "x.json").read_text())
+    assert saved["points"][1]["speedup"] == {"1": 1.25, "16": 1.5}
+    assert saved["recovery"] == {"steps": 0, "batch": 8}
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert summary["0.3"]["psnr"] == [pruned["pruned"]["psnr"], None]
+    assert summary["0.3"]["psnr"] == [20.0, None]
+    assert (tmp_path / "x.png").exists()
 
 
 def test_recovery_needs_data(tiny, repository, tmp_path):

@@ -15,31 +15,35 @@ from export.checkpoint import open_checkpoint
 from export.prune import prune_checkpoint
 from export.resources import ResourceError, free_memory, weight_count
 
+SIZE = 4 * 10**12  # bytes
+
 
 @pytest.fixture
 def huge(tiny, tmp_path):
-    """A copy of the tiny checkpoint whose UNet claims 10¹³ weights."""
+    """A copy of the tiny checkpoint whose UNet claims 10¹² weights; the file takes no room."""
     folder = shutil.copytree(tiny, tmp_path / "huge")
     (weights,) = (folder / "unet").glob("*.safetensors")
-    tensor = {"dtype": "F32", "shape": [10**7, 10**6], "data_offsets": [0, 4 * 10**13]}
+    tensor = {"dtype": "F32", "shape": [10**6, 10**6], "data_offsets": [0, SIZE]}
     header = json.dumps({"__metadata__": {"format": "pt"}, "conv_in.weight": tensor}).encode()
-    weights.write_bytes(len(header).to_bytes(8, "little") + header)
+    with weights.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + SIZE)  # sparse
     return folder
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "not enough disk at {repository}: the export needs about 40000."),
-        (["--precision", "fp16"], "not enough disk at {repository}: the export needs about 20000."),
-        (["--only", "clip_text"], "not enough memory: the export needs about 4000"),
+        ([], "not enough disk at {repository}: the export needs about 4000."),
+        (["--precision", "fp16"], "not enough disk at {repository}: the export needs about 2000."),
+        (["--only", "clip_text"], "not enough memory: the export needs about 4001.5 GB"),
         (["--prune", "clip_text=0.25"], "not enough disk at {repository}: the export needs"),
     ],
 )
 def test_a_machine_that_is_too_small_is_told_so_at_once(
     huge, repository, flags, message, monkeypatch
 ):
-    monkeypatch.setattr("export.__main__.prune_checkpoint", lambda *_: pytest.fail("it pruned"))
+    monkeypatch.setattr("export.command.prune_checkpoint", lambda *_: pytest.fail("it pruned"))
     before = contents(repository)
     done = export_command(huge, "--repository", repository, *flags)
     assert done.exit_code == 1
@@ -51,7 +55,7 @@ def test_a_machine_that_is_too_small_is_told_so_at_once(
 def test_a_disk_without_room_for_the_pruned_checkpoint_is_told_at_once(huge, tmp_path):
     folder = tmp_path / "there"
     folder.mkdir()
-    with pytest.raises(ResourceError, match=f"not enough disk at {folder}: .* about 40000"):
+    with pytest.raises(ResourceError, match=f"not enough disk at {folder}: .* about 4000"):
         prune_checkpoint(open_checkpoint(huge), {"clip_text": 0.25}, folder / "pruned")
     assert not list(folder.iterdir())
 

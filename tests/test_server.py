@@ -22,6 +22,7 @@ from harness import ROOT, START_SECONDS, free_ports
 from tritonclient.utils import InferenceServerException
 
 from twinbrush.server import __main__ as launcher
+from twinbrush.server.errors import ServerError
 from twinbrush.server.manifest import ManifestError, verify
 from twinbrush.server.process import ServerOptions, TritonProcess
 
@@ -107,10 +108,10 @@ def test_it_ends_with_its_launcher_even_when_that_is_killed(repository, start_se
         time.sleep(0.1)
 
 
-def test_a_request_that_a_stop_ends_is_told_so_as_another_server_can_be_asked(
+def test_a_request_that_a_stop_ends_gets_unavailable_so_that_clients_try_another_server(
     repository, start_server
 ):
-    server = start_server(repository)
+    server = start_server(repository, "--drain-seconds", "0")
     server.wait_for("ready in")
     codes = []
 
@@ -135,8 +136,8 @@ class Ends(Exception):
 
 @pytest.mark.parametrize("deaths", [1, 5])
 def test_deaths_leave_a_start_that_gives_up_its_other_tries(monkeypatch, repository, deaths):
-    died = launcher.ServerError("a stub died", worth_another_try=True)
-    gave_up = launcher.ServerError("a stub gave up", worth_another_try=False, passing=True)
+    died = ServerError("a stub died", worth_another_try=True)
+    gave_up = ServerError("a stub gave up", worth_another_try=False, passing=True)
     ends = iter([*[died] * deaths, *[gave_up] * (launcher.STARTS - 1), Ends()])
 
     def serve(*_):
@@ -145,8 +146,9 @@ def test_deaths_leave_a_start_that_gives_up_its_other_tries(monkeypatch, reposit
     monkeypatch.setattr(launcher, "serve", serve)
     monkeypatch.setattr(launcher, "pause", lambda _: None)
     with pytest.raises(Ends):
-        launcher.main(repository, None, "127.0.0.1", 0, 0, 0, restart=True, then=None,
-                      no_verify=True, verbose=False)  # fmt: skip
+        launcher.main(
+            repository, http_port=0, grpc_port=0, metrics_port=0, restart=True, no_verify=True
+        )
 
 
 def test_a_log_that_nobody_can_be_shown_is_read_on(monkeypatch, repository):
@@ -156,7 +158,7 @@ def test_a_log_that_nobody_can_be_shown_is_read_on(monkeypatch, repository):
         monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(full, write_through=True))
         process._read_log()
         monkeypatch.undo()
-    assert list(process._log) == ["first", "second"]
+    assert list(process._output.lines) == ["first", "second"]
 
 
 def victim_of(server, model: str) -> int:

@@ -25,6 +25,7 @@ import tritonclient.grpc as grpc
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
+from twinbrush.engine.generation import EngineError
 from twinbrush_client.fields import DATA_TYPES
 from twinbrush_client.wire import NUMPY_TYPES, inputs
 
@@ -388,14 +389,45 @@ def test_metrics_tell_how_requests_ended_and_how_many_live(server):
     assert becomes(expected, ended)
 
 
-def test_an_answer_that_cannot_be_sent_is_counted_once(monkeypatch):
-    """As where shared memory is full; the server's own module is not there outside of it."""
-    name = "triton_python_backend_utils"
-    backend = types.SimpleNamespace(TRITONSERVER_RESPONSE_COMPLETE_FINAL=1)
-    monkeypatch.setitem(sys.modules, name, backend)
+def answer_module(monkeypatch, **backend):
+    """`twinbrush.triton.answer`, where the server's own module is not there."""
+    backend = types.SimpleNamespace(TRITONSERVER_RESPONSE_COMPLETE_FINAL=1, **backend)
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", backend)
     spec = importlib.util.find_spec("twinbrush.triton.answer")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("code", "streams", "status", "message"),
+    [
+        ("UNAVAILABLE", False, 14, "full"),
+        ("UNAVAILABLE", True, 14, "UNAVAILABLE: full"),
+        ("INVALID_ARG", True, 3, "INVALID_ARGUMENT: full"),
+        ("RESOURCE_EXHAUSTED", False, 14, "RESOURCE_EXHAUSTED: full"),
+        ("DEADLINE_EXCEEDED", False, 1, "DEADLINE_EXCEEDED: full"),
+    ],
+)
+def test_a_status_that_triton_cannot_send_stands_before_the_message(
+    monkeypatch, code, streams, status, message
+):
+    def error(text, code):
+        return text, code
+
+    vars(error).update(UNAVAILABLE=14, INVALID_ARG=3, CANCELLED=1)
+    sent = []
+    module = answer_module(monkeypatch, TritonError=error, InferenceResponse=lambda error: error)
+    sender = types.SimpleNamespace(send=lambda response, flags: sent.append(response))
+    metrics = types.SimpleNamespace(began=lambda: None, ended=lambda code: None)
+    request = types.SimpleNamespace(get_response_sender=lambda: sender)
+    module.Answer(request, metrics, streams).fail(EngineError(code, "full"))
+    assert sent == [(message, status)]
+
+
+def test_an_answer_that_cannot_be_sent_is_counted_once(monkeypatch):
+    """As where shared memory is full."""
+    module = answer_module(monkeypatch)
 
     def send(response, flags):
         raise RuntimeError("no room")

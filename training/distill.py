@@ -166,7 +166,7 @@ def check_distilled(checkpoint: Path) -> None:
         raise BadInput(f"--checkpoint: the UNet of {checkpoint} is not distilled yet")
 
 
-def scale_embedding(scales: Sequence[float]) -> Tensor:
+def scale_embedding(scales: Sequence[float] | np.ndarray | Tensor) -> Tensor:
     """The student's input for guidance scales: (B, `EMBEDDING`)."""
     return torch.from_numpy(np.stack([guidance_embedding(w, EMBEDDING) for w in scales]))
 

@@ -4,7 +4,8 @@ CLIP, the text model, UNet and VAE stay as they are; only the head between them 
 diffusion loss on captioned pictures. It starts as the identity, or as the checkpoint's own head.
 Any checkpoint and text model that `python -m export` takes will do, and Stable Diffusion XL's
 layout. The result is a checkpoint folder for `python -m export`. Several GPUs:
-`accelerate launch -m training.fusion …`.
+`accelerate launch -m training.fusion …`; several processes on CPUs:
+`python -m torch.distributed.run --nproc-per-node N -m training.fusion … --device cpu`.
 """
 
 from __future__ import annotations
@@ -66,21 +67,16 @@ def train_fusion(
     head = frozen.head()
     if checkpointing:
         frozen.unet.enable_gradient_checkpointing()
-    parts = [
-        "text_encoder",
-        "bert",
-        "unet",
-        "vae",
-        *(["fusion"] if "fusion" in opened.folders else []),
-    ]
-    reads = [opened.folders[part] for part in parts]
+    parts = ("text_encoder", "bert", "unet", "vae", "fusion")
+    reads = [opened.folders[part] for part in parts if part in opened.folders]
     if has_two_clips(opened):
         reads.append(opened.folders["unet"].parent / SECOND[0])
     trainer = run.trainer(head, "fusion", learning_rate, EMA_DECAY, reads, compute)
     first = run.first()
     losses = {}
     if compute.main:
-        losses = {"clip_alone": measured(frozen, None, run), "before": measured(frozen, head, run)}
+        losses["clip_alone"] = measured(frozen, None, run)
+        losses["before"] = measured(frozen, frozen.head(), run)  # `head` may be that of a save
     seed = FIRST_DRAW + first + compute.index * 2**31  # every process has an order of its own
     drawn = run.source.batches(seed, run.batch, run.device)
     batches = EncodedBatches(frozen.encode, drawn)
@@ -188,6 +184,9 @@ def main(
         chosen = pick_device(device)
         check_out(out)
         opened = open_checkpoint(checkpoint, bert)
+        if "bert" not in opened.folders:
+            text = f"checkpoint {checkpoint} lacks its part bert/"
+            raise CheckpointError(f"{text}; --bert names a text model to take")
         preparation = Preparation(
             check_side(opened, side), crop, parse_bounds(keep), max_aspect, min_caption,
             max_caption, timeout, fetchers=fetchers,

@@ -11,12 +11,10 @@ from pathlib import Path
 
 import torch
 import transformers
-from diffusers import ModelMixin
 from diffusers.utils import CONFIG_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedModel
 
 from training import data
 from training.compute import Compute
@@ -98,7 +96,7 @@ def starting_from(path: Path, kind: str) -> Iterator[None]:
         raise data.BadInput(f"--init: {path} is no {kind} to start from: {reason}")
 
 
-def save_part(model: ModelMixin | PreTrainedModel, folder: Path) -> None:
+def save_part(model: nn.Module, folder: Path) -> None:
     """Writes a part of a checkpoint, without the path that its weights were read from."""
     transformers.utils.logging.disable_progress_bar()  # it would cut through the stage's own
     model.save_pretrained(folder)

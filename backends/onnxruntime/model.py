@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from twinbrush import doors
 from twinbrush.runtimes.onnx_runtime import open_session
 
 
@@ -31,7 +32,19 @@ class TritonPythonModel:
         self.batching = int(config.get("max_batch_size", 0)) > 0
 
     def execute(self, requests):
-        """Answers all requests with one run where Triton has batched them."""
+        """Answers all requests with one run where Triton has batched them.
+
+        Refuses those of clients, see `twinbrush.doors`.
+        """
+        allowed = [doors.is_open(request.parameters()) for request in requests]
+        if all(allowed):
+            return self._run(requests)
+        answers = iter(self._run([r for r, ok in zip(requests, allowed, strict=True) if ok]))
+        return [next(answers) if ok else _refusal() for ok in allowed]
+
+    def _run(self, requests):
+        if not requests:
+            return []
         feeds = [
             {name: pb_utils.get_input_tensor_by_name(r, name).as_numpy() for name in self.inputs}
             for r in requests
@@ -66,3 +79,8 @@ class TritonPythonModel:
 
 def _failure(error):
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(f"ONNX Runtime: {error}"))
+
+
+def _refusal():
+    error = pb_utils.TritonError(doors.REFUSAL, pb_utils.TritonError.INVALID_ARG)
+    return pb_utils.InferenceResponse(error=error)

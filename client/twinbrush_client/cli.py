@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
-import re
+import importlib.util
+import json
+import os
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from twinbrush_client.client import Client, Stream
-from twinbrush_client.connection import TIMEOUT
-from twinbrush_client.errors import TwinbrushError
+from twinbrush_client.client import Client
+from twinbrush_client.connection import DEFAULT_ADDRESS, TIMEOUT
+from twinbrush_client.errors import (
+    DeadlineExceeded,
+    ServerUnavailable,
+    TwinbrushError,
+    invalid,
+)
+from twinbrush_client.options import with_field_options
+from twinbrush_client.output import Output, format_of, grid, refuse_existing
+from twinbrush_client.painting import Display, Job, events
+from twinbrush_client.story import fields_of, read_story
 from twinbrush_client.wire import Picture
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
-console = Console(highlight=False)
 INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended
+STDIN = "-"
+Server = Annotated[str, typer.Option(envvar="TWINBRUSH_SERVER", help="Server's gRPC address.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.callback()
@@ -27,80 +43,205 @@ def twinbrush() -> None:
 
 
 @app.command()
+@with_field_options
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to paint.")],
-    num_images: Annotated[int, typer.Option("-n", "--num-images", help="How many.")] = 1,
-    seed: Annotated[
-        int | None, typer.Option(help="Of the first image; the others count up. Random if absent.")
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to paint; - reads prompts from standard input.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
-    guidance_scale: Annotated[
-        float | None, typer.Option("-g", "--guidance-scale", help="How closely to follow.")
+    prompts: Annotated[
+        Path | None, typer.Option(help="File with a prompt a line; - is standard input.")
     ] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What to lead away from.")] = None,
-    sampler: Annotated[str | None, typer.Option(help="lcm, ddim, euler or dpmpp_2m.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
-    deterministic: Annotated[
-        bool, typer.Option("--deterministic", help="Same bytes however busy the server is.")
+    like: Annotated[
+        Path | None, typer.Option(help="Picture whose prompt and settings to take; options win.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="File of the picture; its suffix is the "
+                                  "format. Several pictures get their seeds added.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("output"),
+    image_format: Annotated[
+        str | None, typer.Option("--format", help="png, jpeg, webp or avif.")
+    ] = None,
+    grid_file: Annotated[
+        Path | None, typer.Option("--grid", help="Also write all pictures side by side to a file.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace files that exist.")
     ] = False,
+    preview: Annotated[
+        bool, typer.Option("--preview", help="Show previews in the terminal while painting.")
+    ] = False,
+    as_json: AsJson = False,
     timeout: Annotated[
         float, typer.Option(min=0.1, help="Seconds that everything may take; then it is cancelled.")
     ] = TIMEOUT,
-    out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("output"),
-    server: Annotated[
-        str, typer.Option(envvar="TWINBRUSH_SERVER", help="Server's gRPC address.")
-    ] = "127.0.0.1:8001",
-) -> None:
-    """Paints a prompt and writes PNG files. Ctrl-C stops the work on the server too."""
+    server: Server = DEFAULT_ADDRESS,
+    **fields: Any,
+) -> None:  # fmt: skip
+    """Paints prompts and writes their pictures. Ctrl-C stops the work on the server too.
+
+    Files are never overwritten without --overwrite: a name that is taken gets a number.
+    """
     started = time.monotonic()
+    console = _console(as_json)
+    with _errors(console, timeout):
+        if grid_file:
+            refuse_existing("grid", grid_file, overwrite)
+        fields["image_format"] = format_of(output, image_format)
+        fields |= {"preview_every": 1 if preview else None, "timeout": timeout}
+        jobs = _jobs(_texts(prompt, prompts), like, fields)
+        files = Output(out, output, overwrite)
+        with Client(server, timeout) as client:
+            painted = _paint(client, jobs, files, Display(console, preview), console)
+        if grid_file:
+            grid([picture.image for _, picture, _ in painted]).save(grid_file)
+            console.print(f"{grid_file}  grid", soft_wrap=True)
+    for text in sorted({picture.warning for _, picture, _ in painted} - {""}):
+        console.print(f"[yellow]warning:[/] {_escaped(text)}", soft_wrap=True)
+    milliseconds = 1000 * (time.monotonic() - started)
+    console.print(f"{len(painted)} image(s) in {milliseconds:.0f} ms")
+    if as_json:
+        rows = [
+            {"path": str(path), "prompt": job.prompt, "seed": picture.seed,
+             "warning": picture.warning}
+            for job, picture, path in painted
+        ]  # fmt: skip
+        sys.stdout.write(json.dumps(rows, ensure_ascii=False, indent=2) + "\n")
+
+
+@app.command()
+def status(as_json: AsJson = False, server: Server = DEFAULT_ADDRESS) -> None:
+    """Tells what a server serves; exits with 1 where none is ready."""
+    console = _console(as_json)
+    with _errors(console), Client(server, timeout=10, max_retries=0) as client:
+        info = client.info()
+    if as_json:
+        sys.stdout.write(json.dumps(asdict(info), ensure_ascii=False, indent=2) + "\n")
+        return
+    defaults = ", ".join(f"{name} {info.defaults[name]}" for name in ("steps", "guidance_scale"))
+    sizes = info.sizes
+    console.print(f"ready: Twinbrush {info.version} at {server}")
+    console.print(f"checkpoint: {_escaped(info.checkpoint)}")
+    console.print(f"samplers: {', '.join(info.samplers)} (default {info.defaults['sampler']})")
+    console.print(f"defaults: {defaults}")
+    console.print(f"sizes: {sizes['native']} pixels, up to {sizes['largest']}, "
+                  f"multiples of {sizes['multiple_of']}")  # fmt: skip
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A picture.")], as_json: AsJson = False
+) -> None:
+    """Shows how a picture was made, from the file itself."""
+    console = _console(as_json)
+    with _errors(console):
+        story = read_story(file)
+    if as_json:
+        sys.stdout.write(json.dumps(story, ensure_ascii=False, indent=2) + "\n")
+        return
+    for name, value in story.items():
+        console.print(f"{name}: {_escaped(str(value))}", soft_wrap=True)
+
+
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def serve(context: typer.Context) -> None:
+    """Starts a server where it is installed; takes the options of python -m twinbrush.server."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        client = Client(server, timeout)
-        stream = client.stream(
-            prompt, num_images=num_images, seed=seed, steps=steps, guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt, sampler=sampler, width=width, height=height,
-            deterministic=deterministic,
-        )  # fmt: skip
-        with stream:
-            pictures = _paint(stream, num_images, out / _slug(prompt))
+        found = importlib.util.find_spec("twinbrush.server")
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        text = "the server is not installed here: pip install 'twinbrush[server]'"
+        _console(False).print(f"[red]{_escaped(text)}[/]", soft_wrap=True)
+        raise typer.Exit(1)
+    os.execv(sys.executable, [sys.executable, "-m", "twinbrush.server", *context.args])
+
+
+def _console(as_json: bool) -> Console:
+    """With JSON on standard output, all else goes to standard error."""
+    return Console(highlight=False, stderr=as_json)
+
+
+@contextmanager
+def _errors(console: Console, timeout: float = TIMEOUT) -> Iterator[None]:
+    """Errors become a line and an exit status."""
+    try:
+        yield
     except TwinbrushError as error:
         text = str(error)
-        if error.code == "DEADLINE_EXCEEDED":
+        if isinstance(error, DeadlineExceeded):
             text = f"not finished after the {timeout:g} s of --timeout; the server ends its work"
+        elif isinstance(error, ServerUnavailable):
+            text += "; `twinbrush serve` starts a server"
         console.print(f"[red]{_escaped(text)}[/]", soft_wrap=True)
         raise typer.Exit(1) from None
     except OSError as error:
-        console.print(f"[red]cannot write into {out}: {error.strerror}[/]", soft_wrap=True)
+        text = f"cannot use {error.filename}: {error.strerror}"
+        console.print(f"[red]{_escaped(text)}[/]", soft_wrap=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         console.print("cancelled; the server has stopped working on it")
         raise typer.Exit(INTERRUPTED) from None
-    if pictures and pictures[0].warning:
-        console.print(f"[yellow]warning:[/] {_escaped(pictures[0].warning)}", soft_wrap=True)
-    milliseconds = 1000 * (time.monotonic() - started)
-    console.print(f"{len(pictures)} image(s) in {milliseconds:.0f} ms")
 
 
-def _paint(stream: Stream, num_images: int, stem: Path) -> list[Picture]:
-    """Shows a bar over all steps of all images, and writes each image when it is there."""
-    pictures: list[Picture] = []
-    columns = (TextColumn("painting"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=None)
-        for event in stream:
+def _texts(prompt: str | None, prompts: Path | None) -> list[str]:
+    """The prompts of the arguments, of a file, or of standard input.
+
+    Raises:
+        InvalidRequest: both an argument and a file are given, or there is no prompt in them.
+    """
+    if prompt is not None and prompts is not None:
+        raise invalid("--prompts", str(prompts), "cannot be combined with a prompt")
+    source = str(prompts) if prompts is not None else prompt
+    if source is None:
+        return []
+    if prompts is None and prompt != STDIN:
+        return [source]
+    text = sys.stdin.read() if source == STDIN else Path(source).read_text()
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise invalid("--prompts", source, "has no prompt")
+    return lines
+
+
+def _jobs(texts: list[str], like: Path | None, fields: dict[str, Any]) -> list[Job]:
+    """A job for each prompt; with a seed, the pictures of all of them count up from it.
+
+    Raises:
+        InvalidRequest: there is no prompt, or `like` cannot be repeated.
+    """
+    given = {name: value for name, value in fields.items() if value is not None}
+    if like is not None:
+        taken = fields_of(read_story(like))
+        prompt = taken.pop("prompt")
+        given, texts = taken | given, texts or [prompt]
+    if not texts:
+        raise invalid("PROMPT", None, "must be given, or --prompts or --like")
+    jobs = [Job(number, text, dict(given)) for number, text in enumerate(texts)]
+    if "seed" in given:
+        for job in jobs:
+            job.fields["seed"] += job.number * given.get("num_images", 1)
+    return jobs
+
+
+def _paint(
+    client: Client, jobs: list[Job], files: Output, display: Display, console: Console
+) -> list[tuple[Job, Picture, Path]]:
+    """Writes each picture when it is there; returns them by prompt and seed."""
+    painted = []
+    several = len(jobs) > 1 or jobs[0].fields.get("num_images", 1) > 1
+    with display:
+        for job, event in events(client, jobs):
+            display.show(job, event)
             if isinstance(event, Picture):
-                path = stem.with_name(f"{stem.name}-{event.seed}.png")
-                event.image.save(path)
+                name = job.fields.get("image_format", "png")
+                path = files.write(event.data, job.prompt, event.seed, name, several)
                 console.print(f"{path}  seed {event.seed}", soft_wrap=True)
-                pictures.append(event)
-            else:
-                bar.update(task, total=num_images * event.total_steps, advance=1)
-    return pictures
-
-
-def _slug(prompt: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48].strip("-") or "image"
+                painted.append((job, event, path))
+    return sorted(painted, key=lambda row: (row[0].number, row[1].index))
 
 
 def _escaped(text: str) -> str:

@@ -177,6 +177,10 @@ def _typed(name: str, value: Any) -> Any:
             raise invalid(name, value, "must be text")
         if len(value) > MAX_TEXT:
             raise invalid(name, value, f"must have {ALLOWED[name]}; it has {len(value)}")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise invalid(name, value, "must be text that UTF-8 can hold") from None
         return value
     is_flag = isinstance(value, bool | np.bool_)
     if data_type == "BOOL" and is_flag:
@@ -203,7 +207,7 @@ def request(model: str, values: Mapping[str, Any]) -> Any:
         data_type = DATA_TYPES[name]
         made.inputs.add(name=name, datatype=data_type, shape=[COUNTS.get(name, 1)])
         if data_type == "BYTES":
-            data = value.encode("utf-8", "surrogateescape")
+            data = value.encode()
             made.raw_input_contents.append(struct.pack("<I", len(data)) + data)
         else:
             elements = value if isinstance(value, tuple) else (value,)

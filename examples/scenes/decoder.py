@@ -11,6 +11,7 @@ configuration says that latents are not looked up.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from diffusers import UNet2DConditionModel, VQModel
@@ -64,7 +65,8 @@ def train(run: Run) -> None:
     def samples(averaged: nn.Module) -> Image.Image:
         return compared(shown.pictures, averaged(painted))
 
-    vae.post_quant_conv, vae.decoder = trainer.run(loss_at, batches, samples)
+    trained = cast(nn.Sequential, trainer.run(loss_at, batches, samples))
+    vae.post_quant_conv, vae.decoder = trained
     vae.register_to_config(**{AS_PAINTED: True})
     save_part(vae, run.checkpoint / "vae")
 

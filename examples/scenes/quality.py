@@ -238,7 +238,7 @@ def main(
     sampler: Annotated[str, typer.Option(help="Empty is the checkpoint's.")] = "",
     guidance: Annotated[float, typer.Option(help="Scale; negative is the checkpoint's.")] = -1,
     out: Annotated[Path, typer.Option(help="Result file.")] = Path(
-        "benchmarks/results/quality.json"
+        "examples/scenes/results/quality.json"
     ),
 ) -> None:
     """Counts how well pictures follow their prompts."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -92,8 +92,9 @@ class SceneReader(ModelMixin, ConfigMixin):
         h = self.conv_in(x_t) + self.level_embedding(level)[:, :, None, None]
         for block in self.residual:
             h = h + block(h)
-        centre, *attributes, background = self.conv_out(h).float().split(CHOICES, dim=1)
-        return Readout(centre[:, 0], *attributes, background.mean((2, 3)))
+        logits = self.conv_out(h).float().split(CHOICES, dim=1)
+        centre, shape, colour, size, background = logits
+        return Readout(centre[:, 0], shape, colour, size, background.mean((2, 3)))
 
 
 def _activated(width: int, kernel: int, out: int | None = None) -> list[nn.Module]:
@@ -103,9 +104,10 @@ def _activated(width: int, kernel: int, out: int | None = None) -> list[nn.Modul
 
 def nearest_codes(vae: VQModel, x0: Tensor) -> Tensor:
     """The codes nearest to finished latents (B, C, h, w), with a gradient straight through."""
+    scale = cast(Any, vae.config).scaling_factor
     with torch.autocast(x0.device.type, enabled=False):
-        codes = vae.quantize(x0 / vae.config.scaling_factor)[0]
-    return codes * vae.config.scaling_factor
+        codes = vae.quantize(x0 / scale)[0]
+    return codes * scale
 
 
 @torch.no_grad()
@@ -247,7 +249,8 @@ def train(run: Run) -> None:
     truth = Truth(*(part.to(run.device) for part in truth_of(scenes, clean.shape[-1])))
     alphas_cumprod = ddim_scheduler().alphas_cumprod.to(run.device)
     torch.manual_seed(run.seed)
-    reader = SceneReader(clean.shape[1]).to(run.device)
+    reader = SceneReader(clean.shape[1])
+    nn.Module.to(reader, run.device)
 
     def loss_at(step: int) -> dict[str, Tensor]:
         draw = torch.Generator().manual_seed(first + step)

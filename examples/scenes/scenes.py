@@ -289,7 +289,8 @@ def render(scene: Scene) -> np.ndarray:
     picture = np.empty((SIDE, SIDE, 3), np.float32)
     picture[:] = BACKGROUNDS[scene.background]
     for item in scene.items:
-        picture += coverage(item)[..., None] * (np.float32(COLOURS[item.colour]) - picture)
+        colour = np.array(COLOURS[item.colour], np.float32)
+        picture += coverage(item)[..., None] * (colour - picture)
     return np.round(picture).astype(np.uint8)
 
 

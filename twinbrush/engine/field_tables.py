@@ -1,6 +1,6 @@
 """Writes the copies of the request table: `python -m twinbrush.engine.field_tables`.
 
-Triton reads the front doors' inputs from `config.pbtxt`, the client stands alone, and the README
+Triton reads the front doors' inputs from `config.pbtxt`, the client stands alone, and the document
 is for people: each keeps a copy, between two marks where the file has other contents too.
 `tests/test_boundaries.py` compares them.
 """
@@ -18,7 +18,7 @@ from twinbrush.engine.request import COMMANDS, FIELDS
 ROOT = Path(__file__).parents[2]
 PBTXT_MARKS = ("# Inputs, written by `python -m twinbrush.engine.field_tables`.\n",
                "# End of inputs.\n")  # fmt: skip
-README_MARKS = ("<!-- fields -->\n", "<!-- end of fields -->\n")
+DOCUMENT_MARKS = ("<!-- fields -->\n", "<!-- end of fields -->\n")
 PYTHON_TYPES = {"STRING": "str", "BOOL": "bool", "INT32": "int", "INT64": "int", "FP32": "float"}
 
 
@@ -39,7 +39,7 @@ def _input(field: Field, optional: bool) -> str:
 
 
 def markdown() -> str:
-    """The README's table."""
+    """The table of `docs/requests.md`."""
     lines = ["| field | type | default | allowed | |", "|---|---|---|---|---|"]
     for field in (*FIELDS.values(), *COMMANDS.values()):
         door = "Stream only. " if field.stream_only else ""
@@ -149,7 +149,7 @@ COPIES: dict[str, Render] = {  # what each file has to be, from what it is
         text, PBTXT_MARKS, stream_inputs()
     ),
     "client/twinbrush_client/fields.py": lambda text: client_module(),
-    "README.md": lambda text: replaced(text, README_MARKS, markdown()),
+    "docs/requests.md": lambda text: replaced(text, DOCUMENT_MARKS, markdown()),
 }
 
 

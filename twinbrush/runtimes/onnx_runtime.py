@@ -7,12 +7,15 @@ serves both. Knows nothing of diffusion.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+
+from twinbrush.cpus import available_cpus
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +93,14 @@ def _session_options(config: Mapping[str, Any]) -> ort.SessionOptions:
             options.add_session_config_entry(key, value)
         elif key not in CUDA_KEYS:
             log.warning("parameter %r is not known here and is ignored", key)
+    options.intra_op_num_threads = options.intra_op_num_threads or _threads()
     return options
+
+
+def _threads() -> int:
+    """Threads of a session; 0, which is ONNX Runtime's own choice, knows no quota of CPUs."""
+    cpus = available_cpus()
+    return cpus if cpus < (os.cpu_count() or 1) else 0
 
 
 def _providers(config: Mapping[str, Any], device_id: int | None) -> list[tuple[str, dict]]:

@@ -11,9 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -21,15 +19,22 @@ from typing import Annotated
 import typer
 
 from twinbrush.server import manifest, plans
+from twinbrush.server.addresses import check_ports, chosen_ports, host_port, local
+from twinbrush.server.errors import ServerError
+from twinbrush.server.health import Health
 from twinbrush.server.install import NoTriton, find_triton
-from twinbrush.server.process import ServerError, ServerOptions, TritonProcess
+from twinbrush.server.log import Log, LogFormat
+from twinbrush.server.process import ServerOptions, TritonProcess
 
 POLL_SECONDS = 0.25
+DRAIN_POLL_SECONDS = 0.05
+# Between the engine's last answer and the server's end: an answer is still on its way.
+ANSWER_SECONDS = 0.5
 STARTS = 3  # tries, where a stub gives up without a reason while the server starts
 RESTART_PAUSE = 2.0  # seconds between the end of a server and the start of the next
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SIGNALLED = 128  # a shell's exit code for a signal is that much more
-COMMAND_SECONDS = 5.0  # that a command has to end when it is told to
+COMMAND_SECONDS = 5.0  # that a command has to end after SIGTERM
 
 _signals: list[int] = []  # of `ENDING` that have come
 
@@ -42,35 +47,63 @@ class Stopped(Exception):
         self.exit_code = exit_code
 
 
-def serve(options: ServerOptions, then: str | None = None) -> None:
-    """Runs one server until it is told to stop or something it depends on dies.
+def serve(
+    options: ServerOptions, log: Log, health: Health, drain_seconds: float, then: str | None = None
+) -> None:
+    """Runs one server until a signal comes or something it depends on dies.
 
     With `then`, a shell command, the server lives as long as that command.
 
     Raises:
         ServerError: it could not start, or it ended by itself; the message says why.
-        Stopped: it was told to stop, or the command has ended.
+        Stopped: a signal has come, or the command has ended.
     """
     triton = find_triton()
-    say(f"using {triton.description}")
-    with TritonProcess(triton, options) as process:
+    log.say(f"using {triton.description}")
+    with TritonProcess(triton, options, log) as process:
         while not process.ready():
             process.check()
             pause(POLL_SECONDS)
-        say(f"ready in {process.age:.1f} s, serving {options.repository}")
+        health.state = "ready"
+        log.say(f"ready in {process.age:.1f} s, serving {options.repository}")
+        grpc = host_port(local(options.address), options.grpc_port)
         if then is not None:
-            raise Stopped(_run(then, process, f"{options.address}:{options.grpc_port}"))
-        say(f"  gRPC    {options.address}:{options.grpc_port}")
-        say(f"  HTTP    http://{options.address}:{options.http_port}")
-        say(f"  metrics http://{options.address}:{options.metrics_port}/metrics")
-        while True:
-            process.check()
-            pause(POLL_SECONDS)
+            raise Stopped(_run(then, process, local(options.address), grpc))
+        log.say(f"  gRPC    {host_port(options.address, options.grpc_port)}")
+        log.say(f"  HTTP    http://{host_port(options.address, options.http_port)}")
+        log.say(f"  metrics http://{host_port(options.address, options.metrics_port)}/metrics")
+        try:
+            while True:
+                process.check()
+                pause(POLL_SECONDS)
+        except Stopped:
+            health.state = "draining"
+            drain(process, drain_seconds, log)
+            raise
 
 
-def _run(command: str, process: TritonProcess, address: str) -> int:
-    """Runs a shell command while the server lives; gives its exit code."""
-    host = address.rpartition(":")[0]
+def drain(process: TritonProcess, seconds: float, log: Log) -> None:
+    """Has new requests refused, and waits until the live ones have ended.
+
+    A second signal, or `seconds`, ends the wait.
+    """
+    if seconds <= 0 or not process.begin_drain():
+        return
+    log.say(f"draining: live requests have {seconds:g} s to end")
+    signals, until = len(_signals), time.monotonic() + seconds
+    while len(_signals) == signals and time.monotonic() < until:
+        if process.drained:
+            time.sleep(ANSWER_SECONDS)
+            break
+        time.sleep(DRAIN_POLL_SECONDS)
+    else:
+        log.say("not all live requests have ended")
+    # Triton would answer NOT_FOUND while it unloads models, and clients would not try elsewhere.
+    process.end_now()
+
+
+def _run(command: str, process: TritonProcess, host: str, address: str) -> int:
+    """Runs a shell command while the server lives; returns its exit code."""
     environment = os.environ | {"TWINBRUSH_SERVER": address, "no_grpc_proxy": host}
     running = subprocess.Popen(command, shell=True, env=environment, start_new_session=True)
     try:
@@ -106,14 +139,13 @@ def pause(seconds: float) -> None:
         raise Stopped(SIGNALLED + _signals[0])
 
 
-def say(text: str) -> None:
-    print(f"twinbrush: {text}", flush=True)
-
-
 def main(
     repository: Annotated[Path, typer.Option(help="Model repository to serve.")] = Path(
         "model_repository"
     ),
+    triton_flags: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- TRITON_FLAG]...", help="Flags for Triton.")
+    ] = None,
     config_name: Annotated[
         str | None, typer.Option(help="Take configs/NAME.pbtxt where a model has it.")
     ] = None,
@@ -121,6 +153,15 @@ def main(
     http_port: Annotated[int, typer.Option(help="HTTP port.")] = 8000,
     grpc_port: Annotated[int, typer.Option(help="gRPC port.")] = 8001,
     metrics_port: Annotated[int, typer.Option(help="Port of /metrics.")] = 8002,
+    health_port: Annotated[
+        int | None, typer.Option(help="Port of /live and /ready, which know of the drain.")
+    ] = None,
+    drain_seconds: Annotated[
+        float, typer.Option(min=0, help="Time that live requests have to end after SIGTERM.")
+    ] = 30.0,
+    heartbeat_timeout: Annotated[
+        float, typer.Option(min=2, help="Seconds without a heartbeat of the engine until its end.")
+    ] = 60.0,
     restart: Annotated[
         bool, typer.Option("--restart", help="Start again when the server ends by itself.")
     ] = False,
@@ -131,43 +172,64 @@ def main(
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Do not compare the files with MANIFEST.json.")
     ] = False,
+    expose_networks: Annotated[
+        bool, typer.Option("--expose-networks", help="Let clients call unet and the others.")
+    ] = False,
+    insecure: Annotated[
+        bool,
+        typer.Option(
+            "--insecure-development-server",
+            help="Let the server of the pip package listen on other addresses than loopback.",
+        ),
+    ] = False,
+    log_format: Annotated[LogFormat, typer.Option(help="Log as text, or JSON lines.")] = "text",
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Show the server's whole log, not only problems.")
     ] = False,
 ) -> None:
     """Serves a model repository until Ctrl-C."""
-    options = ServerOptions(
-        repository, config_name, address, *chosen_ports(http_port, grpc_port, metrics_port),
-        verbose=verbose,
-    )  # fmt: skip
+    log, health = Log(log_format), Health()
     for number in ENDING:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
             signal.signal(number, lambda number, frame: _signals.append(number))
     starts_left = STARTS
     try:
+        options = ServerOptions(
+            repository, config_name, address,
+            *chosen_ports(address, http_port, grpc_port, metrics_port),
+            heartbeat_timeout=heartbeat_timeout, verbose=verbose, insecure=insecure,
+            expose_networks=expose_networks, flags=tuple(triton_flags or ()),
+        )  # fmt: skip
         _check(options, verify=not no_verify)
+        if health_port is not None:
+            _serve_health(health, options, health_port)
         while True:
             try:
-                serve(options, then)
-            except NoTriton as error:
-                print(f"twinbrush: {error}", file=sys.stderr)
-                raise typer.Exit(1) from None
+                serve(options, log, health, drain_seconds, then)
             except ServerError as error:
-                print(f"twinbrush: {error}", file=sys.stderr, flush=True)
+                health.state = "restarting"
+                log.complain(str(error))
                 starts_left = starts_left - 1 if error.passing else STARTS
                 again = starts_left > 0 if error.passing else restart and error.worth_another_try
                 if not again:
                     raise typer.Exit(1) from None
-                say("starting again")
+                log.say("starting again")
                 pause(RESTART_PAUSE)
-    except manifest.ManifestError as error:
-        print(f"twinbrush: {error}", file=sys.stderr)
+    except (NoTriton, ServerError, manifest.ManifestError) as error:
+        log.complain(str(error))
         raise typer.Exit(1) from None
     except Stopped as stopped:
         if then is None:
-            say("stopped")
+            log.say("stopped")
             raise typer.Exit from None
         raise typer.Exit(stopped.exit_code) from None
+
+
+def _serve_health(health: Health, options: ServerOptions, port: int) -> None:
+    names = ("http_port", "grpc_port", "metrics_port")
+    ports = {"--" + name.replace("_", "-"): getattr(options, name) for name in names}
+    check_ports(options.address, ports | {"--health-port": port})
+    health.serve(options.address, port)
 
 
 def _check(options: ServerOptions, verify: bool) -> None:
@@ -176,18 +238,6 @@ def _check(options: ServerOptions, verify: bool) -> None:
         manifest.verify(options.repository)
     if options.config_name == plans.CONFIG_NAME:
         plans.check_plans(options.repository, plans.this_machine())
-
-
-def chosen_ports(*ports: int) -> list[int]:
-    """The ports, each 0 replaced by one that is free."""
-    probes = [socket.socket() for _ in ports]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [p or probe.getsockname()[1] for p, probe in zip(ports, probes, strict=True)]
-    finally:
-        for probe in probes:
-            probe.close()
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ class Triton:
         description: for people.
         environment: variables that it needs on top of this process's.
         stub: the Python stub for this interpreter, where the backend folder has none.
+        development: whether it is too old for networks that others reach.
     """
 
     binary: Path
@@ -40,6 +41,7 @@ class Triton:
     description: str
     environment: dict[str, str] = field(default_factory=dict)
     stub: Path | None = None
+    development: bool = False
 
     def prepare_backends(self, scratch: Path) -> Path:
         """A backend folder that has ONNX Runtime.
@@ -90,4 +92,5 @@ def find_triton() -> Triton:
         f"the Triton server of nvidia-pytriton {version} (for development, on loopback)",
         {"LD_LIBRARY_PATH": ":".join(libraries), "PATH": path},
         root / "python_backend_stubs" / python / "triton_python_backend_stub",
+        development=True,
     )

@@ -1,18 +1,13 @@
-"""One running Triton server: its start, its log, its Python stubs, its end."""
+"""One running Triton server: its start, its Python stubs, its heartbeat, its end."""
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import ctypes
 import os
-import re
-import shutil
+import secrets
 import signal
-import socket
 import subprocess
-import sys
-import tempfile
 import threading
 import time
 import urllib.error
@@ -20,38 +15,32 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
+from twinbrush import doors
+from twinbrush.control import VARIABLE, Control
+from twinbrush.server import checks, scratch
+from twinbrush.server.addresses import check_ports, for_grpc, for_http, host_port, local
+from twinbrush.server.errors import ServerError
 from twinbrush.server.install import Triton
+from twinbrush.server.log import CHATTER, Log, ServerOutput
+from twinbrush.server.stubs import STUB, Stubs
 
 NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-SHARED_MEMORY = Path("/dev/shm")
-LOAD_FAILURE = re.compile(
-    r"(?:failed to load '([^']+)' version \d+|Poll failed for model directory '([^']+)'): "
-    r"(.*?)(\\n\\nAt:|\"?$)"
-)
-SYNTAX_ERROR = re.compile(r"\[libprotobuf ERROR .*?\] (.*)")  # a line before its poll failure
-INSTANCE = re.compile(r"TRITONBACKEND_ModelInstanceInitialize: (\w+)_\d+_\d+ ")
-TABLE = re.compile(r"[+|]|$")
-CHATTER = re.compile(r"[IW]\d{4} |Signal \(|[+|]|$")
 # A stub that ends while models load may have been ended by the server, whose reason follows.
 REASON_SECONDS = 1.5
-TAIL_LINES = 200
-
-
-class ServerError(Exception):
-    """A server could not start or ended by itself.
-
-    `worth_another_try` is False where the next start would fail in the same way. `passing` is
-    True where a stub gave up during the start without a reason, which a busy machine can cause.
-    """
-
-    def __init__(self, message: str, worth_another_try: bool, passing: bool = False):
-        super().__init__(message)
-        self.worth_another_try, self.passing = worth_another_try, passing
+FRONT_DOORS = ("text_to_image", "text_to_image_stream")
+# A silent engine is given this much longer, because a step of the clock looks like silence.
+SILENCE_SECONDS = 1.5
 
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """How to run a server; the ports are on `address`, timeouts in seconds."""
+    """How to run a server; the ports are on `address`, timeouts in seconds.
+
+    Attributes:
+        insecure: allows an old server on another address than loopback.
+        expose_networks: lets clients call the networks, not only the two front doors.
+        flags: of Triton, as they are.
+    """
 
     repository: Path
     config_name: str | None = None
@@ -61,47 +50,65 @@ class ServerOptions:
     metrics_port: int = 8002
     ready_timeout: float = 600.0
     exit_timeout: float = 10.0
+    heartbeat_timeout: float = 60.0
     verbose: bool = False
+    insecure: bool = False
+    expose_networks: bool = False
+    flags: tuple[str, ...] = ()
 
 
 class TritonProcess:
     """A server from start to end; leaving the context leaves nothing of it behind.
 
     Raises:
-        ServerError: on entering, where the repository or a port cannot be used.
+        ServerError: on entering, where the machine, the repository or a port cannot be used.
     """
 
-    def __init__(self, triton: Triton, options: ServerOptions):
-        self._triton, self._options = triton, options
-        self._log: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
-        self._stubs: dict[int, str] = {}  # process id -> the model it runs
-        self._was_ready = False
+    def __init__(self, triton: Triton, options: ServerOptions, log: Log | None = None):
+        self._triton, self._options, self._log = triton, options, log or Log()
+        self._served = options.repository  # the path that Triton knows
+        self._output = ServerOutput(self._with_real_path)
+        self._was_ready = self._now = False
+        self._silent_since: float | None = None
 
     def __enter__(self) -> TritonProcess:
         self._check_options()
-        self._scratch = Path(tempfile.mkdtemp(prefix=f"twinbrush-{os.getpid()}-"))
-        self._region = f"twinbrush_{os.getpid()}_{time.monotonic_ns()}_"
+        scratch.sweep()
+        self._scratch = scratch.new_folder()
+        self._region = scratch.new_region()
         self._started = time.monotonic()
         try:
-            self._process = subprocess.Popen(
-                self._command(self._triton.prepare_backends(self._scratch)),
-                env=os.environ | self._triton.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=_end_with_parent,
-            )
+            self._served = scratch.safe_repository(self._options.repository, self._scratch)
+            self._start()
         except BaseException:
-            shutil.rmtree(self._scratch, ignore_errors=True)
+            scratch.remove(self._scratch, self._region)
             raise
+        self._stubs = Stubs(self._process.pid)
         self._reader = threading.Thread(target=self._read_log, daemon=True)
         self._reader.start()
         return self
 
+    def _start(self) -> None:
+        backends, control = self._scratch / "backends", self._scratch / "control"
+        backends.mkdir()
+        control.mkdir()
+        self._control = Control(control)
+        environment = os.environ | self._triton.environment | {VARIABLE: str(control)}
+        if not self._options.expose_networks:
+            environment[doors.VARIABLE] = secrets.token_hex(16)
+        self._process = subprocess.Popen(
+            self._command(self._triton.prepare_backends(backends)),
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=_end_with_parent,
+        )
+
     def __exit__(self, *exc: object) -> None:
         failed = isinstance(exc[1], ServerError)
-        if self._process.poll() is None and not failed:
+        if self._process.poll() is None and not failed and not self._now:
             self._process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(self._options.exit_timeout + 2)  # Triton's own comes first
@@ -109,9 +116,7 @@ class TritonProcess:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._reader.join(timeout=2)
-        for segment in SHARED_MEMORY.glob(f"*{self._region}*"):
-            segment.unlink(missing_ok=True)
-        shutil.rmtree(self._scratch, ignore_errors=True)
+        scratch.remove(self._scratch, self._region)
 
     @property
     def age(self) -> float:
@@ -120,68 +125,119 @@ class TritonProcess:
 
     def ready(self) -> bool:
         """Whether the server takes requests, for every model."""
-        url = f"http://{self._options.address}:{self._options.http_port}/v2/health/ready"
+        address = host_port(local(self._options.address), self._options.http_port)
         try:
-            with NO_PROXY.open(url, timeout=1) as answer:
+            with NO_PROXY.open(f"http://{address}/v2/health/ready", timeout=1) as answer:
                 self._was_ready = answer.status == 200
         except (urllib.error.URLError, OSError):
             return False
         return self._was_ready
 
+    # The end ---------------------------------------------------------------------------------
+
+    def begin_drain(self) -> bool:
+        """Has the engine refuse new requests; returns False where no engine listens."""
+        if self._control.seconds_since_beat() is None:
+            return False
+        self._control.request_drain()
+        return True
+
+    @property
+    def drained(self) -> bool:
+        """Whether the live requests have ended, or the server has."""
+        return self._control.drained or self._process.poll() is not None
+
+    def end_now(self) -> None:
+        """Makes leaving the context kill the server, without the time it takes to unload models."""
+        self._now = True
+
+    # The watch -------------------------------------------------------------------------------
+
     def check(self) -> None:
         """Returns while all is well.
 
         Raises:
-            ServerError: the server or one of its stubs has ended, or it is not ready in time.
+            ServerError: the server or one of its stubs has ended, its engine is silent, or it is
+                not ready in time.
         """
-        dead = self._dead_stub()
-        if dead is not None and not self._was_ready:
-            self._await_reason()
+        dead = self._stubs.dead(self._output.started_models())
         code = self._process.poll()
-        if not self._was_ready and (code is not None or dead is not None):
-            if code is not None:
-                self._reader.join(timeout=2)
-            unexplained = not self._load_failures()
-            passing = unexplained and dead is not None and dead.endswith("exit code 1")
-            raise ServerError(self._load_failure(dead), worth_another_try=False, passing=passing)
+        if code is not None and not (dead and " ended with " in dead):
+            dead = None  # the server took its stubs along
+        if not self._was_ready:
+            self._check_start(dead, code)
         if dead is not None:
             raise ServerError(f"{dead}: the server was ended", worth_another_try=True)
         if code is not None:
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
-            raise ServerError(f"the server ended with {how}\n{self._tail()}", True)
-        if not self._was_ready and self.age > self._options.ready_timeout:
-            text = f"not ready after {self._options.ready_timeout:.0f} s\n{self._tail()}"
+            raise ServerError(f"the server ended with {how}\n{self._output.tail()}", True)
+        if self._was_ready:
+            self._check_heartbeat()
+
+    def _check_start(self, dead: str | None, code: int | None) -> None:
+        if dead is not None:
+            self._await_reason()
+        if code is not None or dead is not None:
+            if code is not None:
+                self._reader.join(timeout=2)
+            unexplained = not self._output.load_failures()
+            passing = unexplained and dead is not None and dead.endswith("exit code 1")
+            raise ServerError(self._load_failure(dead), worth_another_try=False, passing=passing)
+        if self.age > self._options.ready_timeout:
+            text = f"not ready after {self._options.ready_timeout:.0f} s\n{self._output.tail()}"
             raise ServerError(text, worth_another_try=True)
 
+    def _check_heartbeat(self) -> None:
+        seconds = self._control.seconds_since_beat()
+        if seconds is None or seconds <= self._options.heartbeat_timeout:
+            self._silent_since = None
+            return
+        now = time.monotonic()
+        self._silent_since = self._silent_since or now
+        if now - self._silent_since > SILENCE_SECONDS:
+            text = f"the engine has given no sign of life for {seconds:.0f} s: the server was ended"
+            raise ServerError(text, worth_another_try=True)
+
+    def _await_reason(self) -> None:
+        until = time.monotonic() + REASON_SECONDS
+        while time.monotonic() < until and self._process.poll() is None:
+            if self._output.load_failures():
+                return
+            time.sleep(0.05)
+
+    def _load_failure(self, dead: str | None) -> str:
+        if failures := self._output.load_failures():
+            return "\n".join(f"{model} cannot be loaded: {r}" for model, r in failures.items())
+        return f"{dead or 'the server ended while it loaded'}\n{self._output.tail()}"
+
+    # The start -------------------------------------------------------------------------------
+
     def _check_options(self) -> None:
-        options = self._options
-        if not any(options.repository.glob("*/config.pbtxt")):
+        options, triton = self._options, self._triton
+        models = len(list(options.repository.glob("*/config.pbtxt")))
+        if not models:
             text = f"{options.repository} holds no models: run `python -m export CHECKPOINT`"
             raise ServerError(text, worth_another_try=False)
-        taken: dict[int, str] = {}
-        for name in ("http_port", "grpc_port", "metrics_port"):
-            port, flag = getattr(options, name), "--" + name.replace("_", "-")
-            if (other := taken.setdefault(port, flag)) != flag:
-                text = f"{other} and {flag} are both {port}: each needs a port of its own"
-                raise ServerError(text, worth_another_try=False)
-            with socket.socket() as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                try:
-                    probe.bind((options.address, port))
-                except (OSError, OverflowError) as error:
-                    reason = getattr(error, "strerror", None) or error
-                    text = f"port {port} of {options.address}: {reason}; choose another: {flag}"
-                    raise ServerError(text, worth_another_try=False) from None
+        checks.check_door(options.address, triton.development, options.insecure)
+        names = ("http_port", "grpc_port", "metrics_port")
+        ports = {"--" + name.replace("_", "-"): getattr(options, name) for name in names}
+        check_ports(options.address, ports)
+        checks.check_temporary_folder()
+        if triton.development:
+            checks.check_libpython(triton.environment["LD_LIBRARY_PATH"])
+        stubs = models if triton.development else len(FRONT_DOORS)
+        if warning := checks.check_shared_memory(options.repository, stubs):
+            self._log.complain(warning)
 
     def _command(self, backends: Path) -> list[str]:
         options = self._options
         command = [
             str(self._triton.binary),
-            f"--model-repository={options.repository.resolve()}",
+            f"--model-repository={self._served}",
             f"--backend-directory={backends}",
-            f"--http-address={options.address}",
-            f"--grpc-address={options.address}",
-            f"--metrics-address={options.address}",
+            f"--http-address={for_http(options.address)}",
+            f"--grpc-address={for_grpc(options.address)}",
+            f"--metrics-address={for_http(options.address)}",
             f"--http-port={options.http_port}",
             f"--grpc-port={options.grpc_port}",
             f"--metrics-port={options.metrics_port}",
@@ -189,7 +245,7 @@ class TritonProcess:
             "--disable-auto-complete-config",
         ]
         for backend in ("python", "onnxruntime"):
-            if not (backends / backend / "triton_python_backend_stub").exists():
+            if not (backends / backend / STUB).exists():
                 continue  # native: it has no shared memory of its own
             region = f"{self._region}{backend}_"
             command.append(f"--backend-config={backend},shm-region-prefix-name={region}")
@@ -197,102 +253,33 @@ class TritonProcess:
             command.append("--allow-gpu-metrics=false")
         if options.config_name:
             command.append(f"--model-config-name={options.config_name}")
-        return command
+        _check_flags(options.flags, command)
+        return command + list(options.flags)
 
     def _read_log(self) -> None:
         assert self._process.stdout is not None
         for raw in self._process.stdout:
-            line = raw.decode("utf-8", "replace").rstrip()
-            self._log.append(line)
+            line = self._output.add(raw)
             worth_showing = self._was_ready and not CHATTER.match(line)
             if self._options.verbose or worth_showing:
-                with contextlib.suppress(OSError, ValueError):  # a full disk, a reader that left
-                    print(line, file=sys.stderr, flush=True)
+                self._log.relay(line)
 
-    def _dead_stub(self) -> str | None:
-        """A sentence on a Python stub that has ended, or None."""
-        living = dict(_children(self._process.pid))
-        for pid, state in living.items():
-            if state.code is not None:
-                model = self._stubs.get(pid) or self._without_stub(living)
-                return f"the Python stub of {model} ended with {_how(state.code)}"
-            if state.model:
-                self._stubs[pid] = state.model
-        for pid, model in self._stubs.items():
-            if pid not in living and self._process.poll() is None:
-                return f"the Python stub of {model} has ended"
-        return None
-
-    def _without_stub(self, living: dict[int, _Child]) -> str:
-        """The models that were told to start and have no stub: it ended before it was seen."""
-        told = {match[1] for line in list(self._log) if (match := INSTANCE.search(line))}
-        missing = told - {child.model for child in living.values()}
-        return " or ".join(sorted(missing)) or "a model"
-
-    def _await_reason(self) -> None:
-        until = time.monotonic() + REASON_SECONDS
-        while time.monotonic() < until and self._process.poll() is None:
-            if self._load_failures():
-                return
-            time.sleep(0.05)
-
-    def _load_failures(self) -> dict[str, str]:
-        """The models that the server could not load, each with its reason."""
-        failures, syntax_error = {}, ""
-        for line in list(self._log):
-            if match := SYNTAX_ERROR.search(line):
-                syntax_error = f" ({match[1]})"
-            elif match := LOAD_FAILURE.search(line):
-                reason = match[3].replace("\\n", " ").strip()
-                failures[match[1] or match[2]] = reason + syntax_error
-                syntax_error = ""
-        return failures
-
-    def _load_failure(self, dead: str | None) -> str:
-        if failures := self._load_failures():
-            return "\n".join(f"{model} cannot be loaded: {r}" for model, r in failures.items())
-        return f"{dead or 'the server ended while it loaded'}\n{self._tail()}"
-
-    def _tail(self) -> str:
-        said = [line for line in list(self._log) if not TABLE.match(line)]
-        return "\n".join(said[-12:])
+    def _with_real_path(self, line: str) -> str:
+        """The line with the repository's own path, where Triton knows it by a link."""
+        return line.replace(str(self._served), str(self._options.repository))
 
 
-@dataclass(frozen=True)
-class _Child:
-    """A child process: the model its command line names, and its wait status once it ended."""
-
-    model: str | None
-    code: int | None
-
-
-def _children(parent: int) -> list[tuple[int, _Child]]:
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            stat = (folder / "stat").read_text().rpartition(")")[2].split()
-            if int(stat[1]) != parent:
-                continue
-            arguments = (folder / "cmdline").read_bytes().decode("utf-8", "replace").split("\0")
-        except (OSError, IndexError):
-            continue  # it ended while we looked
-        code = int(stat[-1]) if stat[0] == "Z" else None
-        found.append((int(folder.name), _Child(_model_of(arguments), code)))
-    return found
-
-
-def _model_of(arguments: list[str]) -> str | None:
-    """The model that a stub runs; its instance is `MODEL_0_0` in its command line."""
-    if not arguments[0].endswith("triton_python_backend_stub"):
-        return None
-    instances = [m[1] for a in arguments if (m := re.fullmatch(r"(\w+)_\d+_\d+", a))]
-    return instances[-1] if instances else Path(arguments[0]).name
-
-
-def _how(status: int) -> str:
-    if os.WIFSIGNALED(status):
-        return f"signal {os.WTERMSIG(status)} ({signal.strsignal(os.WTERMSIG(status))})"
-    return f"exit code {os.waitstatus_to_exitcode(status)}"
+def _check_flags(flags: tuple[str, ...], own: list[str]) -> None:
+    """Raises ServerError where a flag for Triton is none, or is the launcher's to set."""
+    taken = {flag.partition("=")[0] for flag in own[1:]} - {"--backend-config"}
+    for flag in flags:
+        name = flag.partition("=")[0]
+        if not flag.startswith("--") or "=" not in flag:
+            text = f"{flag!r} is no flag of Triton: write --name=value after `--`"
+            raise ServerError(text, worth_another_try=False)
+        if name in taken:
+            text = f"{name} is set by the launcher and cannot be passed on to Triton"
+            raise ServerError(text, worth_another_try=False)
 
 
 def _end_with_parent() -> None:

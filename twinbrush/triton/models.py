@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
 
+from twinbrush import doors
 from twinbrush.engine.generation import EngineError
 
 # Messages of a server that has been told to end while requests live.
@@ -23,6 +24,7 @@ class TritonModels:
             requested_output_names=[],  # which asks for all
             inputs=[pb_utils.Tensor(name, np.ascontiguousarray(t)) for name, t in inputs.items()],
             preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0),
+            parameters=doors.parameters(),
         )
         response = request.exec()
         if response.has_error():

@@ -34,7 +34,7 @@ def main(
     ),
     n: Annotated[int, typer.Option(min=3, help="Held-out scenes.")] = 1000,
     out: Annotated[Path, typer.Option(help="Result file.")] = Path(
-        "benchmarks/results/autoencoder.json"
+        "examples/scenes/results/autoencoder.json"
     ),
 ) -> None:
     """Measures reconstruction: PSNR in dB, codes used, and what the reader reads."""

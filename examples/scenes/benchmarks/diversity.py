@@ -29,7 +29,7 @@ def main(
     n: Annotated[int, typer.Option(min=1, help="Prompts.")] = 60,
     seeds: Annotated[int, typer.Option(min=2, help="Pictures of each.")] = 16,
     out: Annotated[Path, typer.Option(help="Result file.")] = Path(
-        "benchmarks/results/diversity.json"
+        "examples/scenes/results/diversity.json"
     ),
 ) -> None:
     """Measures how pictures of a prompt differ."""

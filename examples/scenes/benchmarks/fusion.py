@@ -113,7 +113,7 @@ def main(
     n: Annotated[int, typer.Option(min=3, help="Held-out prompts.")] = 1000,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 takes all.")] = 0,
     out: Annotated[Path, typer.Option(help="Result file; the plot goes beside it.")] = Path(
-        "benchmarks/results/fusion.json"
+        "examples/scenes/results/fusion.json"
     ),
 ) -> None:
     """Trains and measures CLIP alone, BERT alone, and both fused."""

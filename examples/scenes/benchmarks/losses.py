@@ -61,7 +61,7 @@ def main(
     n: Annotated[int, typer.Option(min=1, help="Held-out scenes.")] = 600,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 takes all.")] = 0,
     out: Annotated[Path, typer.Option(help="Result file; pictures go beside it.")] = Path(
-        "benchmarks/results/losses.json"
+        "examples/scenes/results/losses.json"
     ),
 ) -> None:
     """Measures PSNR, SSIM, edge sharpness, and what the reader reads right."""

@@ -29,7 +29,7 @@ def main(
     ),
     n: Annotated[int, typer.Option(min=1, help="Prompts.")] = 1000,
     out: Annotated[Path, typer.Option(help="Result file.")] = Path(
-        "benchmarks/results/outlines.json"
+        "examples/scenes/results/outlines.json"
     ),
 ) -> None:
     """Measures PSNR in dB of right pictures against drawings of what is read from them."""

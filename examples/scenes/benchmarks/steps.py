@@ -46,7 +46,7 @@ def main(
     ),
     n: Annotated[int, typer.Option(min=3, help="Held-out prompts.")] = 1000,
     out: Annotated[Path, typer.Option(help="Result file; the plot goes beside it.")] = Path(
-        "benchmarks/results/steps.json"
+        "examples/scenes/results/steps.json"
     ),
 ) -> None:
     """Measures quality at 1 to 25 steps."""

@@ -52,7 +52,7 @@ def main(
     bf16: Annotated[bool, typer.Option(help="bfloat16 products in BERT's training.")] = False,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 takes all.")] = 0,
     out: Annotated[Path, typer.Option(help="Result file.")] = Path(
-        "benchmarks/results/tokens.json"
+        "examples/scenes/results/tokens.json"
     ),
 ) -> None:
     """Trains a probe for each encoder, and counts its right answers on held-out prompts."""

@@ -48,7 +48,7 @@ def main(
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Result file.")] = Path(
-        "benchmarks/results/training_time.json"
+        "examples/scenes/results/training_time.json"
     ),
 ) -> None:
     """Measures seconds a step of every stage, and adds up the minutes of all."""

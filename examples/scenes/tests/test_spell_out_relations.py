@@ -22,7 +22,6 @@ from examples.scenes.scenes import (
     describe,
     middle_item,
     relation,
-    sample_request,
     sample_row,
     sample_scene,
     says_between,
@@ -316,58 +315,6 @@ def test_bert_learns_it(checkpoint, monkeypatch):
     share = before["loss"] / before["changed"]  # of tokens; what stays is right at first
     weighed = share * after["changed"] + spell.KEPT * (1 - share) * after["kept"]
     assert after["loss"] == pytest.approx(weighed, rel=0.05)
-
-
-def nearer(tokenizer, scenes, captions, wanted, unwanted) -> torch.Tensor:
-    """Whether the checkpoint's BERT says of captions rather what it says of `wanted`."""
-    bert = load_part(TRAINED / "bert", BertModel, add_pooling_layer=False)
-    asked, *others = (data.token_ids(tokenizer, texts) for texts in (captions, wanted, unwanted))
-    batch = data.Batch(data.no_pictures(64), captions, scenes)
-    sources, all_layers = spell.same_words(tokenizer, batch, wanted)
-    with torch.no_grad():
-        said = spell.states(bert, *asked)[-1]
-    to_wanted, to_unwanted = (
-        ((said - spell.targets(bert, asked, told, sources, all_layers)[0][-1]).square().mean(-1))
-        .where(sources >= 0, 0)
-        .sum(1)
-        for told in others
-    )
-    return (to_wanted < to_unwanted).float()
-
-
-def requests(seed: int, n: int = 300) -> list[tuple[Scene, str]]:
-    rng = np.random.default_rng(seed)
-    return [sample_request(rng) for _ in range(n)]
-
-
-def test_the_checkpoints_bert_says_it(tokenizer):
-    opened = [(s, c, spelled_out(s, c)) for s, c in requests(11) if spelled_out(s, c) != c]
-    scenes, captions, spelled = map(list, zip(*opened, strict=True))
-    spelled = [*map(sizes_named, scenes, spelled)]
-    against = [
-        told.replace("below", "above").replace("right of the", "left of the") for told in spelled
-    ]
-    between = torch.tensor([*map(says_between, captions)])
-    assert 10 < between.sum() < len(captions) - 10
-    found = nearer(tokenizer, scenes, captions, spelled, against)
-    assert found[~between].mean() > 0.95
-    assert found[between].mean() > 0.95
-
-
-@pytest.mark.parametrize(
-    ("count", "size", "other"),
-    [(1, "large", "small"), (2, "small", "large"), (3, "small", "large")],
-)
-def test_the_checkpoints_bert_says_what_size_is_meant(tokenizer, count, size, other):
-    opened = [
-        (s, c, sizes_named(s, c))
-        for s, c in requests(12, 2000)
-        if len(s.items) == count and size not in c and spelled_out(s, c) == c != sizes_named(s, c)
-    ]
-    scenes, captions, named = map(list, zip(*opened, strict=True))
-    assert len(captions) > 10
-    otherwise = [told.replace(size, other) for told in named]
-    assert nearer(tokenizer, scenes, captions, named, otherwise).mean() > 0.95
 
 
 def test_who_does_not_know_what_is_in_pictures_cannot_tell_their_order(checkpoint):

@@ -1,0 +1,271 @@
+"""The command line `twinbrush`, against the real server."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from harness import heard
+from PIL import Image
+from test_wire import wait_for_a_call, work_stops
+
+from twinbrush_client import Client, terminal
+from twinbrush_client.fields import DATA_TYPES, STREAM_ONLY
+
+COMMAND = str(Path(sys.executable).parent / "twinbrush")
+
+
+@pytest.fixture
+def client(server):
+    with Client(server.address) as client:
+        yield client
+
+
+def run(server, *arguments):
+    command = [COMMAND, "generate", *arguments, "--server", server.address]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_the_command_writes_pictures_and_prints_seeds_and_paths(server, tmp_path):
+    done = run(server, "A red circle!", "-n", "3", "--seed", "7", "--steps", "4", "--out",
+               str(tmp_path))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for seed in (7, 8, 9):
+        path = tmp_path / f"a-red-circle-{seed}.png"
+        assert Image.open(path).size == (32, 32)
+        assert f"{path}  seed {seed}" in done.stdout
+    assert "3 image(s) in " in done.stdout
+
+
+def test_the_command_says_plainly_what_is_wrong(server, tmp_path):
+    done = run(server, "a red circle", "--steps", "0", "--out", str(tmp_path))
+    assert done.returncode == 1
+    assert "steps=0 is invalid: must be between 1 and 50" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_without_a_server_says_so(tmp_path):
+    command = [COMMAND, "generate", "x", "--server", "127.0.0.1:1", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "127.0.0.1:1" in done.stdout
+
+
+def test_the_command_stops_the_work_after_its_timeout(server, tmp_path):
+    with work_stops(server):
+        done = run(server, "a red circle", "-n", "16", "--steps", "50", "--width", "128",
+                   "--height", "128", "--timeout", "1", "--out", str(tmp_path))  # fmt: skip
+    assert done.returncode == 1
+    assert "not finished after the 1 s of --timeout" in done.stdout
+
+
+def test_ctrl_c_stops_the_work_on_the_server(server, tmp_path):
+    command = [COMMAND, "generate", "a red circle", "-n", "16", "--steps", "50", "--width", "128",
+               "--height", "128", "--out", str(tmp_path), "--server", server.address]  # fmt: skip
+    with work_stops(server) as before:
+        with heard(signal.SIGINT):  # processes in the background ignore it
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        wait_for_a_call(server, before)
+        os.kill(process.pid, signal.SIGINT)
+        output, _ = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "the server has stopped working on it" in output
+
+
+def test_every_field_is_an_option_of_the_command(server):
+    done = subprocess.run([COMMAND, "generate", "--help"], capture_output=True, text=True,
+                          env=os.environ | {"COLUMNS": "200"}, timeout=60)  # fmt: skip
+    for name in {*DATA_TYPES} - {"prompt", "image_format", *STREAM_ONLY}:
+        assert f"--{name.replace('_', '-')} " in done.stdout, name
+
+
+def test_names_that_are_taken_get_a_number(server, tmp_path):
+    for _ in range(2):
+        assert run(server, "a ring", "--seed", "7", "--out", str(tmp_path)).returncode == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"a-ring-7.png", "a-ring-7-2.png"}
+
+
+def test_a_file_of_its_own_name_is_never_overwritten_silently(server, tmp_path):
+    file = tmp_path / "mine.webp"
+    assert run(server, "a ring", "-o", str(file), "--seed", "7").returncode == 0
+    before = file.read_bytes()
+    assert Image.open(file).format == "WEBP"
+    done = run(server, "a ring", "-o", str(file), "--seed", "8")
+    assert done.returncode == 1
+    assert "exists; --overwrite replaces it" in done.stdout
+    assert file.read_bytes() == before
+    assert run(server, "a ring", "-o", str(file), "--seed", "8", "--overwrite").returncode == 0
+    assert file.read_bytes() != before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["a ring", "-o", "x.gif"], "must end in one of png, jpeg"),
+        (["a ring", "-o", "x.png", "--format", "jpeg"], "must be png, as the suffix"),
+        (["a ring", "--prompts", "x"], "cannot be combined with a prompt"),
+        ([], "PROMPT=None is invalid: must be given"),
+        (["--like", "/dev/null"], "is no picture"),
+        (["--prompts", "/no/such/file"], "cannot use /no/such/file: No such file"),
+    ],
+)
+def test_options_that_do_not_fit_are_named(server, options, message, tmp_path):
+    done = run(server, *options, "--out", str(tmp_path / "out"))
+    assert done.returncode == 1
+    assert message in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_bytes_of_the_server_are_written_and_the_file_tells_how_to_repeat_it(
+    server, client, tmp_path
+):
+    file, again = tmp_path / "a.png", tmp_path / "b.png"
+    settings = ["--steps", "3", "-n", "1", "--deterministic", "--negative-prompt", "blur"]
+    assert run(server, "a ring", "-o", str(file), "--seed", "7", *settings).returncode == 0
+    events = list(client.stream("a ring", seed=7, steps=3, deterministic=True,
+                                negative_prompt="blur"))  # fmt: skip
+    assert file.read_bytes() == events[-1].data
+    assert run(server, "--like", str(file), "-o", str(again)).returncode == 0
+    assert again.read_bytes() == file.read_bytes()
+    shown = subprocess.run([COMMAND, "inspect", str(file)], capture_output=True, text=True)
+    assert "prompt: a ring\nnegative_prompt: blur\nseed: 7\nsteps: 3\n" in shown.stdout
+    assert "Steps: 3, Sampler: " in Image.open(file).text["parameters"]
+
+
+def test_a_picture_without_metadata_says_so(server, tmp_path):
+    file = tmp_path / "a.jpeg"
+    assert run(server, "a ring", "-o", str(file), "--no-metadata").returncode == 0
+    shown = subprocess.run([COMMAND, "inspect", str(file)], capture_output=True, text=True)
+    assert shown.returncode == 1
+    assert "says nothing of how it was made" in shown.stdout
+
+
+@pytest.mark.parametrize("name", ["png", "jpeg", "webp", "avif"])
+def test_every_format_can_be_inspected(client, tmp_path, name):
+    events = list(client.stream("a ring, élan", seed=7, image_format=name))
+    file = tmp_path / "picture"
+    file.write_bytes(events[-1].data)
+    shown = subprocess.run([COMMAND, "inspect", str(file), "--json"], capture_output=True)
+    story = json.loads(shown.stdout)
+    assert (story["prompt"], story["seed"]) == ("a ring, élan", 7)
+
+
+def test_prompts_come_from_standard_input_and_results_as_json(server, tmp_path):
+    sheet = tmp_path / "sheet.png"
+    command = [COMMAND, "generate", "-", "-n", "2", "--seed", "5", "--json", "--grid", str(sheet),
+               "--format", "jpeg", "--out", str(tmp_path), "--server", server.address]  # fmt: skip
+    done = subprocess.run(command, input="one\n\n two rings \nthree\n", capture_output=True,
+                          text=True, timeout=60)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert [(row["prompt"], row["seed"]) for row in rows] == [
+        ("one", 5), ("one", 6), ("two rings", 7), ("two rings", 8), ("three", 9), ("three", 10),
+    ]  # fmt: skip
+    assert all(Image.open(row["path"]).format == "JPEG" for row in rows)
+    assert Image.open(sheet).size == (3 * 32, 2 * 32)
+
+
+def test_status_tells_what_is_served(server):
+    done = subprocess.run([COMMAND, "status", "--server", server.address], capture_output=True,
+                          text=True, timeout=60)  # fmt: skip
+    assert done.returncode == 0
+    assert "sizes: 32 pixels, up to 128, multiples of 8" in done.stdout
+    gone = subprocess.run([COMMAND, "status", "--server", "127.0.0.1:1"], capture_output=True,
+                          text=True, timeout=60)  # fmt: skip
+    assert gone.returncode == 1
+    assert "no server answers at 127.0.0.1:1" in gone.stdout
+
+
+def test_serve_is_the_launcher():
+    done = subprocess.run([COMMAND, "serve", "--help"], capture_output=True, text=True, timeout=60)
+    assert "python -m twinbrush.server" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("environment", "sign"), [({}, "▀"), ({"KITTY_WINDOW_ID": "1"}, "\x1b_Ga=T,f=100")]
+)
+def test_previews_appear_in_the_terminal(server, tmp_path, environment, sign):
+    main, worker = pty.openpty()
+    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "100"} | environment
+    command = [COMMAND, "generate", "a ring", "--preview", "--steps", "20", "--out", str(tmp_path),
+               "--server", server.address]  # fmt: skip
+    process = subprocess.Popen(command, stdout=worker, stderr=worker, env=environment)
+    os.close(worker)
+    output = b""
+    with contextlib.suppress(OSError):  # the end of a terminal
+        while data := os.read(main, 65536):
+            output += data
+    os.close(main)
+    assert process.wait(60) == 0
+    assert sign in output.decode()
+
+
+SMALL = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8))
+
+
+def test_kitty_and_iterm_get_the_picture_as_png():
+    large = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    messages = re.findall(r"\x1b_G([^;]*);([^\x1b]*)\x1b\\", terminal.kitty(large))
+    assert [control[-3:] for control, _ in messages] == ["m=1"] * (len(messages) - 1) + ["m=0"]
+    assert max(len(data) for _, data in messages) <= 4096
+    data = base64.b64decode("".join(data for _, data in messages))
+    assert Image.open(io.BytesIO(data)).tobytes() == large.tobytes()
+    data = base64.b64decode(terminal.iterm(SMALL).partition(":")[2].rstrip("\x07"))
+    assert Image.open(io.BytesIO(data)).tobytes() == SMALL.tobytes()
+
+
+def decoded_sixel(text: str) -> np.ndarray:
+    """A picture (H, W, 3) of percent, by the rules of DEC's manual for what is used here."""
+    width, height = map(int, re.match(r'\x1bPq"1;1;(\d+);(\d+)', text).groups())
+    picture = np.full((height + 6, width, 3), -1)
+    palette = {int(i): tuple(map(int, rgb.split(";")))
+               for i, rgb in re.findall(r"#(\d+);2;(\d+;\d+;\d+)", text)}  # fmt: skip
+    body = re.sub(r'^\x1bPq"[\d;]*(#\d+;2;[\d;]+?(?=#))*', "", text).removesuffix("\x1b\\")
+    for band, lines in enumerate(body.split("-")[:-1]):
+        for line in lines.split("$"):
+            index, data = re.fullmatch(r"(?:#\d+;2;\d+;\d+;\d+)*#(\d+)([?-~]+)", line).groups()
+            for x, character in enumerate(data):
+                for bit in range(6):
+                    if (ord(character) - 63) >> bit & 1:
+                        picture[6 * band + bit, x] = palette[int(index)]
+    return picture[:height]
+
+
+def test_sixel_paints_every_pixel_in_its_colour():
+    blocks = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 255]]], np.uint8)
+    picture = decoded_sixel(terminal.sixel(Image.fromarray(blocks)))
+    assert picture.shape == (256, 256, 3)
+    expected = np.kron(blocks // 255 * 100, np.ones((128, 128, 1), int))
+    np.testing.assert_array_equal(picture, expected)
+
+
+def test_half_blocks_are_two_pixels_each():
+    text = terminal.half_blocks(SMALL)
+    assert text.plain == ("▀" * 8 + "\n") * 5
+
+
+@pytest.mark.parametrize(
+    ("environment", "drawn_by"),
+    [
+        ({"TERM": "xterm-kitty"}, terminal.kitty),
+        ({"TERM_PROGRAM": "iTerm.app"}, terminal.iterm),
+        ({"LC_TERMINAL": "iTerm2"}, terminal.iterm),
+        ({"TERM": "foot"}, terminal.sixel),
+        ({"TERM": "xterm-256color"}, None),
+    ],
+)
+def test_terminals_are_known_by_their_environment(environment, drawn_by):
+    assert terminal.protocol(environment) is drawn_by

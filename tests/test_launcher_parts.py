@@ -1,0 +1,275 @@
+"""The launcher's parts: leftovers, children, CPUs, addresses, checks, the log."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from twinbrush import doors
+from twinbrush.cpus import available_cpus
+from twinbrush.server import addresses, checks, processes, scratch
+from twinbrush.server.errors import ServerError
+from twinbrush.server.log import Log, parse
+
+LAUNCHER = [sys.executable, "-m", "twinbrush.server"]
+
+
+def refusal(*arguments: str, **options) -> str:
+    done = subprocess.run([*LAUNCHER, *arguments], capture_output=True, text=True, timeout=60,
+                          **options)  # fmt: skip
+    assert done.returncode == 1, done.stdout
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+# Leftovers -----------------------------------------------------------------------------------
+
+
+def test_only_what_dead_launchers_left_is_swept(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(scratch, "FALLBACKS", ())
+    monkeypatch.setattr(scratch, "SHARED_MEMORY", tmp_path)
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    me, start = os.getpid(), processes.start_time(os.getpid())
+    assert start is not None
+    dead = [f"twinbrush-{ended.pid}-{start}-abc", f"twinbrush-{me}-{int(start) - 1}-abc"]
+    dead_memory = f"triton_python_shm_twinbrush_{ended.pid}_{start}_77_python_1"
+    kept = [f"twinbrush-{me}-{start}-abc", "twinbrush-notes", "twinbrush"]
+    for name in (*dead, *kept):
+        (tmp_path / name / "inside").mkdir(parents=True)
+    (tmp_path / dead_memory).touch()
+    assert {path.name for path in scratch.sweep()} == {*dead, dead_memory}
+    assert {path.name for path in tmp_path.iterdir()} == set(kept)
+
+
+def test_a_folder_of_this_launcher_names_its_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    folder = scratch.new_folder()
+    assert folder.parent == tmp_path
+    assert f"-{os.getpid()}-{processes.start_time(os.getpid())}-" in folder.name
+
+
+def test_a_temporary_folder_that_a_shell_would_split_is_passed_over(tmp_path, monkeypatch):
+    unsafe = tmp_path / "with a blank"
+    unsafe.mkdir()
+    monkeypatch.setenv("TMPDIR", str(unsafe))
+    monkeypatch.setattr(scratch, "FALLBACKS", (tmp_path / "missing", tmp_path))
+    assert scratch.new_folder().parent == tmp_path
+    monkeypatch.setattr(scratch, "FALLBACKS", (tmp_path / "missing",))
+    with pytest.raises(ServerError, match="TMPDIR"):
+        scratch.new_folder()
+
+
+def test_children_are_read_from_the_kernels_list_or_searched(monkeypatch):
+    parent = subprocess.Popen(["sh", "-c", "sleep 60 & true & wait"], start_new_session=True)
+    try:
+        until = time.monotonic() + 10
+        while len(processes.children(parent.pid)) < 1:
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        found = processes.children(parent.pid)
+        assert set(processes._children_by_search(parent.pid)) == set(found)
+        monkeypatch.setattr(processes, "_children_by_search", None)
+        assert processes.children(parent.pid) == found, "a search is not needed here"
+    finally:
+        os.killpg(parent.pid, signal.SIGKILL)
+        parent.wait()
+    assert processes.children(parent.pid) == []
+
+
+# CPUs ----------------------------------------------------------------------------------------
+
+
+def group(root: Path, path: str, **files: str) -> None:
+    folder = root / path
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(text)
+
+
+@pytest.fixture
+def cgroup(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    return tmp_path / "cgroup"
+
+
+def test_the_quota_of_version_2_counts_also_where_a_parent_has_it(cgroup, tmp_path):
+    cgroup.write_text("0::/pod/container\n")
+    group(tmp_path, "pod", cpu__max="250000 100000\n")
+    group(tmp_path, "pod/container", cpu__max="max 100000\n")
+    assert available_cpus(cgroup, tmp_path) == 3
+
+
+def test_the_quota_of_version_1_counts(cgroup, tmp_path):
+    cgroup.write_text("4:memory:/\n3:cpu,cpuacct:/docker/abc\n0::/\n")
+    group(tmp_path, "cpu,cpuacct/docker/abc", cpu__cfs_quota_us="150000",
+          cpu__cfs_period_us="100000")  # fmt: skip
+    assert available_cpus(cgroup, tmp_path) == 2
+    group(tmp_path, "cpu,cpuacct/docker/abc", cpu__cfs_quota_us="-1")
+    assert available_cpus(cgroup, tmp_path) == 64
+
+
+def test_without_a_quota_the_affinity_counts(cgroup, tmp_path, monkeypatch):
+    assert available_cpus(cgroup, tmp_path) == 64
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3})
+    assert available_cpus(cgroup, tmp_path) == 1
+
+
+def test_a_session_takes_no_more_threads_than_the_quota(monkeypatch):
+    from twinbrush.runtimes import onnx_runtime
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(onnx_runtime, "available_cpus", lambda: 3)
+    assert onnx_runtime._session_options({}).intra_op_num_threads == 3
+    given = {"parameters": {"intra_op_thread_count": {"string_value": "5"}}}
+    assert onnx_runtime._session_options(given).intra_op_num_threads == 5
+
+
+# Addresses and doors -------------------------------------------------------------------------
+
+
+def test_addresses_are_written_as_each_reader_needs_them():
+    assert addresses.host_port("::1", 80) == "[::1]:80"
+    assert addresses.host_port("10.0.0.1", 80) == "10.0.0.1:80"
+    assert [addresses.local(a) for a in ("::", "0.0.0.0", "10.0.0.1")] == [
+        "::1", "127.0.0.1", "10.0.0.1",
+    ]  # fmt: skip
+    loopback = {a: addresses.is_loopback(a) for a in ("::1", "127.0.0.2", "localhost", "::")}
+    assert loopback == {"::1": True, "127.0.0.2": True, "localhost": True, "::": False}
+
+
+def test_an_address_that_is_not_this_machines_is_named(repository):
+    text = refusal("--repository", str(repository), "--no-verify", "--address", "192.0.2.1")
+    assert "--address 192.0.2.1: Cannot assign requested address" in text
+
+
+def test_the_development_server_is_not_opened_to_the_network_by_accident(repository):
+    ports = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
+    for address in ("0.0.0.0", "::"):
+        text = refusal("--repository", str(repository), "--address", address, *ports)
+        assert f"--address {address} would open the development server" in text
+        assert "--insecure-development-server" in text
+    checks.check_door("0.0.0.0", development=True, insecure=True)
+    checks.check_door("0.0.0.0", development=False, insecure=False)
+
+
+@pytest.mark.parametrize(
+    ("flag", "reason"),
+    [
+        ("--http-port=1", "--http-port is set by the launcher"),
+        ("nonsense", "'nonsense' is no flag of Triton"),
+    ],
+)
+def test_a_flag_that_triton_cannot_take_is_named(repository, flag, reason):
+    ports = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
+    assert reason in refusal("--repository", str(repository), *ports, "--", flag)
+
+
+def test_calls_of_networks_need_the_key_where_there_is_one(monkeypatch):
+    monkeypatch.delenv(doors.VARIABLE, raising=False)
+    assert doors.parameters() is None
+    assert doors.is_open("")
+    monkeypatch.setenv(doors.VARIABLE, "secret")
+    assert doors.is_open(json.dumps(doors.parameters()))
+    for given in ("", "{}", '{"twinbrush_key": "guess"}', '{"twinbrush_key": 7}'):
+        assert not doors.is_open(given)
+
+
+# Machines ------------------------------------------------------------------------------------
+
+
+def in_namespace(setup: str, *arguments: str) -> str:
+    """What the launcher refuses with, where `setup` has changed the mounts it sees."""
+    probe = subprocess.run(["unshare", "-m", "sh", "-c", setup], capture_output=True)
+    if probe.returncode:
+        pytest.skip("mounts cannot be changed here")
+    command = ["unshare", "-m", "sh", "-c", f'{setup} && exec "$@"', "sh", *LAUNCHER, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1, done.stdout
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+PORTS = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare")
+def test_too_little_shared_memory_is_named_with_what_is_needed(repository):
+    setup = "mount -t tmpfs -o size=4m tmpfs /dev/shm"
+    text = in_namespace(setup, "--repository", str(repository), *PORTS)
+    assert "/dev/shm has 4 MB free and 7 Python stubs need 15 MB" in text
+    assert "--shm-size" in text
+
+
+def test_shared_memory_is_computed_from_the_largest_picture(repository):
+    native, largest = checks.picture_sides(repository) or (0, 0)
+    assert largest > native > 0
+    stubs = 7 * checks.STUB_BYTES
+    enough = stubs + checks.BYTES_A_PIXEL * largest**2
+    assert checks.check_shared_memory(repository, 7, free=enough) is None
+    warning = checks.check_shared_memory(repository, 7, free=enough - 1)
+    assert warning is not None
+    assert f"a picture of {largest}x{largest}" in warning
+    with pytest.raises(ServerError, match="--shm-size"):
+        checks.check_shared_memory(repository, 7, free=stubs)
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare")
+def test_a_tmp_that_cannot_be_written_is_named(repository, tmp_path):
+    # The repository may lie below /tmp, so the rest of /tmp is what turns read-only.
+    setup = "mount --bind /tmp /tmp && mount -o remount,ro,bind /tmp"
+    text = in_namespace(setup, "--repository", str(repository), "--no-verify", *PORTS)
+    assert "/tmp is missing or not writable, and Triton's Python backend needs it" in text
+    assert "--tmpfs /tmp" in text
+
+
+def test_a_python_without_its_shared_library_is_named(tmp_path, monkeypatch):
+    def missing(name):
+        raise OSError(name)
+
+    name = f"libpython{sys.version_info.major}.{sys.version_info.minor}"
+    monkeypatch.setattr(checks.ctypes, "CDLL", missing)
+    with pytest.raises(ServerError, match=f"install the package {name}"):
+        checks.check_libpython(f"{tmp_path}:")
+    (tmp_path / f"{name}.so.1.0").touch()
+    checks.check_libpython(f"/nowhere:{tmp_path}")
+
+
+# The log -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "parsed"),
+    [
+        ('E1129 06:59:27.296306 17383 backend_model.cc:692] "ERROR: it \\"failed\\""',
+         ("error", "triton", 'ERROR: it "failed"')),
+        ("W1129 06:59:27.296306 17383 http.cc:12] no quotes", ("warning", "triton", "no quotes")),
+        ("text_to_image: ERROR replying failed", ("error", "text_to_image", "replying failed")),
+        ("ValueError: nonsense", ("info", "triton", "ValueError: nonsense")),
+    ],
+)  # fmt: skip
+def test_a_line_of_the_server_has_a_level_and_a_source(line, parsed):
+    assert parse(line) == parsed
+
+
+def test_json_lines_carry_time_level_source_message_and_request_id(capsys):
+    log = Log("json")
+    log.say("ready")
+    log.complain("it ended")
+    log.relay("text_to_image: WARNING request id=ab-1: it was slow")
+    out, err = capsys.readouterr()
+    entries = [json.loads(line) for line in (out + err).splitlines()]
+    assert [(e["source"], e["level"]) for e in entries] == [
+        ("launcher", "info"), ("launcher", "error"), ("text_to_image", "warning"),
+    ]  # fmt: skip
+    assert all(e["time"].endswith("+00:00") for e in entries)
+    assert [e.get("request_id") for e in entries] == [None, None, "ab-1"]

@@ -1,0 +1,118 @@
+"""The launcher's and the server's log: as text or as JSON, and what it says of failed loads."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import datetime
+import json
+import re
+import sys
+from collections.abc import Callable
+from typing import IO, Literal
+
+LogFormat = Literal["text", "json"]
+LOAD_FAILURE = re.compile(
+    r"(?:failed to load '([^']+)' version \d+|Poll failed for model directory '([^']+)'): "
+    r"(.*?)(\\n\\nAt:|\"?$)"
+)
+SYNTAX_ERROR = re.compile(r"\[libprotobuf ERROR .*?\] (.*)")  # a line before its poll failure
+INSTANCE = re.compile(r"TRITONBACKEND_ModelInstanceInitialize: (\w+)_\d+_\d+ ")
+TABLE = re.compile(r"[+|]|$")
+CHATTER = re.compile(r"[IW]\d{4} |Signal \(|[+|]|$")
+TRITON = re.compile(r"([IWEF])\d{4} [\d:.]+ \d+ (.*)")
+MODEL = re.compile(r"([\w.-]+): (DEBUG|INFO|WARNING|ERROR|CRITICAL) (.*)")
+REQUEST_ID = re.compile(r"request[ _]id[:= ]+['\"<]?([\w.-]+)")
+LEVELS = {"I": "info", "W": "warning", "E": "error", "F": "critical"}
+TAIL_LINES = 200
+
+
+class Log:
+    """Writes lines as text, or each as one JSON object.
+
+    An object has `time` (UTC), `level`, `source` (launcher, triton or a model), `message` and,
+    where the message names one, `request_id`.
+    """
+
+    def __init__(self, form: LogFormat = "text"):
+        self._json = form == "json"
+
+    def say(self, text: str) -> None:
+        """A message of the launcher."""
+        if self._json:
+            self._write(sys.stdout, "info", "launcher", text)
+        else:
+            print(f"twinbrush: {text}", flush=True)
+
+    def complain(self, text: str) -> None:
+        """An error of the launcher."""
+        if self._json:
+            self._write(sys.stderr, "error", "launcher", text)
+        else:
+            print(f"twinbrush: {text}", file=sys.stderr, flush=True)
+
+    def relay(self, line: str) -> None:
+        """A line of the server or of a model."""
+        with contextlib.suppress(OSError, ValueError):  # a full disk, a reader that left
+            if self._json:
+                self._write(sys.stderr, *parse(line))
+            else:
+                print(line, file=sys.stderr, flush=True)
+
+    def _write(self, stream: IO[str], level: str, source: str, message: str) -> None:
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+        entry = {"time": now, "level": level, "source": source, "message": message}
+        if found := REQUEST_ID.search(message):
+            entry["request_id"] = found[1]
+        print(json.dumps(entry), file=stream, flush=True)
+
+
+def parse(line: str) -> tuple[str, str, str]:
+    """Level, source and message of a line of the server's output."""
+    if match := TRITON.match(line):
+        text = match[2]
+        # file.cc:12] "message" where the server quotes it
+        text = text.partition("] ")[2] or text
+        with contextlib.suppress(ValueError):
+            quoted = json.loads(text)
+            text = quoted if isinstance(quoted, str) else text
+        return LEVELS[match[1]], "triton", text
+    if match := MODEL.match(line):
+        return match[2].lower(), match[1], match[3]
+    return "info", "triton", line
+
+
+class ServerOutput:
+    """The last lines of a server's output, and what they say of its models.
+
+    Args:
+        rename: applied to every line, such as to put a path back that was shortened.
+    """
+
+    def __init__(self, rename: Callable[[str], str] = lambda line: line):
+        self._rename = rename
+        self.lines: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
+
+    def add(self, raw: bytes) -> str:
+        line = self._rename(raw.decode("utf-8", "replace").rstrip())
+        self.lines.append(line)
+        return line
+
+    def load_failures(self) -> dict[str, str]:
+        """The models that the server could not load, each with its reason."""
+        failures, syntax_error = {}, ""
+        for line in list(self.lines):
+            if match := SYNTAX_ERROR.search(line):
+                syntax_error = f" ({match[1]})"
+            elif match := LOAD_FAILURE.search(line):
+                reason = match[3].replace("\\n", " ").strip()
+                failures[match[1] or match[2]] = reason + syntax_error
+                syntax_error = ""
+        return failures
+
+    def started_models(self) -> set[str]:
+        """The models for which the server has started a stub."""
+        return {match[1] for line in list(self.lines) if (match := INSTANCE.search(line))}
+
+    def tail(self) -> str:
+        return "\n".join([line for line in list(self.lines) if not TABLE.match(line)][-12:])

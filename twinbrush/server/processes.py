@@ -1,0 +1,51 @@
+"""Processes as `/proc` shows them: who is whose child, who still runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+PROC = Path("/proc")
+
+
+def children(parent: int) -> list[int]:
+    """The process ids of a process's children, those that ended and were not collected too.
+
+    Reads the children lists of the parent's threads; a kernel that was built without them
+    (CONFIG_PROC_CHILDREN) makes it look at every process.
+    """
+    lists = list(PROC.glob(f"{parent}/task/*/children"))
+    if not lists and (PROC / str(parent)).is_dir():
+        return _children_by_search(parent)
+    found = []
+    for path in lists:
+        try:
+            found += [int(pid) for pid in path.read_text().split()]
+        except OSError:
+            continue  # the thread ended
+    return found
+
+
+def _children_by_search(parent: int) -> list[int]:
+    found = []
+    for folder in PROC.glob("[0-9]*"):
+        fields = stat(int(folder.name))
+        if fields is not None and int(fields[1]) == parent:
+            found.append(int(folder.name))
+    return found
+
+
+def stat(pid: int) -> list[str] | None:
+    """Fields of `/proc/PID/stat` from the state on, or None where there is no such process."""
+    try:
+        return (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+
+
+def start_time(pid: int) -> str | None:
+    """When a process started, in the kernel's ticks; with the id it names one process for good.
+
+    None where the process has ended.
+    """
+    fields = stat(pid)
+    return None if fields is None or fields[0] in "ZX" else fields[19]

@@ -1,0 +1,87 @@
+"""What a server leaves outside its process, by names that say whose it is; and sweeping it.
+
+A launcher's folder and shared memory carry its process id and the time it started. A launcher that
+was killed cannot clean up, so the next one does it for all whose process is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+from twinbrush.server.errors import ServerError
+from twinbrush.server.processes import start_time
+
+SHARED_MEMORY = Path("/dev/shm")
+FALLBACKS = (Path("/tmp"), Path("/var/tmp"), Path("/run"), SHARED_MEMORY)
+OWNER = re.compile(r"twinbrush[-_](\d+)[-_](\d+)[-_]")
+# Triton 24.10 starts its Python stubs by an unquoted shell line, in the C locale.
+SAFE_PATH = re.compile(r"[A-Za-z0-9/._+,@%=-]+")
+
+
+def is_safe(path: Path) -> bool:
+    """Whether Triton can put the path on its stubs' command line."""
+    return SAFE_PATH.fullmatch(str(path)) is not None
+
+
+def new_folder() -> Path:
+    """A folder of this launcher, in TMPDIR or, where that cannot be used, another.
+
+    Raises:
+        ServerError: no folder can be written.
+    """
+    owner = f"twinbrush-{os.getpid()}-{start_time(os.getpid())}-"
+    for parent in _parents():
+        try:
+            return Path(tempfile.mkdtemp(prefix=owner, dir=parent))
+        except OSError:
+            continue
+    names = ", ".join(map(str, FALLBACKS))
+    text = "no folder for temporary files: give one in TMPDIR that is writable and has no blanks"
+    raise ServerError(f"{text} or special characters in its path; {names} do not work", False)
+
+
+def new_region() -> str:
+    """The beginning of the names of one server's shared memory."""
+    return f"twinbrush_{os.getpid()}_{start_time(os.getpid())}_{time.monotonic_ns()}_"
+
+
+def safe_repository(repository: Path, folder: Path) -> Path:
+    """The repository by a path that Triton can use: its own, or a link in `folder`."""
+    real = repository.resolve()
+    if is_safe(real):
+        return real
+    link = folder / "repository"
+    link.symlink_to(real)
+    return link
+
+
+def remove(folder: Path, region: str) -> None:
+    """Removes one server's folder and shared memory."""
+    for segment in SHARED_MEMORY.glob(f"*{region}*"):
+        segment.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def sweep() -> list[Path]:
+    """Removes what launchers that are gone have left; returns it."""
+    swept = []
+    for path in {p for parent in {*_parents(), SHARED_MEMORY} for p in parent.glob("*twinbrush*")}:
+        owner = OWNER.search(path.name)
+        if owner is None or start_time(int(owner[1])) == owner[2]:
+            continue
+        try:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        except OSError:  # another user's
+            continue
+        swept.append(path)
+    return swept
+
+
+def _parents() -> list[Path]:
+    given = [Path(value) for name in ("TMPDIR", "TEMP", "TMP") if (value := os.environ.get(name))]
+    return [path for path in (*given, *FALLBACKS) if is_safe(path.absolute())]
