@@ -136,14 +136,7 @@ def _find_parts(source: Source, keep_bert: bool) -> tuple[Checkpoint, dict[str, 
         other = open_tree(source.tokenizer)
         place = "tokenizer" if other.within("tokenizer") else ""
         trees["tokenizer"], classes["tokenizer"] = (other, place), "CLIPTokenizer"
-    if "text_encoder_2" in classes and "tokenizer_2" not in classes:
-        trees["tokenizer_2"] = trees["tokenizer"]  # a single file has one vocabulary for both
-        classes["tokenizer_2"] = classes.get("tokenizer", "CLIPTokenizer")
-    needed = ("bert",) if "fusion" in classes else ()
-    for together in OPTIONAL:
-        if not any(part in classes for part in together) and together[0] not in needed:
-            for part in together:
-                del trees[part]
+    _leave_out_optional(trees, classes)
     for part, (place, folder) in trees.items():
         if part not in classes or not (place.folder / folder).is_dir():
             raise CheckpointError(_lacks(source, part, folder))
@@ -155,6 +148,18 @@ def _find_parts(source: Source, keep_bert: bool) -> tuple[Checkpoint, dict[str, 
         name, dict(hubs), folders, classes, index, clip_skip=source.clip_skip, scratch=scratch
     )
     return opened, trees
+
+
+def _leave_out_optional(trees: dict[str, tuple[Tree, str]], classes: dict[str, str]) -> None:
+    """Removes the optional parts that a checkpoint does not have."""
+    if "text_encoder_2" in classes and "tokenizer_2" not in classes:
+        trees["tokenizer_2"] = trees["tokenizer"]  # a single file has one vocabulary for both
+        classes["tokenizer_2"] = classes.get("tokenizer", "CLIPTokenizer")
+    needed = ("bert",) if "fusion" in classes else ()  # the head was trained with it
+    for together in OPTIONAL:
+        if not any(part in classes for part in together) and together[0] not in needed:
+            for part in together:
+                del trees[part]
 
 
 def _open_root(source: Source) -> tuple[str, tempfile.TemporaryDirectory | None, Tree]:

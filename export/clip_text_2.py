@@ -1,4 +1,6 @@
-"""SDXL's second text tower: `input_ids` (B, L) to `clip_tokens_2` (B, L, Dc2), `text_embeds` (B, Dp).
+"""SDXL's second text tower, from `input_ids` (B, L).
+
+Returns `clip_tokens_2` (B, L, Dc2) and `text_embeds` (B, Dp).
 
 The tokens are those of the layer before the last, without the final norm; `text_embeds` is the
 projected state of the end-of-text token after the last layer.

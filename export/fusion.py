@@ -37,7 +37,11 @@ class TwoTowers(nn.Module):
         self.head = head
 
     def forward(
-        self, clip_tokens: Tensor, clip_tokens_2: Tensor, bert_tokens: Tensor, attention_mask: Tensor
+        self,
+        clip_tokens: Tensor,
+        clip_tokens_2: Tensor,
+        bert_tokens: Tensor,
+        attention_mask: Tensor,
     ) -> Tensor:
         dtype = self.head.dtype
         joined = torch.cat([clip_tokens, clip_tokens_2], dim=-1).to(dtype)

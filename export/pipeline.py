@@ -14,7 +14,7 @@ from export.checkpoint import Checkpoint
 from export.part import Part
 from export.scheduler import check_defaults, choose_sampler, family_defaults, read_schedule
 from export.sizes import native_size, scale_factor, side_multiple
-from export.tokenizer import load_tokenizer
+from export.tokenizer import check_ids, load_tokenizer
 from export.vqgan_decoder import latent_to_rgb
 from networks.loading import CheckpointError
 from twinbrush.engine.config import PipelineConfig
@@ -145,7 +145,10 @@ def _encoder(checkpoint: Checkpoint, part: Part, source: str, folder: Path) -> d
     tokenizer = load_tokenizer(checkpoint, source)
     file = TOKENIZER[part.name]
     tokenizer.backend_tokenizer.save(str(folder / file))
+    check_ids(tokenizer, checkpoint.folders[source], folder / file)
     pad = tokenizer.pad_token_id
+    if source == "tokenizer_2" and checkpoint.folders[source] == checkpoint.folders["tokenizer"]:
+        pad = 0  # OpenCLIP's towers pad with "!"; a single file has one vocabulary for both
     return {
         "model": part.name,
         "tokenizer": file,

@@ -111,9 +111,7 @@ def models_of(checkpoint: Checkpoint) -> tuple[str, ...]:
     """The models that serve a checkpoint, in the order in which they run."""
     optional = {"clip_text_2", "bert"}
     return tuple(
-        name
-        for name in ALL_MODELS
-        if name not in optional or PART_OF[name] in checkpoint.folders
+        name for name in ALL_MODELS if name not in optional or PART_OF[name] in checkpoint.folders
     )
 
 
@@ -147,10 +145,10 @@ def build(
 ) -> list[ModelReport]:
     """Exports a checkpoint into a repository that has its folders and `config.pbtxt` files.
 
-    Without `only`, every model of the checkpoint is built; with it, the other models stay as an earlier export left them. With `trt`, TensorRT's
-    module, every model gets a plan too. `check` receives the stage before it takes its place;
-    an exception of it stops the export, its result goes into the manifest. Returns the reports
-    of the models that were built.
+    Without `only`, every model of the checkpoint is built; with it, the other models stay as an
+    earlier export left them. With `trt`, TensorRT's module, every model gets a plan too. `check`
+    receives the stage before it takes its place; an exception of it stops the export, its result
+    goes into the manifest. Returns the reports of the models that were built.
 
     Raises:
         CheckpointError: the checkpoint cannot be exported, or does not fit the models that stay.
@@ -164,9 +162,7 @@ def build(
     present = models_of(checkpoint)
     only = present if only is None else only
     if strange := [name for name in only if name not in present]:
-        raise CheckpointError(
-            f"{checkpoint.name} has no {strange[0]}: it has {', '.join(present)}"
-        )
+        raise CheckpointError(f"{checkpoint.name} has no {strange[0]}: it has {', '.join(present)}")
     _check_configurations(repository)
     check_machine(checkpoint, repository, only, precision)
     parts = load_parts(checkpoint)

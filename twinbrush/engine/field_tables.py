@@ -35,7 +35,8 @@ def stream_inputs() -> str:
 
 def _input(field: Field, optional: bool) -> str:
     tail = " optional: true" if optional else ""
-    return f'input {{ name: "{field.name}" data_type: TYPE_{field.data_type} dims: [ {field.count} ]{tail} }}\n'
+    kind = f"data_type: TYPE_{field.data_type} dims: [ {field.count} ]"
+    return f'input {{ name: "{field.name}" {kind}{tail} }}\n'
 
 
 def markdown() -> str:
