@@ -3,4 +3,4 @@
 Needs numpy, tokenizers and pillow. Neither torch nor Triton is imported here.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
