@@ -24,7 +24,7 @@ import typer
 
 from export.checkpoint import Checkpoint, open_checkpoint
 from export.pipeline import native_side
-from export.vqgan_decoder import scale_factor
+from export.sizes import scale_factor
 from networks.fusion_head import FusionHead
 from networks.loading import CheckpointError
 from training.captioned import Captioned
