@@ -180,8 +180,14 @@ def build(
             # A finished part leaves its memory to the next.
             reports.append(_build_model(checkpoint, parts.pop(name), target))
         _write_manifest(stage, checkpoint, kept, reports, check(stage) if check else None)
-        put_in_place(stage, repository, [name for name in ALL_MODELS if name not in present])
+        put_in_place(stage, repository, _absent(present))
     return reports
+
+
+def _absent(present: Container[str]) -> list[Path]:
+    """Files and folders of the models that a checkpoint does not have."""
+    models = [name for name in ALL_MODELS if name not in present]
+    return [Path(name) for name in models] + [ENGINE / pipeline.TOKENIZER[name] for name in models]
 
 
 def _check_configurations(repository: Path) -> None:
