@@ -5,7 +5,9 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 export PROMPT ?= a large blue ring on a brown background
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 CHECKPOINT := checkpoints/scenes-64
+# `make demo` and `make serve` need the server and the export alone.
 INSTALLED := .venv/.installed
+DEVELOPED := .venv/.developed
 EXPORTED := model_repository/MANIFEST.json
 CHECKED := twinbrush networks export training client benchmarks examples tests backends model_repository
 
@@ -16,16 +18,16 @@ demo: $(EXPORTED)
 		--then 'twinbrush generate "$$PROMPT"'
 
 # Two processes of one thread: what takes long, torch.export, uses one.
-test: $(EXPORTED)
+test: $(EXPORTED) $(DEVELOPED)
 	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile
 
 serve: $(EXPORTED)
 	@python -m twinbrush.server
 
-bench: $(EXPORTED)
+bench: $(EXPORTED) $(DEVELOPED)
 	python -m benchmarks.overhead
 
-lint: $(INSTALLED)
+lint: $(DEVELOPED)
 	ruff check $(CHECKED)
 	ruff format --check $(CHECKED)
 	pyright
@@ -37,11 +39,16 @@ clean:
 	git clean -fdXq model_repository
 
 # Byte code is made on all cores, which pip does on one; templates of Python files fail, as they may.
-$(INSTALLED): requirements.txt pyproject.toml client/pyproject.toml
+$(INSTALLED): requirements/serve.txt requirements/export.txt pyproject.toml client/pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed: make PYTHON=/path/to/it"; exit 1; }
 	$(PYTHON) -m venv .venv
-	pip install --quiet --no-compile --requirement requirements.txt
+	pip install --quiet --no-compile --requirement requirements/export.txt
 	pip install --quiet --no-deps --editable . --editable client
+	python -m compileall -qq -j 0 .venv/lib || true
+	@touch $@
+
+$(DEVELOPED): $(INSTALLED) $(wildcard requirements/*.txt)
+	pip install --quiet --no-compile --requirement requirements/dev.txt
 	python -m compileall -qq -j 0 .venv/lib || true
 	@touch $@
 

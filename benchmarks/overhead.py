@@ -107,6 +107,7 @@ def _in_process(engine: Engine, deterministic: bool = False) -> Send:
         fields = {
             "prompt": np.array([_prompt(number).encode()], object),
             "seed": np.array([number]),
+            "image_format": np.array([b"png"], object),
             "progress": np.array([False]),
             "deterministic": np.array([deterministic]),
         }
@@ -122,7 +123,7 @@ def _in_process(engine: Engine, deterministic: bool = False) -> Send:
 
 def _through(client: grpc.InferenceServerClient) -> Send:
     def send(number: int, done: Callable[[str | None], None]) -> None:
-        fields = inputs({"prompt": _prompt(number), "seed": number})
+        fields = inputs({"prompt": _prompt(number), "seed": number, "image_format": "png"})
         client.async_infer(
             "text_to_image",
             fields,
