@@ -136,6 +136,8 @@ def _find_parts(source: Source, keep_bert: bool) -> tuple[Checkpoint, dict[str, 
         other = open_tree(source.tokenizer)
         place = "tokenizer" if other.within("tokenizer") else ""
         trees["tokenizer"], classes["tokenizer"] = (other, place), "CLIPTokenizer"
+        if other.within("tokenizer_2"):
+            trees["tokenizer_2"], classes["tokenizer_2"] = (other, "tokenizer_2"), "CLIPTokenizer"
     _leave_out_optional(trees, classes)
     for part, (place, folder) in trees.items():
         if part not in classes or not (place.folder / folder).is_dir():
@@ -155,6 +157,8 @@ def _leave_out_optional(trees: dict[str, tuple[Tree, str]], classes: dict[str, s
     if "text_encoder_2" in classes and "tokenizer_2" not in classes:
         trees["tokenizer_2"] = trees["tokenizer"]  # a single file has one vocabulary for both
         classes["tokenizer_2"] = classes.get("tokenizer", "CLIPTokenizer")
+    if "text_encoder_2" not in classes:
+        classes.pop("tokenizer_2", None)
     needed = ("bert",) if "fusion" in classes else ()  # the head was trained with it
     for together in OPTIONAL:
         if not any(part in classes for part in together) and together[0] not in needed:

@@ -61,11 +61,17 @@ def write(checkpoint: Checkpoint, parts: dict[str, Part], folder: Path) -> None:
         "fusion_inputs": list(parts["fusion"].inputs),
         "unet_inputs": [n for n in parts["unet"].inputs if n not in ("sample", "timestep")],
         "timestep_cond": unet.config.time_cond_proj_dim,
-        "zeros_for_empty_negative": bool(index.get("force_zeros_for_empty_prompt", False)),
+        "zeros_for_empty_negative": _zeros_for_empty_negative(checkpoint),
         "latent_to_rgb": index.get("latent_to_rgb") or latent_to_rgb(parts["vqgan_decoder"]),
     }
     (folder / "pipeline.json").write_text(json.dumps(pipeline) + "\n")
     _check(checkpoint, folder)
+
+
+def _zeros_for_empty_negative(checkpoint: Checkpoint) -> bool:
+    """Whether an empty negative prompt stands for zeros; SDXL's pipeline defaults to it."""
+    two_towers = "text_encoder_2" in checkpoint.folders
+    return two_towers and bool(checkpoint.index.get("force_zeros_for_empty_prompt", True))
 
 
 def _check(checkpoint: Checkpoint, folder: Path) -> None:

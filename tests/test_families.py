@@ -43,6 +43,8 @@ def paint_with_diffusers(source: Path, family: Family, monkeypatch, **options) -
     """The pixels, (H, W, 3) from 0 to 255, of the checkpoint's own pipeline."""
     pipeline = getattr(diffusers, family.pipeline).from_pretrained(source, **options_of(family))
     pipeline.set_progress_bar_config(disable=True)
+    if not hasattr(pipeline.text_encoder, "text_model"):  # as clip_skip of diffusers names it
+        vars(pipeline.text_encoder)["text_model"] = pipeline.text_encoder
     if family.vq:  # pipelines hand a generator to the decoder, which VQModel does not take
         decode = pipeline.vae.decode
         pipeline.vae.decode = lambda latent, generator=None, **kept: decode(latent, **kept)
