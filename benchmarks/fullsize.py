@@ -25,6 +25,7 @@ import typer
 from PIL import Image
 
 from benchmarks import fullsize_stages as stages
+from benchmarks import fullsize_xl
 from benchmarks.machine import write_result
 from benchmarks.process_memory import Usage, watch
 from export.resources import free_memory
@@ -38,15 +39,20 @@ def main(
     folder: Annotated[
         Path, typer.Option(help="Where the folders of the run go; they are removed afterwards.")
     ] = Path("/tmp"),
+    family: Annotated[
+        str, typer.Option(help="lcm, or sdxl: its exact size in FP16, one picture at 512x512.")
+    ] = "lcm",
     note: Annotated[str, typer.Option(help="On the machine, for the result file.")] = "",
-    out: Annotated[Path, typer.Option(help="Result file.")] = Path(
-        "benchmarks/results/fullsize.json"
-    ),
+    out: Annotated[Path | None, typer.Option(help="Result file; default: of the family.")] = None,
 ) -> None:
     """Exports, serves and compiles a checkpoint of full size."""
+    if family not in ("lcm", "sdxl"):
+        typer.echo(f"--family {family!r} is invalid: must be lcm or sdxl", err=True)
+        raise typer.Exit(1)
+    xl = family == "sdxl"
     for what, free, needed in (
-        (f"disk at {folder}", shutil.disk_usage(folder).free, DISK),
-        ("memory", free_memory(), MEMORY),
+        (f"disk at {folder}", shutil.disk_usage(folder).free, fullsize_xl.DISK if xl else DISK),
+        ("memory", free_memory(), fullsize_xl.MEMORY if xl else MEMORY),
     ):
         if free < needed:
             typer.echo(
@@ -54,6 +60,17 @@ def main(
                 f" {free / 1e9:.1f} GB are free", err=True,
             )  # fmt: skip
             raise typer.Exit(1)
+    if xl:
+        with tempfile.TemporaryDirectory(prefix="fullsize-", dir=folder) as scratch:
+            summary, stages_used, models = run_xl(Path(scratch))
+        write_result(
+            out or Path("benchmarks/results/fullsize_sdxl.json"),
+            "python -m benchmarks.fullsize --family sdxl", note=note, goals=fullsize_xl.GOALS,
+            summary=summary, stages=stages_used, models=models,
+        )  # fmt: skip
+        print(json.dumps(summary))
+        return
+    out = out or Path("benchmarks/results/fullsize.json")
     with tempfile.TemporaryDirectory(prefix="fullsize-", dir=folder) as scratch:
         used, models, serving, difference = run(Path(scratch))
     summary = {
@@ -100,11 +117,42 @@ def run(folder: Path) -> tuple[dict[str, Usage], list[dict], dict[str, float], i
     return used, models, serving, int(np.abs(pixels - np.load(theirs)).max())
 
 
-def _serve(repository: Path, folder: Path) -> tuple[Usage, dict[str, float]]:
+def run_xl(folder: Path) -> tuple[dict[str, float], dict[str, dict], list[dict]]:
+    """SDXL's exact size with random weights in FP16: export, and one picture at 512x512.
+
+    Returns:
+        The summary, what each stage took, and the reports of the exported models.
+    """
+    checkpoint, repository = folder / "sdxl", folder / "model_repository"
+    ignore = shutil.ignore_patterns("*.onnx*", "*.json", "*.plan", "configs", "__pycache__")
+    shutil.copytree("model_repository", repository, ignore=ignore)
+    report = folder / "report.json"
+    used = {"make": _in_process(fullsize_xl.make_checkpoint, checkpoint)}
+    used["export"], _ = _command([
+        sys.executable, "-m", "export", str(checkpoint), "--repository", str(repository),
+        "--precision", "fp16", "--report", str(report),
+    ])  # fmt: skip
+    shutil.rmtree(checkpoint)  # the disk is small
+    used["serve"], seconds = _serve(
+        repository, folder, side=fullsize_xl.SIDE, steps=fullsize_xl.STEPS
+    )
+    summary = {
+        "export_peak_gb": used["export"].peak_gb,
+        "serve_peak_gb": used["serve"].peak_gb,
+        "ready_seconds": seconds["ready"],
+        "picture_seconds": seconds["picture"],
+    }
+    stages_used = {name: asdict(usage) for name, usage in used.items()}
+    return summary, stages_used, json.loads(report.read_text())
+
+
+def _serve(
+    repository: Path, folder: Path, side: int = stages.SIDE, steps: int = stages.STEPS
+) -> tuple[Usage, dict[str, float]]:
     """Paints one picture through the embedded server into `folder/pictures`."""
     generate = [
-        "twinbrush", "generate", stages.PROMPT, "--seed", stages.SEED, "--steps", stages.STEPS,
-        "--guidance-scale", stages.GUIDANCE, "--width", stages.SIDE, "--height", stages.SIDE,
+        "twinbrush", "generate", stages.PROMPT, "--seed", stages.SEED, "--steps", steps,
+        "--guidance-scale", stages.GUIDANCE, "--width", side, "--height", side,
         "--out", folder / "pictures",
     ]  # fmt: skip
     usage, said = _command([

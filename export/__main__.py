@@ -21,7 +21,7 @@ from export.command import (
 )
 from export.gate import LEAST_PSNR, PROMPTS, psnr
 from export.precision import Precision
-from export.repository import MODELS
+from export.repository import ALL_MODELS
 from export.source import Source, check_source
 
 
@@ -73,9 +73,16 @@ def main(
         str | None,
         typer.Option(help="Defaults of requests, as in steps=1,guidance_scale=0,sampler=euler_a."),
     ] = None,
+    clip_skip: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Layers of CLIP to skip, counted as in diffusers: A1111's number minus 1."
+        ),
+    ] = 0,
     only: Annotated[
-        str, typer.Option(help=f"Models to rebuild, with commas: {', '.join(MODELS)}.")
-    ] = ",".join(MODELS),
+        str | None,
+        typer.Option(help=f"Models to rebuild, with commas: {', '.join(ALL_MODELS)}."),
+    ] = None,
     precision: Annotated[
         str, typer.Option(help=f"Precision of the models: {' or '.join(Precision)}.")
     ] = Precision.FP32.value,
@@ -108,8 +115,8 @@ def main(
 ) -> None:
     """Exports a checkpoint into a Triton model repository.
 
-    Takes any checkpoint of CLIP, UNet and VQGAN or VAE. Stable Diffusion 1.5 and LCM have no
-    BERT: name one with --bert, and a fusion head that changes nothing is added.
+    Takes any checkpoint of CLIP, UNet and VQGAN or VAE, SDXL's two CLIP towers included. Where
+    --bert names a text model, a fusion head that changes nothing yet is added.
 
     Every model is compared with its PyTorch original. With --gate, pictures of the optimised
     models are compared with those of the unoptimised. When anything fails, the repository
@@ -119,8 +126,9 @@ def main(
         models = parse_models(only)
         check_report(report)
         source = Source(
-            checkpoint, revision, subfolder, variant, bert, bert_revision, vae, tokenizer
-        )
+            checkpoint, revision, subfolder, variant, bert, bert_revision, vae, tokenizer,
+            clip_skip,
+        )  # fmt: skip
         check_source(source)
         limits = (gate_against, gate_psnr, gate_prompts)
         if not gate and limits != (None, LEAST_PSNR, None):

@@ -55,10 +55,9 @@ def part(checkpoint: Checkpoint) -> Part:
             "input_ids": TensorSpec(torch.int64, (length,)),
             "attention_mask": TensorSpec(torch.int64, (length,)),
         },
-        output=(
-            "bert_tokens",
-            TensorSpec(torch.float32, (len(layers), length, config.hidden_size)),
-        ),
+        outputs={
+            "bert_tokens": TensorSpec(torch.float32, (len(layers), length, config.hidden_size)),
+        },
         example=lambda batch, size: {
             "input_ids": integers((batch, length), config.vocab_size),
             "attention_mask": padding_mask(batch, length),

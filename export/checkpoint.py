@@ -20,16 +20,22 @@ __all__ = ["PARTS", "Checkpoint", "Serving", "first_line", "open_checkpoint"]
 
 # Classes that each part may be of; None is any text model that transformers knows.
 PARTS = {
-    "text_encoder": ("CLIPTextModel",),
+    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
     "bert": None,
     "fusion": ("FusionHead",),
     "unet": ("UNet2DConditionModel",),
     "vae": ("VQModel", "AutoencoderKL", "AutoencoderTiny"),
 }
-OTHERS = ("tokenizer", "bert_tokenizer", "scheduler")
+OTHERS = ("tokenizer", "tokenizer_2", "bert_tokenizer", "scheduler")
 # Names of parts in checkpoints of earlier versions, where the class is none of CLIP's.
 FORMER = {"bert": "text_encoder_2", "bert_tokenizer": "tokenizer_2"}
-PIPELINES = ("TwinbrushPipeline", "StableDiffusionPipeline", "LatentConsistencyModelPipeline")
+PIPELINES = (
+    "TwinbrushPipeline", "StableDiffusionPipeline", "StableDiffusionXLPipeline",
+    "LatentConsistencyModelPipeline",
+)  # fmt: skip
+# Parts that a checkpoint may be without, each with what belongs to it.
+OPTIONAL = (("text_encoder_2", "tokenizer_2"), ("bert", "bert_tokenizer"), ("fusion",))
 # A tokenizer needs all files of one of these; transformers makes an empty one without them.
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",))
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model")
@@ -61,6 +67,7 @@ class Checkpoint:
         classes: class name of each part.
         index: `model_index.json`.
         weights: variant and file names that each network is loaded from.
+        clip_skip: layers of CLIP's towers, from the end, whose results are not used.
         scratch: keeps the converted parts of a single file for as long as the checkpoint lives.
         serving: what the export changes of it.
     """
@@ -71,6 +78,7 @@ class Checkpoint:
     classes: dict[str, str]
     index: dict[str, Any]
     weights: dict[str, tuple[str | None, list[str]]] = field(default_factory=dict)
+    clip_skip: int = 0
     scratch: tempfile.TemporaryDirectory | None = None
     serving: Serving = field(default_factory=Serving)
 
@@ -159,8 +167,9 @@ def _find_parts(source: Source, keep_bert: bool) -> tuple[Checkpoint, dict[str, 
         other = open_tree(source.tokenizer)
         place = "tokenizer" if other.within("tokenizer") else ""
         trees["tokenizer"], classes["tokenizer"] = (other, place), "CLIPTokenizer"
-    if "fusion" not in classes and source.bert is not None:
-        del trees["fusion"]
+        if other.within("tokenizer_2"):
+            trees["tokenizer_2"], classes["tokenizer_2"] = (other, "tokenizer_2"), "CLIPTokenizer"
+    _leave_out_optional(trees, classes)
     for part, (place, folder) in trees.items():
         if part not in classes or not (place.folder / folder).is_dir():
             raise CheckpointError(_lacks(source, part, folder))
@@ -168,7 +177,24 @@ def _find_parts(source: Source, keep_bert: bool) -> tuple[Checkpoint, dict[str, 
     _check_variant(source, trees)
     hubs = {place.hub for place, _ in trees.values() if place.hub}
     folders = {part: place.folder / folder for part, (place, folder) in trees.items()}
-    return Checkpoint(name, dict(hubs), folders, classes, index, scratch=scratch), trees
+    opened = Checkpoint(
+        name, dict(hubs), folders, classes, index, clip_skip=source.clip_skip, scratch=scratch
+    )
+    return opened, trees
+
+
+def _leave_out_optional(trees: dict[str, tuple[Tree, str]], classes: dict[str, str]) -> None:
+    """Removes the optional parts that a checkpoint does not have."""
+    if "text_encoder_2" in classes and "tokenizer_2" not in classes:
+        trees["tokenizer_2"] = trees["tokenizer"]  # a single file has one vocabulary for both
+        classes["tokenizer_2"] = classes.get("tokenizer", "CLIPTokenizer")
+    if "text_encoder_2" not in classes:
+        classes.pop("tokenizer_2", None)
+    needed = ("bert",) if "fusion" in classes else ()  # the head was trained with it
+    for together in OPTIONAL:
+        if not any(part in classes for part in together) and together[0] not in needed:
+            for part in together:
+                del trees[part]
 
 
 def _open_root(source: Source) -> tuple[str, tempfile.TemporaryDirectory | None, Tree]:
@@ -205,7 +231,9 @@ def _read_index(index: dict[str, Any], file: Path) -> tuple[dict[str, str], dict
     for part in names:
         entry = index.get(part)
         former = index.get(FORMER.get(part, ""))
-        if entry is None and _is_class(former) and not former[1].startswith("CLIP"):
+        if part in FORMER.values() and not _is_second_tower(index):
+            continue
+        if entry is None and _is_class(former) and not _is_second_tower(index):
             entry, names[part] = former, FORMER[part]
         if entry is None or entry == [None, None]:
             continue
@@ -233,6 +261,12 @@ def _to_fuse(serving: Serving, opened: Checkpoint) -> Serving:
             )
     loras = tuple(lora for lora in serving.loras if lora.sha256 not in fused)
     return replace(serving, loras=loras)
+
+
+def _is_second_tower(index: dict[str, Any]) -> bool:
+    """Whether `text_encoder_2` is one of CLIP's, not a text model under its former name."""
+    entry = index.get("text_encoder_2")
+    return _is_class(entry) and entry[1].startswith("CLIP")
 
 
 def _is_class(entry: Any) -> bool:

@@ -15,14 +15,13 @@ import torch
 import transformers
 from diffusers import UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from export.checkpoint import Checkpoint
 from export.source import first_line
+from export.unet import check_inputs, check_width
 from networks.fusion_head import FusionHead
 from networks.loading import CheckpointError
-
-UNSERVED_INPUTS = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type")
 
 
 def check_configs(checkpoint: Checkpoint) -> None:
@@ -33,20 +32,23 @@ def check_configs(checkpoint: Checkpoint) -> None:
     """
     from export import pipeline
 
-    text, unet = checkpoint.config("text_encoder"), checkpoint.config("unet")
-    for name in ("hidden_size", "max_position_embeddings", "vocab_size"):
-        if name in text:
-            check_whole(checkpoint, "text_encoder", name, text[name])
-    clip = _build(checkpoint, "text_encoder", lambda: CLIPTextModel(CLIPTextConfig(**text)))
-    check_unet(checkpoint, unet)
+    unet = checkpoint.config("unet")
+    first = _check_tower(checkpoint, "text_encoder", CLIPTextModel)
+    width, pooled, sources = first.hidden_size, None, "text_encoder has hidden_size"
+    if "text_encoder_2" in checkpoint.folders:
+        second = _check_tower(checkpoint, "text_encoder_2", CLIPTextModelWithProjection)
+        width, pooled = width + second.hidden_size, second.projection_dim
+        sources = "text_encoder and text_encoder_2 have together"
+        if first.max_position_embeddings != second.max_position_embeddings:
+            raise CheckpointError(
+                f"text_encoder has max_position_embeddings {first.max_position_embeddings},"
+                f" text_encoder_2 has {second.max_position_embeddings}"
+            )
+    check_unet(checkpoint, unet, pooled)
     _build(checkpoint, "unet", lambda: UNet2DConditionModel.from_config(unet))
-    width = clip.config.hidden_size
-    _check_fusion(checkpoint, width)
-    if unet.get("cross_attention_dim", 1280) != width:
-        raise CheckpointError(
-            f"unet has cross_attention_dim {unet.get('cross_attention_dim', 1280)},"
-            f" text_encoder has hidden_size {width}"
-        )
+    if "bert" in checkpoint.folders:
+        _check_fusion(checkpoint, width)
+    check_width(unet, width, sources)
     check_vae(checkpoint, checkpoint.config("vae"))
     pipeline.check(checkpoint)
 
@@ -61,17 +63,29 @@ def without_weights(checkpoint: Checkpoint, part: str) -> nn.Module | None:
     return _build(checkpoint, part, lambda: getattr(transformers, name)(CLIPTextConfig(**config)))
 
 
-def check_unet(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
+def _check_tower(checkpoint: Checkpoint, part: str, model_class: Any) -> CLIPTextConfig:
+    """Checks one of CLIP's towers, and returns its configuration."""
+    given = checkpoint.config(part)
+    for name in ("hidden_size", "max_position_embeddings", "vocab_size"):
+        if name in given:
+            check_whole(checkpoint, part, name, given[name])
+    tower = _build(checkpoint, part, lambda: model_class(CLIPTextConfig(**given))).config
+    left = tower.num_hidden_layers - checkpoint.clip_skip
+    if left < 2:
+        raise CheckpointError(
+            f"--clip-skip {checkpoint.clip_skip} is invalid: {part} has"
+            f" {tower.num_hidden_layers} layers, at most {tower.num_hidden_layers - 2} can go"
+        )
+    return tower
+
+
+def check_unet(
+    checkpoint: Checkpoint, config: Mapping[str, Any], pooled: int | None = None
+) -> None:
     """Checks the inputs of a UNet, and the sizes that the rest of the pipeline depends on."""
-    for name in UNSERVED_INPUTS:
-        if config.get(name) is not None:
-            raise CheckpointError(f"unet has {name} {config[name]}: such inputs are not served")
     for name in ("in_channels", "out_channels"):
         check_whole(checkpoint, "unet", name, config.get(name, 4))
-    channels = config.get("in_channels", 4), config.get("out_channels", 4)
-    if channels[0] != channels[1]:
-        text = f"unet has in_channels {channels[0]} and out_channels {channels[1]}"
-        raise CheckpointError(f"{text}: only UNets that paint from noise alone are served")
+    check_inputs(config, pooled)
     check_widths(checkpoint, "unet", config, "block_out_channels")
     if config.get("time_cond_proj_dim") is not None:
         check_whole(checkpoint, "unet", "time_cond_proj_dim", config["time_cond_proj_dim"])

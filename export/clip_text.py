@@ -1,4 +1,8 @@
-"""CLIP's text tower: `input_ids` (B, L) to `clip_tokens` (B, L, Dc)."""
+"""CLIP's text tower: `input_ids` (B, L) to `clip_tokens` (B, L, Dc).
+
+With a second tower beside it (SDXL) the tokens are those of the layer before the last, without
+the final norm, as in diffusers. `--clip-skip` takes the tokens of an earlier layer.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +15,35 @@ from export.part import Part, TensorSpec, integers
 
 
 class ClipText(nn.Module):
-    def __init__(self, encoder: CLIPTextModel):
+    """The tower up to a hidden state.
+
+    Args:
+        encoder: the tower.
+        skip: layers at the end whose results are not used.
+        norm: whether the final norm is applied.
+    """
+
+    def __init__(self, encoder: CLIPTextModel, skip: int, norm: bool):
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.skip, self.norm = encoder, skip, norm
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return self.encoder(input_ids=input_ids).last_hidden_state.float()
+        if not self.skip and self.norm:
+            return self.encoder(input_ids=input_ids).last_hidden_state.float()
+        states = self.encoder(input_ids=input_ids, output_hidden_states=True).hidden_states
+        tokens = states[-(self.skip + 1)]
+        return (self.encoder.final_layer_norm(tokens) if self.norm else tokens).float()
 
 
 def part(checkpoint: Checkpoint) -> Part:
     encoder = checkpoint.load("text_encoder", CLIPTextModel)
     config = encoder.config
     length, width = config.max_position_embeddings, config.hidden_size
+    two_towers = "text_encoder_2" in checkpoint.folders
     return Part(
         name="clip_text",
-        module=ClipText(encoder),
+        module=ClipText(encoder, checkpoint.clip_skip + two_towers, norm=not two_towers),
         inputs={"input_ids": TensorSpec(torch.int64, (length,))},
-        output=("clip_tokens", TensorSpec(torch.float32, (length, width))),
+        outputs={"clip_tokens": TensorSpec(torch.float32, (length, width))},
         example=lambda batch, size: {"input_ids": integers((batch, length), config.vocab_size)},
     )

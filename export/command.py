@@ -27,7 +27,15 @@ from export.gate import Gate, GateError, MakeMeasure
 from export.lora import read_lora
 from export.precision import Precision
 from export.prune import parse_ratios, prune_checkpoint
-from export.repository import MODELS, SOURCE, ModelReport, RepositoryError, build, check_machine
+from export.repository import (
+    ALL_MODELS,
+    SOURCE,
+    ModelReport,
+    RepositoryError,
+    build,
+    check_machine,
+    models_of,
+)
 from export.resources import ResourceError
 from export.scheduler import parse_defaults
 from export.source import Source
@@ -69,7 +77,7 @@ class Options:
     Attributes:
         source: where the parts of the checkpoint are.
         repository: to build into.
-        models: to build; the others stay as an earlier export left them.
+        models: to build; the others stay as an earlier export left them. None builds all.
         precision: of the built models.
         tensorrt: whether plans for this machine are built too.
         prune: None exports the checkpoint as it is.
@@ -79,7 +87,7 @@ class Options:
 
     source: Source
     repository: Path
-    models: list[str]
+    models: list[str] | None
     precision: Precision = Precision.FP32
     tensorrt: bool = False
     prune: PruneOptions | None = None
@@ -87,13 +95,13 @@ class Options:
     serving: Serving = field(default_factory=Serving)
 
 
-def parse_models(only: str | None) -> list[str]:
-    """The models of `--only`, each once; all where it is None."""
+def parse_models(only: str | None) -> list[str] | None:
+    """The models of `--only`, each once; None stands for all of the checkpoint."""
     if only is None:
-        return [*MODELS]
+        return None
     models = [*dict.fromkeys(name.strip() for name in only.split(","))]
-    if unknown := set(models) - set(MODELS):
-        raise OptionError(f"--only {min(unknown)!r} is no model: {', '.join(MODELS)} are")
+    if unknown := set(models) - set(ALL_MODELS):
+        raise OptionError(f"--only {min(unknown)!r} is no model: {', '.join(ALL_MODELS)} are")
     return models
 
 
@@ -103,7 +111,9 @@ def parse_precision(text: str) -> Precision:
     return Precision(text)
 
 
-def parse_prune(prune: str | None, models: list[str], folder: Path | None) -> PruneOptions | None:
+def parse_prune(
+    prune: str | None, models: list[str] | None, folder: Path | None
+) -> PruneOptions | None:
     """`--prune` and `--save-pruned`, checked against `--only`."""
     if prune is None:
         if folder is not None:
@@ -113,7 +123,7 @@ def parse_prune(prune: str | None, models: list[str], folder: Path | None) -> Pr
         ratios = parse_ratios(prune)
     except ValueError as error:
         raise OptionError(str(error)) from error
-    if left_out := set(ratios) - set(models):
+    if models is not None and (left_out := set(ratios) - set(models)):
         raise OptionError(f"--prune {min(left_out)}: --only leaves it out")
     if folder is not None and not folder.parent.is_dir():
         raise OptionError(f"--save-pruned {folder}: {folder.parent} is no folder")
@@ -180,20 +190,21 @@ def export_checkpoint(options: Options, report: Path | None = None) -> None:
         status = stack.enter_context(console.status("opening the checkpoint"))
         opened, original = _open(options)
         _print_changes(opened)
+        models = options.models or models_of(opened)
         if options.prune:
             scratch = stack.enter_context(tempfile.TemporaryDirectory())
-            check_machine(opened, options.repository, options.models, options.precision)
+            check_machine(opened, options.repository, models, options.precision)
             opened = prune_checkpoint(
                 opened, options.prune.ratios, options.prune.folder or Path(scratch, "pruned"),
                 lambda model: status.update(f"pruning {model}"),
             )  # fmt: skip
         gate = None
         if options.gate:
-            optimised = _optimised(original, opened, options.models, options.precision)
+            optimised = _optimised(original, opened, models, options.precision)
             gate = Gate(original, optimised, options.repository, options.gate.measure)
         reports = build(
             opened, options.repository, lambda model: status.update(f"exporting {model}"),
-            options.models, options.precision, trt, gate,
+            models, options.precision, trt, gate,
         )  # fmt: skip
     if report is not None:
         lines = [asdict(line) for line in reports]
@@ -240,7 +251,11 @@ def _open(options: Options) -> tuple[Checkpoint, Checkpoint]:
         original = open_checkpoint(source, serving=options.serving)
         _check_same_loras(opened, original)
         return opened, original
-    pruned = [name for name, part in SOURCE.items() if pruning_of(opened.folders[part])]
+    pruned = [
+        name
+        for name, part in SOURCE.items()
+        if part in opened.folders and pruning_of(opened.folders[part])
+    ]
     if gate and pruned:
         text = f"{opened.name} has {', '.join(pruned)} pruned"
         raise CheckpointError(f"--gate needs --gate-against, the unpruned checkpoint: {text}")
@@ -260,8 +275,8 @@ def _check_same_loras(opened: Checkpoint, original: Checkpoint) -> None:
 
 
 def _optimised(
-    original: Checkpoint, opened: Checkpoint, models: list[str], precision: Precision
-) -> list[str]:
+    original: Checkpoint, opened: Checkpoint, models: Sequence[str], precision: Precision
+) -> Sequence[str]:
     """Models that are not what a plain export of `original` makes.
 
     Raises:

@@ -19,7 +19,7 @@ import numpy as np
 from export.checkpoint import Checkpoint
 from export.convert import to_onnx
 from export.painting import paint
-from export.repository import MODELS, load_parts
+from export.repository import ALL_MODELS, load_parts
 from twinbrush.engine.capacity import LEAST_ROWS
 from twinbrush.engine.config import ENGINE, PipelineConfig
 from twinbrush.engine.engine import Engine
@@ -132,7 +132,7 @@ class Gate:
         Raises:
             GateError: they lose more than the limits allow, or no picture can be painted.
         """
-        files = {name: stage / name / "1" / "model.onnx" for name in MODELS}
+        files = {name: stage / name / "1" / "model.onnx" for name in ALL_MODELS}
         staged = {name: file for name, file in files.items() if file.exists()}
         with tempfile.TemporaryDirectory(dir=stage.parent) as scratch:
             plain = staged | self._export_plain(Path(scratch))

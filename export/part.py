@@ -28,10 +28,10 @@ class Part:
 
     Attributes:
         name: of the model, the same everywhere.
-        module: takes `inputs` by name and returns the output tensor, both FP32 whatever the
-            precision of its weights.
+        module: takes `inputs` by name and returns the output tensor, or a tuple of the
+            outputs in order; all FP32 whatever the precision of its weights.
         inputs: in the order of the module's signature.
-        output: name and spec of the only output.
+        outputs: by name, in the order of the module's result.
         example: (batch, size) -> inputs; `size` sets the axes that vary and means nothing else.
         tolerance: highest error against PyTorch, as a share of the largest output, in FP32.
         full_precision: modules inside that also an FP16 model computes in FP32.
@@ -41,7 +41,7 @@ class Part:
     name: str
     module: nn.Module
     inputs: dict[str, TensorSpec]
-    output: tuple[str, TensorSpec]
+    outputs: dict[str, TensorSpec]
     example: Callable[[int, int], dict[str, Tensor]]
     tolerance: float = 1e-4
     full_precision: tuple[nn.Module, ...] = ()
@@ -49,6 +49,17 @@ class Part:
 
     def __post_init__(self) -> None:
         self.module.eval()
+
+    @property
+    def output(self) -> tuple[str, TensorSpec]:
+        """Name and spec of the first output."""
+        return next(iter(self.outputs.items()))
+
+    def run(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The outputs of the PyTorch module by name."""
+        result = self.module(**inputs)
+        tensors = (result,) if isinstance(result, Tensor) else result
+        return dict(zip(self.outputs, tensors, strict=True))
 
 
 def integers(shape: tuple[int, ...], below: int) -> Tensor:

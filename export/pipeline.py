@@ -20,7 +20,7 @@ from export.scheduler import (
     unused_options,
 )
 from export.sizes import native_size, scale_factor, side_multiple
-from export.tokenizer import load_tokenizer
+from export.tokenizer import check_ids, load_tokenizer
 from export.vqgan_decoder import latent_to_rgb
 from networks.loading import CheckpointError
 from twinbrush.engine.config import PipelineConfig
@@ -28,7 +28,12 @@ from twinbrush.engine.prompt import PromptTokenizer
 from twinbrush.engine.request import FIELDS, GenerationRequest
 
 # File of the tokenizer whose ids each text model was trained on.
-TOKENIZER = {"clip_text": "clip_tokenizer.json", "bert": "bert_tokenizer.json"}
+TOKENIZER = {
+    "clip_text": "clip_tokenizer.json",
+    "clip_text_2": "clip_tokenizer_2.json",
+    "bert": "bert_tokenizer.json",
+}
+SOURCES = {"clip_text": "tokenizer", "clip_text_2": "tokenizer_2", "bert": "bert_tokenizer"}
 
 
 def write(checkpoint: Checkpoint, parts: dict[str, Part], folder: Path) -> None:
@@ -56,15 +61,23 @@ def write(checkpoint: Checkpoint, parts: dict[str, Part], folder: Path) -> None:
         "latent_channels": unet.config.in_channels,
         "encoders": [
             _encoder(checkpoint, parts[model], tokenizer, folder)
-            for model, tokenizer in (("clip_text", "tokenizer"), ("bert", "bert_tokenizer"))
+            for model, tokenizer in SOURCES.items()
+            if model in parts
         ],
         "fusion_inputs": list(parts["fusion"].inputs),
         "unet_inputs": [n for n in parts["unet"].inputs if n not in ("sample", "timestep")],
         "timestep_cond": unet.config.time_cond_proj_dim,
+        "zeros_for_empty_negative": _zeros_for_empty_negative(checkpoint),
         "latent_to_rgb": index.get("latent_to_rgb") or latent_to_rgb(parts["vqgan_decoder"]),
     }
     (folder / "pipeline.json").write_text(json.dumps(pipeline) + "\n")
     _check(checkpoint, folder)
+
+
+def _zeros_for_empty_negative(checkpoint: Checkpoint) -> bool:
+    """Whether an empty negative prompt stands for zeros; SDXL's pipeline defaults to it."""
+    two_towers = "text_encoder_2" in checkpoint.folders
+    return two_towers and bool(checkpoint.index.get("force_zeros_for_empty_prompt", True))
 
 
 def _check(checkpoint: Checkpoint, folder: Path) -> None:
@@ -144,7 +157,10 @@ def _encoder(checkpoint: Checkpoint, part: Part, source: str, folder: Path) -> d
     tokenizer = load_tokenizer(checkpoint, source)
     file = TOKENIZER[part.name]
     tokenizer.backend_tokenizer.save(str(folder / file))
+    check_ids(tokenizer, checkpoint.folders[source], folder / file)
     pad = tokenizer.pad_token_id
+    if source == "tokenizer_2" and checkpoint.folders[source] == checkpoint.folders["tokenizer"]:
+        pad = 0  # OpenCLIP's towers pad with "!"; a single file has one vocabulary for both
     return {
         "model": part.name,
         "tokenizer": file,

@@ -146,6 +146,8 @@ def prune_checkpoint(
             f"{folder} is there already: the pruned checkpoint needs a new folder"
         )
     for name in ratios:
+        if SOURCE[name] not in checkpoint.folders:
+            raise CheckpointError(f"--prune {name}: {checkpoint.name} has no {name}")
         if pruning_of(checkpoint.folders[SOURCE[name]]):
             raise CheckpointError(f"--prune {name}: {checkpoint.name} has it pruned already")
     weights = sum(map(weight_count, checkpoint.folders.values()))
@@ -213,7 +215,11 @@ def _copy(checkpoint: Checkpoint, fusion: Part, folder: Path, without: list[str]
     folder.mkdir()
     root = checkpoint.folders["unet"].parent
     # Parts under former names are among the folders under their names of now.
-    known = {old for new, old in FORMER.items() if checkpoint.folders[new].name == old}
+    known = {
+        old
+        for new, old in FORMER.items()
+        if new in checkpoint.folders and checkpoint.folders[new].name == old
+    }
     named = {name for name, entry in checkpoint.index.items() if isinstance(entry, list)} - known
     for part in sorted({*named, *checkpoint.folders} - {*without}):
         source = checkpoint.folders.get(part, root / part)
@@ -223,7 +229,7 @@ def _copy(checkpoint: Checkpoint, fusion: Part, folder: Path, without: list[str]
         part: [checkpoint.index.get(part, ["transformers"])[0], name]
         for part, name in checkpoint.classes.items()
     }
-    if "fusion" not in checkpoint.folders:
+    if "fusion" not in checkpoint.folders and "bert" in checkpoint.folders:
         network(fusion).save_pretrained(folder / "fusion")
         classes["fusion"] = ["networks.fusion_head", "FusionHead"]
     kept = {name: entry for name, entry in checkpoint.index.items() if name not in known}

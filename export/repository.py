@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from export import bert, clip_text, fusion, pipeline, unet, vqgan_decoder
-from export.checkpoint import PARTS, Checkpoint
+from export import bert, clip_text, clip_text_2, fusion, pipeline, unet, vqgan_decoder
+from export.checkpoint import Checkpoint
 from export.convert import OPSET, parity_error, to_onnx
 from export.macs import count_macs
 from export.part import Part
@@ -28,6 +28,16 @@ from twinbrush.server.manifest import sha256_of
 from twinbrush.server.plans import PLAN
 
 MODELS = ("clip_text", "bert", "fusion", "unet", "vqgan_decoder")
+ALL_MODELS = ("clip_text", "clip_text_2", *MODELS[1:])
+# The part of a checkpoint that each model is made of.
+PART_OF = {
+    "clip_text": "text_encoder",
+    "clip_text_2": "text_encoder_2",
+    "bert": "bert",
+    "fusion": "fusion",
+    "unet": "unet",
+    "vqgan_decoder": "vae",
+}
 # The part of a checkpoint that holds each model that can be pruned.
 SOURCE = {
     "clip_text": "text_encoder",
@@ -85,11 +95,26 @@ class ModelReport:
 
 def load_parts(checkpoint: Checkpoint) -> dict[str, Part]:
     """All served models of a checkpoint, each held against those it is fed by."""
-    clip, bert_part = clip_text.part(checkpoint), bert.part(checkpoint)
-    fused = fusion.part(checkpoint, clip, bert_part)
-    painter = unet.part(checkpoint, fused)
-    decoder = vqgan_decoder.part(checkpoint, painter.output[1].axes[0])
-    return {part.name: part for part in (clip, bert_part, fused, painter, decoder)}
+    present = models_of(checkpoint)
+    towers, pooled, bert_part = [clip_text.part(checkpoint)], None, None
+    if "clip_text_2" in present:
+        towers.append(clip_text_2.part(checkpoint))
+        pooled = towers[1].outputs["text_embeds"]
+    if "bert" in present:
+        bert_part = bert.part(checkpoint)
+    fused = fusion.part(checkpoint, towers, bert_part)
+    painter = unet.part(checkpoint, fused, pooled)
+    decoder = vqgan_decoder.part(checkpoint, painter.outputs["model_output"].axes[0])
+    texts = towers if bert_part is None else [*towers, bert_part]
+    return {part.name: part for part in (*texts, fused, painter, decoder)}
+
+
+def models_of(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The models that serve a checkpoint, in the order in which they run."""
+    optional = {"clip_text_2", "bert"}
+    return tuple(
+        name for name in ALL_MODELS if name not in optional or PART_OF[name] in checkpoint.folders
+    )
 
 
 @dataclass(frozen=True)
@@ -115,17 +140,17 @@ def build(
     checkpoint: Checkpoint,
     repository: Path,
     progress: Callable[[str], None] = lambda model: None,
-    only: Sequence[str] = MODELS,
+    only: Sequence[str] | None = None,
     precision: Precision = Precision.FP32,
     trt: Any = None,
     check: Callable[[Path], dict[str, Any]] | None = None,
 ) -> list[ModelReport]:
     """Exports a checkpoint into a repository that has its folders and `config.pbtxt` files.
 
-    With `only`, the other models stay as an earlier export left them. With `trt`, TensorRT's
-    module, every model gets a plan too. `check` receives the stage before it takes its place;
-    an exception of it stops the export, its result goes into the manifest. Returns the reports
-    of the models that were built.
+    Without `only`, every model of the checkpoint is built; with it, the other models stay as an
+    earlier export left them. With `trt`, TensorRT's module, every model gets a plan too. `check`
+    receives the stage before it takes its place; an exception of it stops the export, its result
+    goes into the manifest. Returns the reports of the models that were built.
 
     Raises:
         CheckpointError: the checkpoint cannot be exported, or does not fit the models that stay.
@@ -136,6 +161,10 @@ def build(
         ResourceError: the machine has not enough memory or disk.
         OSError: the disk is full, or the repository cannot be written.
     """
+    present = models_of(checkpoint)
+    only = present if only is None else only
+    if strange := [name for name in only if name not in present]:
+        raise CheckpointError(f"{checkpoint.name} has no {strange[0]}: it has {', '.join(present)}")
     _check_configurations(repository)
     check_machine(checkpoint, repository, only, precision)
     parts = load_parts(checkpoint)
@@ -154,12 +183,18 @@ def build(
             # A finished part leaves its memory to the next.
             reports.append(_build_model(checkpoint, parts.pop(name), target))
         _write_manifest(stage, checkpoint, kept, reports, check(stage) if check else None)
-        put_in_place(stage, repository)
+        put_in_place(stage, repository, _absent(present))
     return reports
 
 
+def _absent(present: Container[str]) -> list[Path]:
+    """Files and folders of the models that a checkpoint does not have."""
+    models = [name for name in ALL_MODELS if name not in present]
+    return [Path(name) for name in models] + [ENGINE / pipeline.TOKENIZER[name] for name in models]
+
+
 def _check_configurations(repository: Path) -> None:
-    for name in (*FRONT_DOORS, *MODELS):
+    for name in (*FRONT_DOORS, "clip_text", "fusion", "unet", "vqgan_decoder"):
         if not (config := repository / name / "config.pbtxt").is_file():
             text = f"{config} is not there: copy it from this project's model_repository"
             raise RepositoryError(text)
@@ -175,7 +210,7 @@ def _write_manifest(
     lines = kept | {report.model: asdict(report) for report in reports}
     manifest = {
         "checkpoint": checkpoint.name,
-        "models": [lines[name] for name in MODELS],
+        "models": [lines[name] for name in models_of(checkpoint)],
         "files": {
             str(file.relative_to(stage)): sha256_of(file)
             for file in sorted((stage / ENGINE).iterdir())
@@ -193,7 +228,7 @@ def check_machine(
     Raises:
         ResourceError: there is not enough.
     """
-    folders = dict(zip(MODELS, (checkpoint.folders.get(part) for part in PARTS), strict=True))
+    folders = {model: checkpoint.folders.get(part) for model, part in PART_OF.items()}
     built = [folder for model in only if (folder := folders[model])]
     loaded = [folder for folder in folders.values() if folder]
     check_resources(loaded, built, repository, precision)
@@ -201,7 +236,7 @@ def check_machine(
 
 def _kept(parts: dict[str, Part], repository: Path, only: Sequence[str]) -> dict[str, dict]:
     """Manifest lines of the models that stay."""
-    stay = [name for name in MODELS if name not in only]
+    stay = [name for name in parts if name not in only]
     if not stay:
         return {}
     manifest = repository / MANIFEST
@@ -215,19 +250,30 @@ def _kept(parts: dict[str, Part], repository: Path, only: Sequence[str]) -> dict
         text = f"{repository} has no export of {', '.join(missing)} to keep: export everything"
         raise CheckpointError(text)
     for name in stay:
-        config = (repository / name / "config.pbtxt").read_text()
+        config = _configuration(repository, name)
         if with_tensors(config, parts[name]) != config:
             text = f"the {name} in {repository} has other tensors than this checkpoint's"
             raise CheckpointError(f"{text}: export everything")
     return {name: exported[name] for name in stay}
 
 
+def _configuration(repository: Path, model: str) -> str:
+    """A model's `config.pbtxt`; a text encoder without one has the settings of `clip_text`."""
+    own = repository / model / "config.pbtxt"
+    if own.is_file():
+        return own.read_text()
+    settings = (repository / "clip_text" / "config.pbtxt").read_text()
+    return settings.replace('name: "clip_text"', f'name: "{model}"')
+
+
 def _check_tokenizers(kept: Container[str], repository: Path, stage: Path) -> None:
     """Refuses to give a text model that stays the token ids of another vocabulary."""
     for model, name in pipeline.TOKENIZER.items():
+        if model not in kept:
+            continue
         before = repository / ENGINE / name
         same = before.is_file() and before.read_bytes() == (stage / ENGINE / name).read_bytes()
-        if model in kept and not same:
+        if not same:
             text = f"the {model} in {repository} has another {name} than this checkpoint's"
             raise CheckpointError(f"{text}: export everything")
 
@@ -237,7 +283,7 @@ def _check_loras(kept: dict[str, dict], repository: Path, checkpoint: Checkpoint
     for name, line in kept.items():
         fused = {(record["sha256"], record["scale"]) for record in line.get("loras", [])}
         for lora in checkpoint.serving.loras:
-            if SOURCE.get(name) in lora.parts and (lora.sha256, lora.scale) not in fused:
+            if PART_OF.get(name) in lora.parts and (lora.sha256, lora.scale) not in fused:
                 text = f"--lora {lora.file} changes {name}, which --only leaves out"
                 raise CheckpointError(f"{text}: {repository} has it without the LoRA")
 
@@ -248,10 +294,10 @@ def _build_model(checkpoint: Checkpoint, part: Part, target: Build) -> ModelRepo
     folder.mkdir(parents=True)
     nodes_traced, nodes = to_onnx(part, folder / "model.onnx", target.precision)
     error = parity_error(part, folder / "model.onnx", target.precision)
-    config = (target.repository / part.name / "config.pbtxt").read_text()
+    config = _configuration(target.repository, part.name)
     (target.stage / part.name / "config.pbtxt").write_text(with_tensors(config, part))
     files = sorted(folder.iterdir())
-    source = SOURCE.get(part.name)
+    source = PART_OF.get(part.name)
     report = ModelReport(
         model=part.name,
         parameters=sum(p.numel() for p in part.module.parameters()),

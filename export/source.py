@@ -36,6 +36,7 @@ class Source:
         bert_revision: the revision of `bert`.
         vae: folder or hub id of an autoencoder.
         tokenizer: folder or hub id of CLIP's tokenizer.
+        clip_skip: layers of CLIP's towers, from the end, whose results are not used.
     """
 
     checkpoint: str
@@ -46,6 +47,7 @@ class Source:
     bert_revision: str | None = None
     vae: str | None = None
     tokenizer: str | None = None
+    clip_skip: int = 0
 
 
 @dataclass(frozen=True)

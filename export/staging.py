@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -51,9 +51,10 @@ def staging(repository: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def put_in_place(stage: Path, repository: Path) -> None:
+def put_in_place(stage: Path, repository: Path, absent: Sequence[Path] = ()) -> None:
     """Renames every staged file to its place, the manifest last; renames need no space.
 
+    Files and folders of `absent` models go: Triton would try to load them.
     Where a new `model.onnx` comes, what was made with the old one goes. When this fails,
     `staging` puts back what it has replaced.
     """
@@ -64,11 +65,16 @@ def put_in_place(stage: Path, repository: Path) -> None:
         for made in (folder / "model.onnx.data", folder / PLAN, config):
             if made not in staged:
                 _take_away(made, repository, undo)
+    for place in (repository / name for name in absent):
+        for file in sorted(path for path in (place, *place.rglob("*")) if path.is_file()):
+            _take_away(file.relative_to(repository), repository, undo)
     for file in sorted(staged, key=lambda path: path.name == NAME):
         _take_away(file, repository, undo)
         (repository / file).parent.mkdir(parents=True, exist_ok=True)
         os.replace(stage / file, repository / file)
     os.replace(undo, stage / UNDO)  # from here on, nothing is put back
+    for name in absent:
+        shutil.rmtree(repository / name, ignore_errors=True)
 
 
 def _take_away(file: Path, repository: Path, undo: Path) -> None:

@@ -1,13 +1,23 @@
-"""Loading the tokenizers of a checkpoint."""
+"""Loading the tokenizers of a checkpoint, and checking what is exported of them."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from export.checkpoint import Checkpoint, first_line
 from networks.loading import CheckpointError
+
+# Texts on which tokenizers of different rules differ: case, accents, spaces, digits, scripts.
+TEXTS = (
+    "", "a", "a small green star on white", "A Photo of 3 CATS, 8k, f/1.8", "naïve café Ångström",
+    "  two  spaces\tand a tab\nand a line ", "it's won't we'll", "(a:1.2) [b] <c> {d} #e_f",
+    "Straße, İstanbul, ﬁne, Ⅳ, ½", "红色的圆 赤い丸 빨간 원", "красный круг", "🟢 star ⭐️",
+    "1234567",
+)  # fmt: skip
 
 
 def load_tokenizer(checkpoint: Checkpoint, part: str) -> Any:
@@ -24,3 +34,36 @@ def load_tokenizer(checkpoint: Checkpoint, part: str) -> Any:
         text = f"{folder} has no tokenizer that can be served: {first_line(error)}"
         raise CheckpointError(text) from error
     return tokenizer
+
+
+def check_ids(tokenizer: Any, folder: Path, file: Path) -> None:
+    """Compares the exported file's ids with those of the tokenizer that it was made from.
+
+    Args:
+        tokenizer: as transformers loads it.
+        folder: of the checkpoint that it was loaded from.
+        file: the exported one.
+
+    Raises:
+        CheckpointError: it names the first text whose ids differ.
+    """
+    exported = Tokenizer.from_file(str(file))
+    exported.no_padding()
+    exported.no_truncation()
+    own = folder / "tokenizer.json"
+    original = Tokenizer.from_file(str(own)) if own.is_file() else None
+    for text in TEXTS:
+        wanted = tokenizer(text, truncation=False, verbose=False)["input_ids"]
+        if exported.encode(text).ids != wanted:
+            raise CheckpointError(
+                f"{folder}: the exported tokenizer gives other ids for {text!r} than"
+                f" {type(tokenizer).__name__}; it cannot be served"
+            )
+        if original is None:
+            continue
+        plain = exported.encode(text, add_special_tokens=False).ids
+        if plain != original.encode(text, add_special_tokens=False).ids:
+            raise CheckpointError(
+                f"{own} gives other ids for {text!r} than transformers' {type(tokenizer).__name__}:"
+                " save it with save_pretrained of the transformers version that it was made with"
+            )

@@ -19,7 +19,8 @@ def with_tensors(config: str, part: Part) -> str:
     """`config` with the tensors of `part` below the marker."""
     settings = config.partition(MARKER)[0]
     blocks = [_block("input", name, spec) for name, spec in part.inputs.items()]
-    return settings + MARKER + "\n".join([*blocks, _block("output", *part.output)]) + "\n"
+    blocks += [_block("output", name, spec) for name, spec in part.outputs.items()]
+    return settings + MARKER + "\n".join(blocks) + "\n"
 
 
 def _block(kind: str, name: str, spec: TensorSpec) -> str:

@@ -1,15 +1,23 @@
-"""The UNet: `sample` (B, C, h, w) at `timestep` (B) to `model_output` (B, C, h, w)."""
+"""The UNet: `sample` (B, C, h, w) at `timestep` (B) to `model_output` (B, C, h, w).
+
+Besides the text tokens it takes what its family adds: `timestep_cond` (B, E) of distilled
+UNets, and SDXL's `text_embeds` (B, Dp) and `time_ids` (B, 6).
+"""
 
 from __future__ import annotations
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from export.checkpoint import Checkpoint
 from export.part import Part, TensorSpec, integers, normal
 from export.sizes import native_size, side_multiple
 from networks.loading import CheckpointError
+
+TIME_IDS = 6  # original height and width, top and left of the crop, target height and width
 
 
 class UNet(nn.Module):
@@ -35,55 +43,147 @@ class UNet(nn.Module):
         ).sample.float()
 
 
-def part(checkpoint: Checkpoint, fusion: Part) -> Part:
+class UNetXL(nn.Module):
+    """A UNet with SDXL's pooled text and sizes beside the tokens."""
+
+    def __init__(self, unet: UNet2DConditionModel):
+        super().__init__()
+        self.unet = unet
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor,
+        time_ids: Tensor,
+        timestep_cond: Tensor | None = None,
+    ) -> Tensor:
+        dtype = self.unet.dtype
+        if timestep_cond is not None:
+            timestep_cond = timestep_cond.to(dtype)
+        return self.unet(
+            sample.to(dtype),
+            timestep,
+            encoder_hidden_states.to(dtype),
+            timestep_cond=timestep_cond,
+            added_cond_kwargs={"text_embeds": text_embeds.to(dtype), "time_ids": time_ids},
+        ).sample.float()
+
+
+class UpcastAttention:
+    """Attention whose logits are computed in FP32, as `upcast_attention` asks for.
+
+    Diffusers' own fused attention ignores the setting; in FP16 such logits overflow.
+    """
+
+    def __call__(
+        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
+        **_: object,
+    ) -> Tensor:  # fmt: skip
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        batch, length, _ = hidden_states.shape
+        query, key, value = (
+            projected.view(batch, -1, attn.heads, projected.shape[-1] // attn.heads)
+            .transpose(1, 2)
+            .float()
+            for projected in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
+        )
+        mixed = scaled_dot_product_attention(query, key, value, scale=attn.scale)
+        mixed = mixed.transpose(1, 2).reshape(batch, length, -1).to(hidden_states.dtype)
+        return attn.to_out[0](mixed)
+
+
+def part(checkpoint: Checkpoint, fusion: Part, pooled: TensorSpec | None = None) -> Part:
     """The UNet behind a fusion head that was loaded before.
 
+    Args:
+        checkpoint: that the UNet is from.
+        fusion: the loaded head.
+        pooled: the encoders' `text_embeds`, where there is a second tower.
+
     Raises:
-        CheckpointError: its cross-attention is not as wide as the fused tokens, or it wants
-            inputs that no prompt gives.
+        CheckpointError: it does not fit the encoders, or requires inputs that no prompt gives.
     """
     unet = checkpoint.load("unet", UNet2DConditionModel)
-    channels, embedding = unet.config.in_channels, unet.config.time_cond_proj_dim
-    _check_inputs(unet)
-    hidden_axes = fusion.output[1].axes
-    if unet.config.cross_attention_dim != hidden_axes[-1]:
-        raise CheckpointError(
-            f"unet has cross_attention_dim {unet.config.cross_attention_dim},"
-            f" fusion has width {hidden_axes[-1]}"
-        )
-    latent = TensorSpec(torch.float32, (channels, "height", "width"))
+    check_inputs(unet.config, pooled.axes[0] if pooled else None)
+    hidden = fusion.outputs["encoder_hidden_states"]
+    check_width(unet.config, hidden.axes[-1])
+    for module in unet.modules():
+        if isinstance(module, Attention) and module.upcast_attention and not module.group_norm:
+            module.set_processor(UpcastAttention())
+    latent = TensorSpec(torch.float32, (unet.config.in_channels, "height", "width"))
     inputs = {
         "sample": latent,
         "timestep": TensorSpec(torch.float32, ()),
-        "encoder_hidden_states": TensorSpec(torch.float32, hidden_axes),
+        "encoder_hidden_states": hidden,
     }
-    if embedding:
-        inputs["timestep_cond"] = TensorSpec(torch.float32, (embedding,))
+    if unet.config.addition_embed_type:
+        inputs |= {"text_embeds": pooled, "time_ids": TensorSpec(torch.float32, (TIME_IDS,))}
+    if unet.config.time_cond_proj_dim:
+        inputs["timestep_cond"] = TensorSpec(torch.float32, (unet.config.time_cond_proj_dim,))
     multiple = side_multiple(unet.config)
 
     def example(batch: int, size: int) -> dict[str, Tensor]:
-        shape = (batch, channels, multiple * size, multiple * (size + 1))
+        sides = {"height": multiple * size, "width": multiple * (size + 1)}
         tensors = {
-            "sample": normal(shape),
-            "timestep": integers((batch,), 1000).float(),
-            "encoder_hidden_states": normal((batch, *hidden_axes)),
+            name: normal((batch, *(sides.get(axis, axis) for axis in spec.axes)))
+            for name, spec in inputs.items()
         }
-        if embedding:
-            tensors["timestep_cond"] = normal((batch, embedding))
+        tensors["timestep"] = integers((batch,), 1000).float()
+        if "time_ids" in tensors:
+            tensors["time_ids"] = integers((batch, TIME_IDS), 1024).float()
         return tensors
 
-    return Part(
-        "unet", UNet(unet), inputs, ("model_output", latent), example, side=native_size(checkpoint)
-    )
+    wrapped = UNetXL(unet) if "time_ids" in inputs else UNet(unet)
+    side = native_size(checkpoint)
+    return Part("unet", wrapped, inputs, {"model_output": latent}, example, side=side)
 
 
-def _check_inputs(unet: UNet2DConditionModel) -> None:
-    config = unet.config
-    for name in ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type"):
+def check_inputs(config, pooled: int | None) -> None:
+    """Checks that a UNet's configuration requires only inputs that a prompt gives.
+
+    Args:
+        config: of the UNet.
+        pooled: width of `text_embeds`, or None without a second tower.
+
+    Raises:
+        CheckpointError: it names the field.
+    """
+    for name in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "encoder_hid_dim"):
         if config.get(name) is not None:
             raise CheckpointError(f"unet has {name} {config[name]}: such inputs are not served")
-    if config.in_channels != config.out_channels:
+    if config.get("dual_cross_attention"):
+        raise CheckpointError("unet has dual_cross_attention: such inputs are not served")
+    if config.get("attention_type", "default") != "default":
+        text = f"unet has attention_type {config['attention_type']}: such inputs are not served"
+        raise CheckpointError(text)
+    added = config.get("addition_embed_type")
+    if added not in (None, "text_time") or (added and pooled is None):
+        text = f"unet has addition_embed_type {added}: such inputs are not served"
+        raise CheckpointError(f"{text} without SDXL's text_encoder_2" if pooled is None else text)
+    if added is None and pooled is not None:
+        text = "unet has addition_embed_type None, and the checkpoint has a text_encoder_2"
+        raise CheckpointError(f"{text}: with two towers it must be text_time")
+    if added:
+        width = pooled + TIME_IDS * (config.get("addition_time_embed_dim") or 0)
+        if config.get("projection_class_embeddings_input_dim") != width:
+            raise CheckpointError(
+                "unet has projection_class_embeddings_input_dim"
+                f" {config.get('projection_class_embeddings_input_dim')}, text_encoder_2 and"
+                f" time_ids have {width}"
+            )
+    channels = config.get("in_channels", 4), config.get("out_channels", 4)
+    if channels[0] != channels[1]:
         raise CheckpointError(
-            f"unet has in_channels {config.in_channels} and out_channels {config.out_channels}:"
+            f"unet has in_channels {channels[0]} and out_channels {channels[1]}:"
             " only UNets that paint from noise alone are served"
         )
+
+
+def check_width(config, width: int, source: str = "fusion has width") -> None:
+    """Raises CheckpointError where a cross-attention is not as wide as the tokens."""
+    given = config.get("cross_attention_dim", 1280)
+    widths = set(given) if isinstance(given, list | tuple) else {given}
+    if widths != {width}:
+        raise CheckpointError(f"unet has cross_attention_dim {given}, {source} {width}")

@@ -67,12 +67,21 @@ def part(checkpoint: Checkpoint, latent_channels: int) -> Part:
         name="vqgan_decoder",
         module=decoder,
         inputs={"latent": TensorSpec(torch.float32, (channels, "height", "width"))},
-        output=("image", TensorSpec(torch.float32, (3, "image_height", "image_width"))),
+        outputs={"image": TensorSpec(torch.float32, (3, "image_height", "image_width"))},
         example=lambda batch, size: {"latent": normal((batch, channels, 4 * size, 4 * size + 4))},
-        # A codebook rounded to FP16 has other nearest codes.
-        full_precision=(vae.quantize,) if decoder.looks_up else (),
+        full_precision=_full_precision(checkpoint, decoder),
         side=native_size(checkpoint),
     )
+
+
+def _full_precision(checkpoint: Checkpoint, decoder: Decoder) -> tuple[nn.Module, ...]:
+    """Modules that FP16 breaks."""
+    if decoder.looks_up:
+        return (decoder.vae.quantize,)  # rounded, a codebook has other nearest codes
+    # SDXL's autoencoder overflows in FP16; diffusers reads the setting in SDXL's pipeline alone.
+    if "text_encoder_2" in checkpoint.folders and decoder.vae.config.get("force_upcast"):
+        return (decoder.vae,)
+    return ()
 
 
 def _scaling(config: Mapping[str, Any]) -> tuple[Factor, Factor]:

@@ -52,7 +52,7 @@ def text_model(folder: Path, kind: str) -> Path:
     """Writes a text model with its tokenizer, as a hub repository holds them."""
     torch.manual_seed(0)
     config_class, model_class, tokenizer_class, sizes = TEXT_MODELS[kind]
-    tokenizer = _tokenizer(tokenizer_class)
+    tokenizer = trained_tokenizer(tokenizer_class)
     special = {
         name: getattr(tokenizer, name)
         for name in ("pad_token_id", "bos_token_id", "eos_token_id")
@@ -66,7 +66,7 @@ def text_model(folder: Path, kind: str) -> Path:
 def tiny_checkpoint(folder: Path, timestep_cond: int | None = None) -> Path:
     """Writes a checkpoint of 32-pixel pictures whose parts all do something."""
     torch.manual_seed(0)
-    bert_tokenizer = _tokenizer(BertTokenizer)
+    bert_tokenizer = trained_tokenizer(BertTokenizer)
     bert = BertModel(BertConfig(vocab_size=len(bert_tokenizer), **TOWER))
     fusion = FusionHead(width=32, bert_width=32, bert_layers=(1, 2), heads=2)
     for level in fusion.levels:
@@ -102,14 +102,14 @@ def stable_diffusion(folder: Path, distilled: bool) -> Path:
 
 
 @cache  # two trainings number the same tokens differently
-def _tokenizer(tokenizer_class: type) -> Any:
+def trained_tokenizer(tokenizer_class: type) -> Any:
     tokenizer = tokenizer_class().train_new_from_iterator(CAPTIONS, 300)
     tokenizer.model_max_length = TOKENS
     return tokenizer
 
 
 def _clip() -> dict:
-    tokenizer = _tokenizer(CLIPTokenizer)
+    tokenizer = trained_tokenizer(CLIPTokenizer)
     config = CLIPTextConfig(
         vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id, **TOWER,

@@ -63,7 +63,7 @@ def export_command(*arguments: str | Path) -> Result:
 
 def identity(part: Part, precision: Precision) -> str:
     """Of what a conversion depends on; wherever a model was read from, it is the same."""
-    made_of = hashlib.sha256(f"{part.name} {part.inputs} {part.output} {precision}".encode())
+    made_of = hashlib.sha256(f"{part.name} {part.inputs} {part.outputs} {precision}".encode())
     for name, module in part.module.named_modules():
         told = dict(vars(module))
         for config in (told.pop("config", {}), told.pop("_internal_dict", {})):

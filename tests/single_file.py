@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -13,7 +14,14 @@ RESNET = {
 }  # fmt: skip
 TOP = {
     "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
     "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
+}  # fmt: skip
+OPEN_CLIP = {
+    "encoder.layers.": "transformer.resblocks.", "self_attn.": "attn.", "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
+    "final_layer_norm": "ln_final", "embeddings.token_embedding": "token_embedding",
+    "embeddings.position_embedding.weight": "positional_embedding",
 }  # fmt: skip
 ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
@@ -34,6 +42,46 @@ def write_single_file(checkpoint: Path, file: Path, metadata: dict[str, str] | N
     return file
 
 
+def write_xl_single_file(checkpoint: Path, file: Path) -> Path:
+    """SDXL's parts in one file; its second level alone has attention."""
+    tensors = {}
+    for part, prefix, rename in (
+        ("unet", "model.diffusion_model.", lambda name: unet_name(name, attention=1)),
+        ("vae", "first_stage_model.", vae_name),
+        ("text_encoder", "conditioner.embedders.0.transformer.", clip_name),
+    ):
+        for name, tensor in weights_of(checkpoint / part).items():
+            new = rename(name)
+            tensors[prefix + new] = as_convolution(new, tensor).contiguous()
+    second = open_clip(weights_of(checkpoint / "text_encoder_2"))
+    prefix = "conditioner.embedders.1.model."
+    save_file(tensors | {prefix + name: tensor for name, tensor in second.items()}, file)
+    return file
+
+
+def weights_of(folder: Path) -> dict[str, Tensor]:
+    (weights,) = folder.glob("*.safetensors")
+    return load_file(weights)
+
+
+def open_clip(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A tower under OpenCLIP's names; query, key and value are one tensor there."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        short = name.removeprefix("text_model.")
+        if ".self_attn." in short and ".out_proj." not in short:
+            continue
+        for ours, theirs in OPEN_CLIP.items():
+            short = short.replace(ours, theirs)
+        tensors[short] = tensor.contiguous()
+    tensors["text_projection"] = tensors.pop("text_projection.weight").T.contiguous()
+    for name in [name for name in weights if ".q_proj." in name]:
+        joined = torch.cat([weights[name.replace(".q_", f".{kind}_")] for kind in "qkv"])
+        layer, kind = name.split("layers.")[1].split(".")[0], name.rpartition(".")[2]
+        tensors[f"transformer.resblocks.{layer}.attn.in_proj_{kind}"] = joined
+    return tensors
+
+
 def clip_name(name: str) -> str:
     return name if name.startswith("text_model.") else f"text_model.{name}"
 
@@ -44,8 +92,8 @@ def as_convolution(name: str, tensor: Tensor) -> Tensor:
     return tensor[..., None, None] if projection else tensor
 
 
-def unet_name(name: str, layers: int = 1, levels: int = 2) -> str:
-    """For a UNet of one layer a block, whose first level alone has attention."""
+def unet_name(name: str, layers: int = 1, levels: int = 2, attention: int = 0) -> str:
+    """For a UNet of one layer a block, one level of which has attention."""
     for ours, theirs in TOP.items():
         if name.startswith(f"{ours}."):
             return theirs + name.removeprefix(ours)
@@ -57,7 +105,7 @@ def unet_name(name: str, layers: int = 1, levels: int = 2) -> str:
     if rest[0] == "downsamplers":
         return f"input_blocks.{(layers + 1) * (level + 1)}.0.op.{rest[-1]}"
     if rest[0] == "upsamplers":
-        with_attention = level == levels - 1
+        with_attention = level == levels - 1 - attention
         place = 2 if with_attention else 1
         return f"output_blocks.{(layers + 1) * level + layers}.{place}.conv.{rest[-1]}"
     within = 0 if rest[0] == "resnets" else 1

@@ -174,9 +174,13 @@ def test_a_pruned_text_model_is_kept_and_gated_against_the_one_of_bert(foreign, 
     assert [line["model"] for line in lines if line["pruning"]] == ["bert"]
 
 
-def test_a_checkpoint_without_bert_says_what_to_do(foreign):
+def test_a_fusion_head_without_its_bert_says_what_to_do(tiny, tmp_path):
+    source = Path(shutil.copytree(tiny, tmp_path / "source"))
+    index = json.loads((source / "model_index.json").read_text())
+    del index["bert"], index["bert_tokenizer"]
+    (source / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="lacks its part bert/; --bert names"):
-        open_checkpoint(foreign[0])
+        open_checkpoint(source)
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from families import EULER, XL_UNET, Family, write_family
 from safetensors.torch import load_file, save_file
-from single_file import write_single_file
-from transformers import CLIPTextModel
+from single_file import write_single_file, write_xl_single_file
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from checkpoints import stable_diffusion, text_model
+from export import checkpoint as checkpoint_module
 from export.checkpoint import open_checkpoint
 from export.macs import native_rows
 from export.pipeline import write
@@ -133,14 +135,18 @@ def twin(folder: Path) -> Path:
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     ).save_pretrained(source / "unet")  # fmt: skip
-    AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(32, 32, 64), sample_size=256,
-    ).save_pretrained(source / "vae")  # fmt: skip
+    vae_of_32_groups(source / "vae")
     encoder = CLIPTextModel.from_pretrained(source / "text_encoder")
     encoder.config.num_attention_heads = 1
     encoder.save_pretrained(source / "text_encoder")
     return source
+
+
+def vae_of_32_groups(folder: Path) -> None:
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(32, 32, 64), sample_size=256,
+    ).save_pretrained(folder)  # fmt: skip
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -254,7 +260,7 @@ def test_former_names_of_bert_are_read_and_those_of_clip_left_alone(tiny, tmp_pa
     index["tokenizer_2"] = ["transformers", "CLIPTokenizer"]
     (former / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="lacks its part bert/; --bert names"):
-        open_checkpoint(former)
+        open_checkpoint(former)  # its fusion head was trained with one
 
 
 def lfs_weights(folder: Path) -> None:
@@ -444,13 +450,40 @@ def refusal(folder: Path) -> str:
     return ""
 
 
-def test_a_single_file_of_another_family_is_named_before_it_is_read(plain, bert, tmp_path):
+def test_a_single_file_of_another_family_is_named_before_it_is_read(plain, tmp_path, monkeypatch):
     file = write_single_file(plain, tmp_path / "xl.safetensors")
     tensors = {
         name.replace("cond_stage_model.", "conditioner.embedders.0."): tensor
         for name, tensor in load_file(file).items()
     }
     save_file(tensors, file)
-    source = Source(str(file), bert=str(bert), tokenizer=str(plain / "tokenizer"))
+    monkeypatch.setattr(checkpoint_module, "PIPELINES", ("StableDiffusionPipeline",))
+    source = Source(str(file), tokenizer=str(plain / "tokenizer"))
     with pytest.raises(CheckpointError, match="StableDiffusionXLPipeline, which is not served"):
         open_checkpoint(source)
+
+
+def test_a_single_file_of_sdxl_has_the_parts_of_its_folder(tmp_path):
+    heads = {"attention_head_dim": (1, 1), "addition_time_embed_dim": 256,
+             "projection_class_embeddings_input_dim": 24 + 6 * 256, "norm_num_groups": 32,
+             "block_out_channels": (32, 64)}  # fmt: skip
+    folder = write_family(tmp_path / "xl", Family(XL_UNET | heads, EULER, xl=True))
+    vae_of_32_groups(folder / "vae")
+    file = write_xl_single_file(folder, tmp_path / "xl.safetensors")
+    opened = open_checkpoint(Source(str(file), tokenizer=str(folder)))
+    assert opened.folders["tokenizer_2"] != opened.folders["tokenizer"]
+    whole = open_checkpoint(folder)
+    for part, model_class in (
+        ("unet", UNet2DConditionModel), ("vae", AutoencoderKL), ("text_encoder", CLIPTextModel),
+        ("text_encoder_2", CLIPTextModelWithProjection),
+    ):  # fmt: skip
+        ours, theirs = (c.load(part, model_class).state_dict() for c in (opened, whole))
+        assert ours.keys() == theirs.keys()
+        for name, tensor in theirs.items():
+            assert torch.equal(ours[name], tensor), (part, name)
+    fields = ("block_out_channels", "down_block_types", "up_block_types", "cross_attention_dim",
+              "projection_class_embeddings_input_dim", "use_linear_projection")  # fmt: skip
+    given, made = whole.config("unet"), opened.config("unet")
+    assert {name: made[name] for name in fields} == {name: given[name] for name in fields}
+    bare = open_checkpoint(Source(str(file), tokenizer=str(folder / "tokenizer")))
+    assert bare.folders["tokenizer_2"] == bare.folders["tokenizer"]

@@ -151,7 +151,7 @@ class Frozen:
         Raises:
             CheckpointError: its widths are not those of the encoders.
         """
-        head = fusion.part(self.checkpoint, self.texts.clip, self.texts.bert).module.head
+        head = fusion.part(self.checkpoint, [self.texts.clip], self.texts.bert).module.head
         return head.requires_grad_(True).train().to(self.device)
 
     def encode(self, pictures: Tensor) -> Tensor:
@@ -234,7 +234,7 @@ def _clip_pair(checkpoint: Checkpoint) -> Part:
         name="clip_text",
         module=ClipPair(first, second),
         inputs={"input_ids": ids, "input_ids_2": ids},
-        output=("clip_tokens", TensorSpec(torch.float32, (lengths[0], width))),
+        outputs={"clip_tokens": TensorSpec(torch.float32, (lengths[0], width))},
         example=lambda batch, size: {},
     )
 

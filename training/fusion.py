@@ -24,7 +24,7 @@ import typer
 
 from export.checkpoint import Checkpoint, open_checkpoint
 from export.pipeline import native_side
-from export.vqgan_decoder import scale_factor
+from export.sizes import scale_factor
 from networks.fusion_head import FusionHead
 from networks.loading import CheckpointError
 from training.captioned import Captioned
@@ -184,6 +184,9 @@ def main(
         chosen = pick_device(device)
         check_out(out)
         opened = open_checkpoint(checkpoint, bert)
+        if "bert" not in opened.folders:
+            text = f"checkpoint {checkpoint} lacks its part bert/"
+            raise CheckpointError(f"{text}; --bert names a text model to take")
         preparation = Preparation(
             check_side(opened, side), crop, parse_bounds(keep), max_aspect, min_caption,
             max_caption, timeout, fetchers=fetchers,

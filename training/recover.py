@@ -182,7 +182,11 @@ def recover(
 
 
 def _pruned(opened: Checkpoint, original: Checkpoint, models: list[str] | None) -> list[str]:
-    pruned = [name for name, part in SOURCE.items() if pruning_of(opened.folders[part])]
+    pruned = [
+        name
+        for name, part in SOURCE.items()
+        if part in opened.folders and pruning_of(opened.folders[part])
+    ]
     if not pruned:
         raise CheckpointError(f"{opened.name} has no pruned model to recover")
     for name in models or pruned:

@@ -22,6 +22,9 @@ DATA_TYPES = {
     "guidance_rescale": "FP32",
     "guidance_start": "FP32",
     "guidance_end": "FP32",
+    "original_size": "INT32",
+    "crop_top_left": "INT32",
+    "target_size": "INT32",
     "num_images": "INT32",
     "image_format": "BYTES",
     "deterministic": "BOOL",
@@ -53,6 +56,11 @@ HELP = {
     ),
     "guidance_start": "Share of the steps after which guidance begins.",
     "guidance_end": "Share of the steps after which guidance ends.",
+    "original_size": (
+        "Height and width before training's resizing that the picture looks as if it had."
+    ),
+    "crop_top_left": "Top and left of the crop that the picture looks as if it were.",
+    "target_size": "Height and width that the picture looks as if it were trained at.",
     "num_images": "Number of images.",
     "image_format": (
         "File format. The default is valid in JSON; over gRPC, formats without _base64 save a "
@@ -86,6 +94,9 @@ ALLOWED = {
     "guidance_rescale": "0 to 1",
     "guidance_start": "0 to 1",
     "guidance_end": "0 to 1",
+    "original_size": "two of 1 to 1048576; of SDXL alone",
+    "crop_top_left": "two of 0 to 1048576; of SDXL alone",
+    "target_size": "two of 1 to 1048576; of SDXL alone",
     "num_images": "1 to 16",
     "image_format": (
         "png, jpeg, webp, avif, raw, png_base64, jpeg_base64, webp_base64, avif_base64, raw_base64"
@@ -96,6 +107,13 @@ ALLOWED = {
     "deadline_ms": "0 to 86400000",
     "progress": "true, false",
     "preview_every": "0 to 50",
+}
+
+# Elements of the fields that have several.
+COUNTS = {
+    "original_size": 2,
+    "crop_top_left": 2,
+    "target_size": 2,
 }
 
 STREAM_ONLY = ("progress", "preview_every")
@@ -116,6 +134,9 @@ class RequestFields(TypedDict, total=False):
     guidance_rescale: float | None
     guidance_start: float | None
     guidance_end: float | None
+    original_size: tuple[int, int] | None
+    crop_top_left: tuple[int, int] | None
+    target_size: tuple[int, int] | None
     num_images: int | None
     image_format: str | None
     deterministic: bool | None

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from twinbrush_client.fields import ALLOWED, DATA_TYPES, HELP, STREAM_ONLY
+from twinbrush_client.fields import ALLOWED, COUNTS, DATA_TYPES, HELP, STREAM_ONLY
 
 TYPES = {"BYTES": str, "INT64": int, "INT32": int, "FP32": float, "BOOL": bool}
 SHORT = {"num_images": "-n", "guidance_scale": "-g"}
@@ -28,6 +28,8 @@ def with_field_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def _option(name: str) -> inspect.Parameter:
     kind, flag = TYPES[DATA_TYPES[name]], "--" + name.replace("_", "-")
+    if name in COUNTS:
+        kind = tuple[(kind,) * COUNTS[name]]
     names = [SHORT[name], flag] if name in SHORT else [flag]
     text = HELP[name] if kind is bool else f"{HELP[name]} Allowed: {ALLOWED[name]}."
     annotation = Annotated[kind | None, typer.Option(*([] if kind is bool else names), help=text)]

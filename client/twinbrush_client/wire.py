@@ -20,7 +20,7 @@ from PIL import Image
 from tritonclient.grpc import service_pb2
 
 from twinbrush_client.errors import invalid
-from twinbrush_client.fields import ALLOWED, DATA_TYPES, STREAM_ONLY
+from twinbrush_client.fields import ALLOWED, COUNTS, DATA_TYPES, STREAM_ONLY
 
 _REQUEST: Any = vars(service_pb2)["ModelInferRequest"]  # pyright knows none of its names
 UNARY, STREAM = "text_to_image", "text_to_image_stream"
@@ -155,11 +155,18 @@ def checked(given: Mapping[str, Any]) -> dict[str, Any]:
             raise invalid(alias, value, allowed)
         if name in values:
             raise invalid(alias, value, f"is another name of {name}, which is given too")
-        values[name] = _typed(name, value)
+        values[name] = _typed_several(name, value) if name in COUNTS else _typed(name, value)
     wanted = values.setdefault("image_format", IMAGE_FORMATS[0])
     if wanted not in IMAGE_FORMATS:
         raise invalid("image_format", wanted, f"must be one of {', '.join(IMAGE_FORMATS)}")
     return values
+
+
+def _typed_several(name: str, value: Any) -> tuple[Any, ...]:
+    """The values of a field that has several."""
+    if not isinstance(value, list | tuple | np.ndarray) or len(value) != COUNTS[name]:
+        raise invalid(name, value, f"must be {COUNTS[name]} values")
+    return tuple(_typed(name, element) for element in value)
 
 
 def _typed(name: str, value: Any) -> Any:
@@ -198,12 +205,14 @@ def request(model: str, values: Mapping[str, Any]) -> Any:
     made = _REQUEST(model_name=model, id=uuid.uuid4().hex)
     for name, value in values.items():
         data_type = DATA_TYPES[name]
-        made.inputs.add(name=name, datatype=data_type, shape=[1])
+        made.inputs.add(name=name, datatype=data_type, shape=[COUNTS.get(name, 1)])
         if data_type == "BYTES":
             data = value.encode()
             made.raw_input_contents.append(struct.pack("<I", len(data)) + data)
         else:
-            made.raw_input_contents.append(struct.pack(FORMATS[data_type], value))
+            elements = value if isinstance(value, tuple) else (value,)
+            packed = [struct.pack(FORMATS[data_type], element) for element in elements]
+            made.raw_input_contents.append(b"".join(packed))
     return made
 
 
@@ -212,8 +221,9 @@ def inputs(values: Mapping[str, Any]) -> list[triton.InferInput]:
     tensors = []
     for name, value in values.items():
         raw = value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value
-        tensor = triton.InferInput(name, [1], DATA_TYPES[name])
-        tensor.set_data_from_numpy(np.array([raw], NUMPY_TYPES[DATA_TYPES[name]]))
+        elements = list(raw) if isinstance(raw, tuple) else [raw]
+        tensor = triton.InferInput(name, [len(elements)], DATA_TYPES[name])
+        tensor.set_data_from_numpy(np.array(elements, NUMPY_TYPES[DATA_TYPES[name]]))
         tensors.append(tensor)
     return tensors
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from twinbrush.engine.samplers import NoiseSchedule
 
+TIME_IDS = "time_ids"  # UNet input: original size, top and left of the crop, target size
 ENGINE = Path("text_to_image_stream/1")  # of a repository: where pipeline.json and tokenizers are
 MAX_SIDE_FACTOR = 4  # a side may be this many times the side that the model was trained on
 MAX_SIDE = 2048  # pixels; past 2,896 a decoder of 256 channels has tensors that cuDNN does not take
@@ -65,6 +66,7 @@ class PipelineConfig:
         unet_inputs: inputs of the UNet besides `sample` and `timestep`.
         timestep_cond: width E of the guidance embedding, or None where guidance takes two rows.
         latent_to_rgb: the linear map of previews, see `images.preview`.
+        zeros_for_empty_negative: whether an empty negative prompt is conditioned on zeros.
     """
 
     checkpoint: str
@@ -80,6 +82,12 @@ class PipelineConfig:
     unet_inputs: tuple[str, ...]
     timestep_cond: int | None
     latent_to_rgb: tuple[tuple[float, float, float], ...]
+    zeros_for_empty_negative: bool = False
+
+    @property
+    def takes_sizes(self) -> bool:
+        """Whether the UNet is conditioned on the sizes of pictures, as SDXL's is."""
+        return TIME_IDS in self.unet_inputs
 
     @property
     def native_side(self) -> int:

@@ -35,7 +35,8 @@ def stream_inputs() -> str:
 
 def _input(field: Field, optional: bool) -> str:
     tail = " optional: true" if optional else ""
-    return f'input {{ name: "{field.name}" data_type: TYPE_{field.data_type} dims: [ 1 ]{tail} }}\n'
+    kind = f"data_type: TYPE_{field.data_type} dims: [ {field.count} ]"
+    return f'input {{ name: "{field.name}" {kind}{tail} }}\n'
 
 
 def markdown() -> str:
@@ -80,6 +81,9 @@ def client_module() -> str:
         "",
         *_mapping("ALLOWED", ((f.name, f.rule.allowed().replace("`", "")) for f in rows)),
         "",
+        "# Elements of the fields that have several.",
+        *_mapping("COUNTS", ((f.name, f.count) for f in rows if f.count > 1)),
+        "",
         f"STREAM_ONLY = {tuple(f.name for f in rows if f.stream_only)!r}".replace("'", '"'),
         "",
         "",
@@ -93,8 +97,12 @@ def client_module() -> str:
     ])  # fmt: skip
 
 
-def _mapping(name: str, items: Iterable[tuple[str, str]]) -> list[str]:
-    lines = [line for key, value in items for line in _entry(key, value)]
+def _mapping(name: str, items: Iterable[tuple[str, str | int]]) -> list[str]:
+    lines = [
+        line
+        for key, value in items
+        for line in (_entry(key, value) if isinstance(value, str) else [f'    "{key}": {value},'])
+    ]
     return [f"{name} = {{", *lines, "}"]
 
 
@@ -114,7 +122,10 @@ def _entry(key: str, value: str) -> list[str]:
 
 
 def _attribute(field: Field) -> str:
-    return f"    {field.name}: {PYTHON_TYPES[field.data_type]} | None"
+    kind = PYTHON_TYPES[field.data_type]
+    if field.count > 1:
+        kind = f"tuple[{', '.join([kind] * field.count)}]"
+    return f"    {field.name}: {kind} | None"
 
 
 def replaced(text: str, marks: tuple[str, str], inner: str) -> str:

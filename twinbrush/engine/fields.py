@@ -167,6 +167,29 @@ class Side:
 
 
 @dataclass(frozen=True)
+class Pair:
+    """Two whole numbers from `low` to `high`, which only checkpoints with sizes take."""
+
+    low: int
+    high: int
+    max_bytes: int = 8
+    count = 2
+
+    def allowed(self) -> str:
+        return f"two of {self.low} to {self.high}; of SDXL alone"
+
+    def check(self, name: str, value: Any, config: PipelineConfig) -> tuple[int, int]:
+        pair = isinstance(value, list | tuple) and len(value) == self.count
+        if not pair or not all(type(v) is int and self.low <= v <= self.high for v in value):
+            allowed = f"must be two integers between {self.low} and {self.high}"
+            raise InvalidArgument(name, value, allowed)
+        if not config.takes_sizes:
+            allowed = f"is no input of {config.checkpoint}; only SDXL checkpoints have it"
+            raise InvalidArgument(name, value, allowed)
+        return value[0], value[1]
+
+
+@dataclass(frozen=True)
 class Choice:
     """One of some names."""
 
@@ -233,8 +256,13 @@ class Field:
     def required(self) -> bool:
         return self.default is REQUIRED
 
+    @property
+    def count(self) -> int:
+        """Elements of the tensor."""
+        return getattr(self.rule, "count", 1)
+
     def parse(self, tensor: np.ndarray | None, config: PipelineConfig) -> Any:
-        """The field's value, from a tensor of one element; None takes the default.
+        """The field's value, from a tensor of `count` elements; None takes the default.
 
         Raises:
             InvalidArgument: the value is not allowed.
@@ -244,15 +272,15 @@ class Field:
                 raise InvalidArgument(self.name, None, "must be given")
             default = self.default
             return default.value(config) if isinstance(default, FromConfig) else default
-        return self.rule.check(self.name, single(self.name, tensor), config)
+        return self.rule.check(self.name, self._value(tensor), config)
 
     def measure(self, tensor: np.ndarray) -> None:
         """Refuses a tensor that is too large to be read, without reading it.
 
         Raises:
-            InvalidArgument: it has more than one element, or too many bytes.
+            InvalidArgument: it has more or fewer than `count` elements, or too many bytes.
         """
-        value = single(self.name, tensor)
+        value = self._value(tensor)
         if isinstance(value, str | bytes) and len(value) > self.rule.max_bytes:
             size = f"it has {len(value)} bytes"
             if isinstance(self.rule, Text):
@@ -260,6 +288,13 @@ class Field:
             else:
                 limit = f"must have at most {self.rule.max_bytes} bytes"
             raise InvalidArgument(self.name, value, f"{limit}; {size}")
+
+    def _value(self, tensor: np.ndarray) -> Any:
+        if self.count == 1:
+            return single(self.name, tensor)
+        if tensor.size != self.count:
+            raise InvalidArgument(self.name, list(tensor.shape), f"must have shape [{self.count}]")
+        return tensor.reshape(-1).tolist()
 
 
 def row(data_type: str, default: Any, rule: Rule, text: str, stream_only: bool = False) -> Any:

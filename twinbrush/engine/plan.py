@@ -12,7 +12,7 @@ import numpy as np
 from twinbrush.engine.batcher import CallKey, Claim
 from twinbrush.engine.capacity import Capacity, capacities
 from twinbrush.engine.conditioning import Text
-from twinbrush.engine.config import PipelineConfig
+from twinbrush.engine.config import TIME_IDS, PipelineConfig
 from twinbrush.engine.denoise import Painting
 from twinbrush.engine.guidance import Guidance, guidance_embedding, needs_negative
 from twinbrush.engine.request import FIELDS, GenerationRequest
@@ -58,6 +58,12 @@ class Planner:
             scale = request.guidance_scale if rows == 1 else 1.0
             embedding = guidance_embedding(scale, config.timestep_cond)
             conditioning["timestep_cond"] = np.tile(embedding, (rows, 1))
+        if rows == 2 and config.zeros_for_empty_negative and not request.negative_prompt:
+            for name, tensor in encoded.items():
+                conditioning[name] = np.stack([tensor[0], np.zeros_like(tensor[0])])
+        if config.takes_sizes:
+            sizes = np.array(request.time_ids, np.float32)
+            conditioning[TIME_IDS] = np.tile(sizes, (rows, 1))
         return [
             Painting(
                 trajectory=self._trajectory(request),

@@ -26,6 +26,7 @@ from twinbrush.engine.fields import (
     Integer,
     InvalidArgument,
     Number,
+    Pair,
     Side,
     Text,
     row,
@@ -40,6 +41,7 @@ MAX_ID_CHARACTERS = 256
 MAX_GUIDANCE_SCALE = 50.0
 MAX_IMAGES = 16
 MAX_SEED = 2**63 - 1
+MAX_PIXELS_A_SIDE = 2**20  # of sizes that SDXL is conditioned on
 MAX_DEADLINE_MS = 24 * 3600 * 1000
 PRIORITIES = ("low", "normal", "high")
 CHECKPOINTS_OWN = "default"  # sigma schedule
@@ -48,6 +50,7 @@ NOT_IN_METADATA = frozenset({
     "num_images", "image_format", "metadata", "priority", "deadline_ms", "progress",
     "preview_every",
 })  # fmt: skip
+SIZES = ("original_size", "crop_top_left", "target_size")  # of SDXL alone
 
 _NATIVE_WIDTH = FromConfig("checkpoint's", lambda config: config.native_width)
 _NATIVE_HEIGHT = FromConfig("checkpoint's", lambda config: config.native_height)
@@ -101,6 +104,18 @@ class GenerationRequest:
     guidance_end: float = row(
         "FP32", 1.0, Number(0, 1), "Share of the steps after which guidance ends."
     )
+    original_size: tuple[int, int] | None = row(
+        "INT32", FromConfig("height, width", lambda config: None), Pair(1, MAX_PIXELS_A_SIDE),
+        "Height and width before training's resizing that the picture looks as if it had.",
+    )  # fmt: skip
+    crop_top_left: tuple[int, int] | None = row(
+        "INT32", FromConfig("0, 0", lambda config: None), Pair(0, MAX_PIXELS_A_SIDE),
+        "Top and left of the crop that the picture looks as if it were.",
+    )  # fmt: skip
+    target_size: tuple[int, int] | None = row(
+        "INT32", FromConfig("height, width", lambda config: None), Pair(1, MAX_PIXELS_A_SIDE),
+        "Height and width that the picture looks as if it were trained at.",
+    )  # fmt: skip
     num_images: int = row("INT32", 1, Integer(1, MAX_IMAGES), "Number of images.")
     image_format: str = row(
         "STRING", "png_base64", Choice(IMAGE_FORMATS),
@@ -161,6 +176,16 @@ class GenerationRequest:
         return request
 
     @property
+    def time_ids(self) -> tuple[int, ...]:
+        """SDXL's sizes: original height and width, top and left of the crop, target height, width.
+
+        The negative prompt's are the same, as diffusers defaults to.
+        """
+        size = self.height, self.width
+        crop = self.crop_top_left or (0, 0)
+        return (*(self.original_size or size), *crop, *(self.target_size or size))
+
+    @property
     def chosen_sigma_schedule(self) -> str | None:
         """None where it is the checkpoint's own."""
         return None if self.sigma_schedule == CHECKPOINTS_OWN else self.sigma_schedule
@@ -176,6 +201,9 @@ class GenerationRequest:
         if not self.metadata:
             return {}
         values = {k: v for k, v in dataclasses.asdict(self).items() if k not in NOT_IN_METADATA}
+        for name in SIZES:
+            if values[name] is None:
+                del values[name]
         values |= {"seed": self.seed + index, "checkpoint": config.checkpoint}
         if checkpoint_hash:
             values["checkpoint_hash"] = checkpoint_hash

@@ -1,0 +1,237 @@
+"""Checkpoint families: pictures equal those of diffusers' own pipelines, from the same noise."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import diffusers
+import diffusers.schedulers.scheduling_euler_ancestral_discrete as euler_ancestral
+import diffusers.schedulers.scheduling_lcm as lcm
+import numpy as np
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention
+from families import FAMILIES, Family, write_family
+from harness import contents, open_engine, skeleton
+from transformers import AutoTokenizer
+
+from checkpoints import TEXT_MODELS, text_model
+from export.checkpoint import open_checkpoint
+from export.painting import paint
+from export.precision import Precision, in_precision
+from export.repository import build, load_parts
+from export.source import Source
+from export.tokenizer import check_ids
+from networks.loading import CheckpointError
+from twinbrush.engine.fields import InvalidArgument
+from twinbrush_client import Client
+from twinbrush_client.errors import InvalidRequest
+
+PROMPT = "a large red circle left of a star"
+
+
+def draws():
+    """The noise of an image of seed 0, in the order in which the engine draws it."""
+    rng = np.random.default_rng(0)
+    return lambda *_, **__: torch.from_numpy(rng.standard_normal((1, 4, 16, 16), np.float32))
+
+
+def paint_with_diffusers(source: Path, family: Family, monkeypatch, **options) -> np.ndarray:
+    """The pixels, (H, W, 3) from 0 to 255, of the checkpoint's own pipeline."""
+    pipeline = getattr(diffusers, family.pipeline).from_pretrained(source, **options_of(family))
+    pipeline.set_progress_bar_config(disable=True)
+    if not hasattr(pipeline.text_encoder, "text_model"):  # as clip_skip of diffusers names it
+        vars(pipeline.text_encoder)["text_model"] = pipeline.text_encoder
+    if family.vq:  # pipelines hand a generator to the decoder, which VQModel does not take
+        decode = pipeline.vae.decode
+        pipeline.vae.decode = lambda latent, generator=None, **kept: decode(latent, **kept)
+    draw = draws()
+    for module in (lcm, euler_ancestral):
+        monkeypatch.setattr(module, "randn_tensor", draw)
+    latents = draw()
+    return 255 * pipeline(
+        PROMPT, num_inference_steps=family.steps, guidance_scale=family.guidance_scale,
+        latents=latents, output_type="np", **options,
+    ).images[0]  # fmt: skip
+
+
+def options_of(family: Family) -> dict:
+    return {} if family.xl else {"safety_checker": None, "feature_extractor": None}
+
+
+def paint_served(repository: Path, family: Family, **fields: np.ndarray) -> np.ndarray:
+    engine = open_engine(repository)
+    try:
+        (picture,) = paint(
+            engine, [PROMPT], steps=np.array([family.steps]),
+            guidance_scale=np.array([family.guidance_scale]), **fields,
+        )  # fmt: skip
+    finally:
+        engine.close()
+    return picture
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Writes and exports a family, once: its checkpoint and its repository."""
+    made: dict[str, tuple[Path, Path]] = {}
+    folder = tmp_path_factory.mktemp("families")
+
+    def export(name: str) -> tuple[Path, Path]:
+        if name not in made:
+            source = write_family(folder / name.replace("/", "--"), FAMILIES[name])
+            repository = skeleton(folder / f"{source.name}-served")
+            build(open_checkpoint(source), repository)
+            made[name] = source, repository
+        return made[name]
+
+    return export
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_pictures_are_those_of_diffusers_own_pipeline(name, exported, monkeypatch):
+    family = FAMILIES[name]
+    source, repository = exported(name)
+    ours = paint_served(repository, family)
+    theirs = paint_with_diffusers(source, family, monkeypatch)
+    assert theirs.std() > 2
+    assert np.abs(ours - theirs).max() <= 2
+
+
+XL = "stabilityai/stable-diffusion-xl-base-1.0"
+
+
+def test_sizes_of_sdxl_are_those_of_diffusers(exported, monkeypatch):
+    source, repository = exported(XL)
+    ours = paint_served(
+        repository, FAMILIES[XL], original_size=np.array([40, 700]),
+        crop_top_left=np.array([3, 500]), target_size=np.array([128, 64]),
+    )  # fmt: skip
+    theirs = paint_with_diffusers(
+        source, FAMILIES[XL], monkeypatch, original_size=(40, 700),
+        crops_coords_top_left=(3, 500), target_size=(128, 64),
+    )  # fmt: skip
+    assert np.abs(ours - theirs).max() <= 2
+    assert np.abs(paint_served(repository, FAMILIES[XL]) - ours).max() > 2
+
+
+def test_checkpoints_without_sizes_refuse_them_by_name(exported):
+    _, repository = exported("runwayml/stable-diffusion-v1-5")
+    with pytest.raises(InvalidArgument, match=r"target_size=\[64, 64\] is invalid: is no input"):
+        paint_served(repository, FAMILIES[XL], target_size=np.array([64, 64]))
+
+
+def test_a_text_model_beside_sdxl_changes_nothing_until_it_is_trained(exported, tmp_path):
+    source, repository = exported(XL)
+    served = skeleton(tmp_path / "served")
+    build(open_checkpoint(source, text_model(tmp_path / "bert", "bert")), served)
+    plain, beside = (paint_served(place, FAMILIES[XL]) for place in (repository, served))
+    assert (served / "bert" / "1" / "model.onnx").exists()
+    assert np.abs(plain.astype(int) - beside).max() <= 1
+
+
+def test_models_that_a_checkpoint_lacks_leave_the_repository(exported, tmp_path):
+    source, _ = exported(XL)
+    plain, _ = exported("runwayml/stable-diffusion-v1-5")
+    served = skeleton(tmp_path / "served")
+    build(open_checkpoint(source), served)
+    assert (served / "clip_text_2" / "1" / "model.onnx").exists()
+    assert not (served / "bert").exists()
+    build(open_checkpoint(plain, text_model(tmp_path / "bert", "bert")), served)
+    assert not (served / "clip_text_2").exists()
+    assert 'name: "bert"' in (served / "bert" / "config.pbtxt").read_text()
+    models = json.loads((served / "MANIFEST.json").read_text())["models"]
+    assert [m["model"] for m in models] == ["clip_text", "bert", "fusion", "unet", "vqgan_decoder"]
+    assert not [name for name in contents(served) if "clip_tokenizer_2" in name]
+
+
+def test_clip_skip_is_that_of_diffusers(exported, tmp_path, monkeypatch):
+    name = "runwayml/stable-diffusion-v1-5"
+    source, _ = exported(name)
+    plain = replace(FAMILIES[name], guidance_scale=1.0)  # diffusers skips for the prompt alone
+    served = skeleton(tmp_path / "served")
+    build(open_checkpoint(Source(str(source), clip_skip=1)), served)
+    ours = paint_served(served, plain)
+    theirs = paint_with_diffusers(source, plain, monkeypatch, clip_skip=1)
+    assert np.abs(ours - theirs).max() <= 2
+    with pytest.raises(CheckpointError, match="--clip-skip 2 is invalid: text_encoder has 3"):
+        open_checkpoint(Source(str(source), clip_skip=2))
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("unet", {"class_embed_type": "timestep"}, "unet has class_embed_type timestep"),
+        ("unet", {"num_class_embeds": 3}, "unet has num_class_embeds 3"),
+        ("unet", {"encoder_hid_dim": 32}, "unet has encoder_hid_dim 32"),
+        ("unet", {"dual_cross_attention": True}, "unet has dual_cross_attention"),
+        ("unet", {"attention_type": "gated"}, "unet has attention_type gated"),
+        ("unet", {"addition_embed_type": "image"}, "unet has addition_embed_type image"),
+        ("unet", {"addition_embed_type": None}, "must be text_time"),
+        ("unet", {"addition_time_embed_dim": 9}, "unet has projection_class_embeddings_input_dim"),
+        ("unet", {"cross_attention_dim": 32}, "text_encoder_2 have together 72"),
+        ("text_encoder_2", {"max_position_embeddings": 20}, "text_encoder_2 has 20"),
+    ],
+)
+def test_what_no_prompt_gives_is_refused_before_weights_are_read(
+    part, change, message, exported, tmp_path
+):
+    source = Path(shutil.copytree(exported(XL)[0], tmp_path / "source"))
+    for weights in source.rglob("*.safetensors"):
+        weights.write_bytes(b"")
+    file = source / part / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(source)
+
+
+@pytest.mark.parametrize("kind", TEXT_MODELS)
+def test_exported_token_ids_are_those_of_the_tokenizer(kind, exported, tmp_path):
+    folder = text_model(tmp_path / kind, kind)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    file = tmp_path / "tokenizer.json"
+    tokenizer.backend_tokenizer.save(str(file))
+    check_ids(tokenizer, folder, file)
+    changed = json.loads(file.read_text())
+    changed["normalizer"] = {"type": "Prepend", "prepend": "x"}
+    file.write_text(json.dumps(changed))
+    with pytest.raises(CheckpointError, match="the exported tokenizer gives other ids for 'a'"):
+        check_ids(tokenizer, folder, file)
+
+
+def test_sdxl_through_the_real_server(exported, start_server, monkeypatch):
+    source, repository = exported(XL)
+    family = FAMILIES[XL]
+    theirs = paint_with_diffusers(source, family, monkeypatch, original_size=(30, 90))
+    server = start_server(repository)
+    server.wait_for("ready in")
+    with Client(server.address) as client:
+        (picture,) = client.generate(
+            PROMPT, seed=0, steps=family.steps, guidance_scale=family.guidance_scale,
+            original_size=(30, 90),
+        )  # fmt: skip
+        with pytest.raises(InvalidRequest, match="target_size"):
+            client.generate(PROMPT, target_size=(0, 5))
+    server.stop()
+    pixels = np.asarray(picture.convert("RGB"), float)
+    assert np.abs(pixels - theirs).max() <= 2
+
+
+def test_sdxls_decoder_keeps_full_precision_in_fp16(exported):
+    part = load_parts(open_checkpoint(exported(XL)[0]))["vqgan_decoder"]
+    halved = in_precision(part, Precision.FP16)
+    assert {p.dtype for p in halved.parameters()} == {torch.float32}
+
+
+def test_upcast_attention_has_finite_logits_in_fp16(exported):
+    part = load_parts(open_checkpoint(exported("stabilityai/stable-diffusion-2-1")[0]))["unet"]
+    for module in part.module.modules():
+        if isinstance(module, Attention):  # logits of about 1e6, FP16 ends at 65,504
+            for layer in (module.to_q, module.to_k):
+                torch.nn.init.constant_(layer.weight, 40.0)
+    inputs = part.example(1, 2) | {"encoder_hidden_states": torch.full((1, 16, 32), 4.0)}
+    with torch.no_grad():
+        assert torch.isfinite(in_precision(part, Precision.FP16)(**inputs)).all()
