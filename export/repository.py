@@ -283,7 +283,7 @@ def _check_loras(kept: dict[str, dict], repository: Path, checkpoint: Checkpoint
     for name, line in kept.items():
         fused = {(record["sha256"], record["scale"]) for record in line.get("loras", [])}
         for lora in checkpoint.serving.loras:
-            if PART_OF.get(name) in lora.parts and (lora.sha256, lora.scale) not in fused:
+            if PART_OF[name] in lora.parts and (lora.sha256, lora.scale) not in fused:
                 text = f"--lora {lora.file} changes {name}, which --only leaves out"
                 raise CheckpointError(f"{text}: {repository} has it without the LoRA")
 
@@ -297,13 +297,13 @@ def _build_model(checkpoint: Checkpoint, part: Part, target: Build) -> ModelRepo
     config = _configuration(target.repository, part.name)
     (target.stage / part.name / "config.pbtxt").write_text(with_tensors(config, part))
     files = sorted(folder.iterdir())
-    source = PART_OF.get(part.name)
+    source = PART_OF[part.name]
     report = ModelReport(
         model=part.name,
         parameters=sum(p.numel() for p in part.module.parameters()),
         macs=count_macs(part),
-        pruning=pruning_of(checkpoint.folders[source]) if source else None,
-        loras=checkpoint.loras_of(source) if source else [],
+        pruning=pruning_of(checkpoint.folders[source]) if source in SOURCE.values() else None,
+        loras=checkpoint.loras_of(source),
         bytes=sum(file.stat().st_size for file in files),
         sha256={file.name: sha256_of(file) for file in files},
         precision=target.precision.value,

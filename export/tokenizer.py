@@ -47,11 +47,8 @@ def check_ids(tokenizer: Any, folder: Path, file: Path) -> None:
     Raises:
         CheckpointError: it names the first text whose ids differ.
     """
-    exported = Tokenizer.from_file(str(file))
-    exported.no_padding()
-    exported.no_truncation()
-    own = folder / "tokenizer.json"
-    original = Tokenizer.from_file(str(own)) if own.is_file() else None
+    exported, own = _open_plain(file), folder / "tokenizer.json"
+    original = _open_plain(own) if own.is_file() else None
     for text in TEXTS:
         wanted = tokenizer(text, truncation=False, verbose=False)["input_ids"]
         if exported.encode(text).ids != wanted:
@@ -67,3 +64,11 @@ def check_ids(tokenizer: Any, folder: Path, file: Path) -> None:
                 f"{own} gives other ids for {text!r} than transformers' {type(tokenizer).__name__}:"
                 " save it with save_pretrained of the transformers version that it was made with"
             )
+
+
+def _open_plain(file: Path) -> Tokenizer:
+    """A tokenizer file without the padding and truncation that it was saved with."""
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
