@@ -299,9 +299,9 @@ def no_schedule(folder):
     (folder / "scheduler" / "scheduler_config.json").unlink()
 
 
-def karras_sigmas(folder):
-    change(folder / "model_index.json", scheduler=["diffusers", "EulerDiscreteScheduler"])
-    change(folder / "scheduler" / "scheduler_config.json", use_karras_sigmas=True)
+def lu_lambdas(folder):
+    change(folder / "model_index.json", scheduler=["diffusers", "DPMSolverMultistepScheduler"])
+    change(folder / "scheduler" / "scheduler_config.json", use_lu_lambdas=True)
 
 
 def clipped_samples(folder):
@@ -355,11 +355,11 @@ def mismatched_widths(folder):
         (no_vocabulary, "tokenizer has no vocabulary"),
         (no_schedule, r"scheduler_config\.json is not there"),
         (index_of_another_kind, r"model_index\.json is not a JSON object"),
-        (karras_sigmas, "scheduler has use_karras_sigmas True, which is not served: False is"),
-        (clipped_samples, "scheduler has clip_sample True, which is not served: False is"),
-        (unknown_betas, "scheduler is no DDIMScheduler that can be read: zigzag"),
-        (epsilon_from_pure_noise, "prediction_type='epsilon' is not allowed where alpha_bar"),
-        (an_unknown_default, r"cannot be served: pipeline\.json is not .*'colour'"),
+        (lu_lambdas, "the scheduler's use_lu_lambdas=True is not served: must be False"),
+        (clipped_samples, "the scheduler's clip_sample=True is not served: must be False"),
+        (unknown_betas, r"the scheduler's betas \(.*beta_schedule.*\) cannot be read: zigzag"),
+        (epsilon_from_pure_noise, "prediction_type='epsilon' is invalid where alpha_bar"),
+        (an_unknown_default, "default colour='red' is invalid: must be left out"),
         (a_default_that_no_request_may_have, "guidance_scale='high' is invalid"),
         (no_model_type, "bert has model_type None, which transformers does not know"),
         (mismatched_widths, "fusion has width 64, its encoder has 32"),
@@ -388,7 +388,9 @@ def test_a_scheduler_that_is_not_served_is_named(broken, repository, monkeypatch
     without_conversion(monkeypatch)
     another_scheduler(broken)
     before = contents(repository)
-    with pytest.raises(CheckpointError, match="FlowMatchEulerDiscreteScheduler, which is not"):
+    with pytest.raises(
+        CheckpointError, match="class FlowMatchEulerDiscreteScheduler is not served"
+    ):
         build(open_checkpoint(broken), repository)
     assert contents(repository) == before
 
