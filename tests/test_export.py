@@ -389,7 +389,7 @@ def test_a_scheduler_that_is_not_served_is_named(broken, repository, monkeypatch
     another_scheduler(broken)
     before = contents(repository)
     with pytest.raises(
-        CheckpointError, match="class FlowMatchEulerDiscreteScheduler is not served"
+        CheckpointError, match="FlowMatchEulerDiscreteScheduler is not served"
     ):
         build(open_checkpoint(broken), repository)
     assert contents(repository) == before
