@@ -368,6 +368,6 @@ def test_a_stream_left_after_its_last_picture_lets_the_server_stop(repository, s
     assert "Exit timeout expired" not in server.text()
 
 
-def test_a_cut_prompt_warns(client):
-    with pytest.warns(UserWarning, match="was cut to 16"):
+def test_a_truncated_prompt_warns(client):
+    with pytest.warns(UserWarning, match="truncated to the 16 of clip_text"):
         client.generate("very " * 30 + "red circle")

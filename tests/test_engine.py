@@ -345,7 +345,9 @@ def test_what_waits_has_drawn_no_noise(repository, watched):
     watched.before_unet = lambda inputs: (reached.set(), hold.wait(10))
     client = Client(engine, request(engine, num_images=4, steps=1, guidance_scale=1.0))
     assert reached.wait(10)
-    drawn = [hasattr(engine._images[claim].latent, "x") for claim in client.generation.claims]
+    drawn = [
+        hasattr(engine._images[claim].painting, "latent") for claim in client.generation.claims
+    ]
     hold.set()
     assert client.error is None
     assert drawn == [True, True, False, False]

@@ -388,9 +388,7 @@ def test_a_scheduler_that_is_not_served_is_named(broken, repository, monkeypatch
     without_conversion(monkeypatch)
     another_scheduler(broken)
     before = contents(repository)
-    with pytest.raises(
-        CheckpointError, match="FlowMatchEulerDiscreteScheduler is not served"
-    ):
+    with pytest.raises(CheckpointError, match="FlowMatchEulerDiscreteScheduler is not served"):
         build(open_checkpoint(broken), repository)
     assert contents(repository) == before
 

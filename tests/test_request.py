@@ -12,7 +12,7 @@ from twinbrush.engine.samplers import NoiseSchedule
 
 CONFIG = PipelineConfig(
     checkpoint="test",
-    schedule=NoiseSchedule(alphas_cumprod=(0.9, 0.5, 0.1)),
+    schedule=NoiseSchedule(alphas_cumprod=(0.9, 0.5, 0.1), original_inference_steps=3),
     defaults=Defaults(steps=8, guidance_scale=3.0, sampler="dpmpp_2m"),
     native_width=64, native_height=64, side_multiple=16, scale_factor=8, latent_channels=4,
     encoders=(),    fusion_inputs=(), unet_inputs=(), timestep_cond=None, latent_to_rgb=(),
