@@ -113,7 +113,7 @@ def test_a_drain_is_not_ready_refuses_new_requests_and_a_second_signal_ends_it(
     def wait_for_answer():
         with Client(server.address) as client:
             try:
-                client.generate("a red circle", 16, steps=50, width=256, height=256)
+                client.generate("a red circle", num_images=16, steps=50, width=128, height=128)
                 codes.append("OK")
             except TwinbrushError as error:
                 codes.append(error.code)
@@ -122,6 +122,7 @@ def test_a_drain_is_not_ready_refuses_new_requests_and_a_second_signal_ends_it(
     for thread in waiting:
         thread.start()
     time.sleep(1)
+    assert codes == [], "the requests must be live"
     server.process.send_signal(signal.SIGTERM)
     server.wait_for("draining", 5)
     assert state(port) == (503, "draining")
