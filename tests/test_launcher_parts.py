@@ -18,6 +18,7 @@ from twinbrush.cpus import available_cpus
 from twinbrush.server import addresses, checks, processes, scratch
 from twinbrush.server.errors import ServerError
 from twinbrush.server.log import Log, parse
+from twinbrush.server.stubs import STUB, Stubs
 
 LAUNCHER = [sys.executable, "-m", "twinbrush.server"]
 
@@ -84,6 +85,30 @@ def test_children_are_read_from_the_kernels_list_or_searched(monkeypatch):
         os.killpg(parent.pid, signal.SIGKILL)
         parent.wait()
     assert processes.children(parent.pid) == []
+
+
+def test_a_stub_that_the_kernels_list_misses_has_not_ended(tmp_path, monkeypatch):
+    """The list is not exact while other children come and go."""
+    file = tmp_path / STUB
+    file.symlink_to(shutil.which("sleep") or "sleep")
+    stub = subprocess.Popen([file, "60"])
+    stubs = Stubs(os.getpid())
+    try:
+        until = time.monotonic() + 10
+        while not stubs._known:
+            assert stubs.dead([]) is None
+            assert time.monotonic() < until
+        monkeypatch.setattr(processes, "children", lambda _: [])
+        assert stubs.dead([]) is None
+        stub.kill()
+        while (dead := stubs.dead([])) is None:
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        assert dead.endswith("ended with signal 9 (Killed)")
+    finally:
+        stub.kill()
+        stub.wait()
+    assert (stubs.dead([]) or "").endswith("has ended")
 
 
 # CPUs ----------------------------------------------------------------------------------------

@@ -49,9 +49,10 @@ class Stubs:
 
     def _children(self) -> dict[int, _Child]:
         found = {}
-        for pid in processes.children(self._server):
+        # The kernel's list can miss a child while others come and go: those known are looked up.
+        for pid in {*processes.children(self._server), *self._known}:
             stat = processes.stat(pid)
-            if stat is None:
+            if stat is None or int(stat[1]) != self._server:
                 continue  # it ended while we looked
             if stat[0] == "Z":
                 found[pid] = _Child(None, int(stat[-1]))
