@@ -60,9 +60,12 @@ class StreamModel:
     def _beat(self) -> None:
         if self._control is None:
             return
-        self._control.beat()
-        if self._control.drain_requested and self._engine.drain(0):
-            self._control.report_drained()
+        try:
+            self._control.beat()
+            if self._control.drain_requested and self._engine.drain(0):
+                self._control.report_drained()
+        except OSError as error:  # a full disk: live requests go on
+            log.warning("the control folder cannot be written: %s", error)
 
     def finalize(self) -> None:
         self._relay.close()
