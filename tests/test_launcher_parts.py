@@ -71,10 +71,10 @@ def test_a_temporary_folder_that_a_shell_would_split_is_passed_over(tmp_path, mo
 
 
 def test_children_are_read_from_the_kernels_list_or_searched(monkeypatch):
-    parent = subprocess.Popen(["sh", "-c", "sleep 60 & true & wait"], start_new_session=True)
+    parent = subprocess.Popen(["sh", "-c", "sleep 60 & sleep 60 & wait"], start_new_session=True)
     try:
         until = time.monotonic() + 10
-        while len(processes.children(parent.pid)) < 1:
+        while len(processes.children(parent.pid)) < 2:
             assert time.monotonic() < until
             time.sleep(0.02)
         found = processes.children(parent.pid)
