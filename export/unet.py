@@ -32,15 +32,7 @@ class UNet(nn.Module):
         encoder_hidden_states: Tensor,
         timestep_cond: Tensor | None = None,
     ) -> Tensor:
-        dtype = self.unet.dtype
-        if timestep_cond is not None:
-            timestep_cond = timestep_cond.to(dtype)
-        return self.unet(
-            sample.to(dtype),
-            timestep,
-            encoder_hidden_states.to(dtype),
-            timestep_cond=timestep_cond,
-        ).sample.float()
+        return _predict(self.unet, sample, timestep, encoder_hidden_states, timestep_cond)
 
 
 class UNetXL(nn.Module):
@@ -59,16 +51,26 @@ class UNetXL(nn.Module):
         time_ids: Tensor,
         timestep_cond: Tensor | None = None,
     ) -> Tensor:
-        dtype = self.unet.dtype
-        if timestep_cond is not None:
-            timestep_cond = timestep_cond.to(dtype)
-        return self.unet(
-            sample.to(dtype),
-            timestep,
-            encoder_hidden_states.to(dtype),
-            timestep_cond=timestep_cond,
-            added_cond_kwargs={"text_embeds": text_embeds.to(dtype), "time_ids": time_ids},
-        ).sample.float()
+        added = {"text_embeds": text_embeds.to(self.unet.dtype), "time_ids": time_ids}
+        return _predict(self.unet, sample, timestep, encoder_hidden_states, timestep_cond, added)
+
+
+def _predict(
+    unet: UNet2DConditionModel,
+    sample: Tensor,
+    timestep: Tensor,
+    encoder_hidden_states: Tensor,
+    timestep_cond: Tensor | None,
+    added: dict[str, Tensor] | None = None,
+) -> Tensor:
+    """The UNet's prediction in FP32, whatever the precision of its weights."""
+    return unet(
+        sample.to(unet.dtype),
+        timestep,
+        encoder_hidden_states.to(unet.dtype),
+        timestep_cond=None if timestep_cond is None else timestep_cond.to(unet.dtype),
+        added_cond_kwargs=added,
+    ).sample.float()
 
 
 class UpcastAttention:

@@ -87,10 +87,10 @@ class AsyncClient:
 
     async def ready(self) -> bool:
         """Whether the server takes requests."""
-        asked = service_pb2.ServerReadyRequest()  # pyright: ignore[reportAttributeAccessIssue]
+        request = service_pb2.ServerReadyRequest()  # pyright: ignore[reportAttributeAccessIssue]
         metadata, timeout = self._connection.metadata, self._connection.timeout
         try:
-            answer = await self._stub.ServerReady(asked, timeout=timeout, metadata=metadata)
+            answer = await self._stub.ServerReady(request, timeout=timeout, metadata=metadata)
         except grpc.RpcError:
             return False
         return bool(answer.ready)

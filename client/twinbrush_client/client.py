@@ -90,11 +90,11 @@ class Client:
 
     def ready(self) -> bool:
         """Whether the server takes requests."""
-        asked = service_pb2.ServerReadyRequest()  # pyright: ignore[reportAttributeAccessIssue]
+        request = service_pb2.ServerReadyRequest()  # pyright: ignore[reportAttributeAccessIssue]
         try:
             metadata = self._connection.metadata
             answer = self._stub.ServerReady(
-                asked, timeout=self._connection.timeout, metadata=metadata
+                request, timeout=self._connection.timeout, metadata=metadata
             )
         except grpc.RpcError:
             return False

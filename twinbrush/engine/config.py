@@ -154,6 +154,6 @@ def whole_numbers(config: Mapping[str, Any], name: str, count: int | None = None
     whole = text is not None and all(word.isdecimal() and int(word) for word in words)
     if not whole or count not in (None, len(words)):
         allowed = "whole numbers over 0, with commas" if count is None else "a whole number over 0"
-        said = "not there" if text is None else f"{text!r}, which is not allowed"
-        raise ValueError(f"parameter {name} of config.pbtxt is {said}: {allowed}")
+        found = "not there" if text is None else f"{text!r}, which is not allowed"
+        raise ValueError(f"parameter {name} of config.pbtxt is {found}: {allowed}")
     return [int(word) for word in words]

@@ -107,18 +107,18 @@ def _providers(config: Mapping[str, Any], device_id: int | None) -> list[tuple[s
     """Execution providers in order of preference, the CPU last."""
     accelerators = config.get("optimization", {}).get("execution_accelerators", {})
     side = "cpu" if device_id is None else "gpu"
-    asked = {
+    wanted = {
         entry["name"]: dict(entry.get("parameters", {}))
         for entry in accelerators.get(f"{side}_execution_accelerator", [])
     }
     if device_id is not None:
-        asked.setdefault("cuda", {})
+        wanted.setdefault("cuda", {})
         for key in CUDA_KEYS:
             if value := config.get("parameters", {}).get(key, {}).get("string_value"):
                 names = CUDA_ENUMS.get(key)
-                asked["cuda"][key] = names[int(value)] if names else value
+                wanted["cuda"][key] = names[int(value)] if names else value
     providers = []
-    for name, settings in asked.items():
+    for name, settings in wanted.items():
         provider = ACCELERATORS.get(name)
         if provider not in ort.get_available_providers():
             log.warning("accelerator %r is not in this build of ONNX Runtime: ignored", name)

@@ -121,9 +121,9 @@ def check_plans(repository: Path, machine: Target) -> None:
                 text = f"the plan of {model} was made for {what} {made}, this machine has"
                 raise ManifestError(f"{text} {here or 'none'}: {REMEDY}")
         if plan.calls != calls:
-            text = f"the plan of {model} takes {_told(plan.calls)}, the engine asks for"
-            raise ManifestError(f"{text} {_told(calls)}, by max_rows: {REMEDY}")
+            text = f"the plan of {model} takes {_describe(plan.calls)}, the engine asks for"
+            raise ManifestError(f"{text} {_describe(calls)}, by max_rows: {REMEDY}")
 
 
-def _told(calls: Sequence[Capacity]) -> str:
+def _describe(calls: Sequence[Capacity]) -> str:
     return ", ".join(f"{call.rows} rows to {call.side} pixels" for call in calls) or "nothing"

@@ -181,7 +181,9 @@ class TritonProcess:
             if code is not None:
                 self._reader.join(timeout=2)
             unexplained = not self._output.load_failures()
-            passing = unexplained and dead is not None and dead.endswith("exit code 1")
+            # The server may have reaped the stub, and with it the exit code.
+            gave_up = dead is not None and dead.endswith(("exit code 1", "has ended"))
+            passing = unexplained and gave_up
             raise ServerError(self._load_failure(dead), worth_another_try=False, passing=passing)
         if self.age > self._options.ready_timeout:
             text = f"not ready after {self._options.ready_timeout:.0f} s\n{self._output.tail()}"
