@@ -93,6 +93,8 @@ def test_a_stub_that_the_kernels_list_misses_has_not_ended(tmp_path, monkeypatch
     file.symlink_to(shutil.which("sleep") or "sleep")
     stub = subprocess.Popen([file, "60"])
     stubs = Stubs(os.getpid())
+    # This process may have other children, of other tests.
+    monkeypatch.setattr(processes, "children", lambda _: [stub.pid])
     try:
         until = time.monotonic() + 10
         while not stubs._known:

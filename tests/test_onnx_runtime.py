@@ -107,7 +107,7 @@ def test_the_backend_joins_the_requests_that_triton_batches(repository, start_se
         "dynamic_batching { max_queue_delay_microseconds: 200000 preferred_batch_size: [ 8 ] }\n"
     )
     (folder / "config.pbtxt").write_text(text)
-    server = start_server(folder.parent)
+    server = start_server(folder.parent, "--expose-networks")
     server.wait_for("ready in")
     client = grpc.InferenceServerClient(server.address)
     latents = [np.random.default_rng(i).standard_normal((1 + i % 2, 4, 8, 8), np.float32)

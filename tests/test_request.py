@@ -12,10 +12,10 @@ from twinbrush.engine.samplers import NoiseSchedule
 
 CONFIG = PipelineConfig(
     checkpoint="test",
-    schedule=NoiseSchedule(alphas_cumprod=(0.9, 0.5, 0.1), original_inference_steps=3),
+    schedule=NoiseSchedule(alphas_cumprod=tuple(np.linspace(0.999, 0.005, 1000).tolist())),
     defaults=Defaults(steps=8, guidance_scale=3.0, sampler="dpmpp_2m"),
     native_width=64, native_height=64, side_multiple=16, scale_factor=8, latent_channels=4,
-    encoders=(),    fusion_inputs=(), unet_inputs=(), timestep_cond=None, latent_to_rgb=(),
+    encoders=(), fusion_inputs=(), unet_inputs=(), timestep_cond=None, latent_to_rgb=(),
 )  # fmt: skip
 TYPES = {int: np.int32, float: np.float32, bool: np.bool_}
 
@@ -74,7 +74,7 @@ BAD = [
     ({"guidance_scale": float("nan")}, "guidance_scale=nan", "finite"),
     ({"guidance_scale": float("inf")}, "guidance_scale=inf", "finite"),
     ({"guidance_scale": -1.0}, "guidance_scale=-1.0", "between 0 and 50"),
-    ({"sampler": b"heun"}, "sampler='heun'", "lcm, ddim, euler, dpmpp_2m"),
+    ({"sampler": b"dpm_fast"}, "sampler='dpm_fast'", "lcm, ddim, euler, dpmpp_2m"),
     ({"image_format": b"gif"}, "image_format='gif'", "png, jpeg, .*raw, png_base64"),
     ({"num_images": 0}, "num_images=0", "between 1 and 16"),
     ({"num_images": 1000}, "num_images=1000", "between 1 and 16"),
@@ -83,7 +83,7 @@ BAD = [
     ({"eta": 1.5}, "eta=1.5", "finite number between 0 and 1"),
     ({"guidance_rescale": -0.5}, "guidance_rescale=-0.5", "between 0 and 1"),
     ({"guidance_start": 0.5, "guidance_end": 0.25}, "guidance_start=0.5", "guidance_end, .* 0.25"),
-    ({"sigma_schedule": b"cosine"}, "sigma_schedule='cosine'", "one of default, karras"),
+    ({"sigma_schedule": b"cosine"}, "sigma_schedule='cosine'", "one of default, normal, karras"),
     ({"preview_every": -1}, "preview_every=-1", "between 0 and 50"),
     ({"steps": np.array([1, 2], np.int32)}, "steps=", r"must have the shape \[1\]"),
     ({"steps": np.array([4.0], np.float32)}, "steps=4.0", "integer"),

@@ -70,7 +70,7 @@ def test_a_step_of_the_served_sampler_is_a_phase_of_distillation():
     schedule = NoiseSchedule(
         tuple(ALPHAS_CUMPROD.tolist()), "v_prediction", timestep_spacing="trailing"
     )
-    served = torch.from_numpy(ddim(schedule, distill.PHASES).timesteps.copy())
+    served = torch.from_numpy(ddim(schedule, distill.PHASES).timesteps).long()
     assert distill.end_of_phase(served).tolist() == [*served[1:].tolist(), -1]
     assert distill.end_of_phase(served - 1000 // distill.SOLVER_STEPS).tolist() == [
         749,

@@ -163,8 +163,8 @@ def test_the_command_ends_with_its_summary(repository, tmp_path, monkeypatch, ca
     monkeypatch.setattr(quality, "SIDE", 32)
     with pytest.raises(SystemExit, match=r"error: --repository: .*nowhere"):
         quality.main(tmp_path / "nowhere", n=3, out=out)
-    with pytest.raises(SystemExit, match="error: sampler='heun' is invalid"):
-        quality.main(repository, n=3, steps=2, sampler="heun", guidance=-1, out=out)
+    with pytest.raises(SystemExit, match="error: sampler='dpm_fast' is invalid"):
+        quality.main(repository, n=3, steps=2, sampler="dpm_fast", guidance=-1, out=out)
     quality.main(repository, n=6, steps=2, sampler="", guidance=-1, out=out)
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     result = json.loads(out.read_text())
