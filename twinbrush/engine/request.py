@@ -200,10 +200,11 @@ class GenerationRequest:
         """
         if not self.metadata:
             return {}
-        values = {k: v for k, v in dataclasses.asdict(self).items() if k not in NOT_IN_METADATA}
-        for name in SIZES:
-            if values[name] is None:
-                del values[name]
+        values = {
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if name not in NOT_IN_METADATA and value is not None
+        }
         values |= {"seed": self.seed + index, "checkpoint": config.checkpoint}
         if checkpoint_hash:
             values["checkpoint_hash"] = checkpoint_hash
