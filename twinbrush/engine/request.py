@@ -50,7 +50,6 @@ NOT_IN_METADATA = frozenset({
     "num_images", "image_format", "metadata", "priority", "deadline_ms", "progress",
     "preview_every",
 })  # fmt: skip
-SIZES = ("original_size", "crop_top_left", "target_size")  # of SDXL alone
 
 _NATIVE_WIDTH = FromConfig("checkpoint's", lambda config: config.native_width)
 _NATIVE_HEIGHT = FromConfig("checkpoint's", lambda config: config.native_height)
