@@ -20,7 +20,7 @@ from fastapi import FastAPI, Response
 from gateway import page_form as form
 from gateway import page_html as html
 from gateway.files import Files
-from gateway.page_layout import KEYS, Layout, lay_out, theme, updates
+from gateway.page_layout import SCRIPT, Layout, lay_out, theme, updates
 from gateway.page_tabs import FOLDER, Painter, Tab, View, sentence
 from twinbrush_client import InvalidRequest, TwinbrushError
 from twinbrush_client.story import fields_of, read_story
@@ -56,7 +56,7 @@ def mount(app: FastAPI, painter: Painter, is_key: Callable[[str], bool] | None =
         auth=is_key and (lambda _, password: is_key(password)),
         auth_message="Any name, and an API key of this gateway as the password.",
         max_file_size=MOST_UPLOADED, ssr_mode=False, mcp_server=False, theme=theme(),
-        css_paths=Path(__file__).with_name("page.css"), head=KEYS,
+        css_paths=Path(__file__).with_name("page.css"), head=SCRIPT,
     )  # fmt: skip
 
 

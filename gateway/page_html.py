@@ -80,17 +80,22 @@ def status(text: str, kind: str = "info") -> str:
     return f'<div role="{role}" aria-live="polite" id="tb-status">{words}</div>'
 
 
+def head(text: str, kind: str = "plain") -> str:
+    """The page's name, and who serves; `text` is HTML."""
+    return f'<h1>Twinbrush</h1><p id="tb-server" class="tb-{kind}">{text}</p>'
+
+
 def served(info: ServerInfo) -> str:
     """Which checkpoint and device serve."""
     place = f"on {info.device}" if info.device else ""
     size = f"{info.defaults['width']} × {info.defaults['height']} pixels"
     words = " ".join(filter(None, [f"<b>{escape(info.checkpoint)}</b>", escape(place)]))
-    return f'<p id="tb-server">{words} · {size} · Twinbrush {escape(info.version)}</p>'
+    return head(f"{words} · {size} · version {escape(info.version)}")
 
 
 def unreachable(text: str) -> str:
     """In place of `served` where no server answers."""
-    return f'<p id="tb-server" class="tb-error">No server answers: {escape(text)}</p>'
+    return head(f"No server answers: {escape(text)}", "error")
 
 
 def others(fields: dict[str, object]) -> str:

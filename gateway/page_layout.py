@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from gateway.page_form import PLAIN, choices, defaults, limits, sizes
-from gateway.page_html import gallery, status
+from gateway.page_html import gallery, head, status
 from twinbrush_client import ServerInfo
 from twinbrush_client.fields import HELP
 
@@ -51,7 +51,7 @@ class Layout:
 def lay_out() -> Layout:
     """Makes the components in the current `gr.Blocks`."""
     found: dict[str, Any] = {}
-    server = _head()
+    server = gr.HTML(head("Asking the server…"), elem_id="tb-head")
     with gr.Row(elem_id="tb-columns", equal_height=False):
         with gr.Column(scale=2, min_width=300, elem_id="tb-form"):
             found |= _request()
@@ -83,19 +83,18 @@ element.addEventListener('click', (event) => {
 });
 """
 # Ctrl or Cmd with Enter paints, Escape cancels, wherever the focus is.
-KEYS = """<script>
+SCRIPT = """<script>
 document.addEventListener('keydown', (event) => {
   const id = event.key === 'Escape' ? 'tb-cancel'
     : event.key === 'Enter' && (event.ctrlKey || event.metaKey) ? 'tb-paint' : null;
   const button = id && document.getElementById(id);
   if (button && !button.disabled) { event.preventDefault(); button.click(); }
 });
+document.addEventListener('click', (event) => {  // on a phone, pictures stand below the form
+  if (event.target.closest('#tb-paint') && window.innerWidth < 700)
+    document.getElementById('tb-result').scrollIntoView({behavior: 'smooth'});
+});
 </script>"""
-
-
-def _head() -> gr.HTML:
-    gr.HTML("<h1>Twinbrush</h1>", elem_id="tb-title")
-    return gr.HTML('<p id="tb-server">Asking the server…</p>')
 
 
 def _request() -> dict[str, Any]:
@@ -128,7 +127,7 @@ def _settings(controls: dict[str, Any]) -> dict[str, Any]:
             label="Seed", placeholder="random", max_lines=1, elem_id="tb-seed", min_width=140,
             scale=3,
         )  # fmt: skip
-        dice = gr.Button("🎲 New", elem_id="tb-dice", min_width=80, scale=1)
+        dice = gr.Button("⚄ New", elem_id="tb-dice", min_width=80, scale=1)
         keep = gr.Checkbox(label="Keep", elem_id="tb-keep", min_width=80, scale=1)
     with gr.Row():
         controls["sampler"] = _dropdown("sampler", "Sampler")
