@@ -9,7 +9,7 @@ CHECKPOINT := checkpoints/scenes-64
 INSTALLED := .venv/.installed
 DEVELOPED := .venv/.developed
 EXPORTED := model_repository/MANIFEST.json
-CHECKED := twinbrush networks export training client benchmarks examples tests backends model_repository
+CHECKED := twinbrush networks export training client gateway benchmarks examples tests backends model_repository
 
 .PHONY: demo test serve bench lint clean
 
