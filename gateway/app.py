@@ -76,7 +76,7 @@ def create_app(pool: Pool, settings: Settings, gate: Gate) -> FastAPI:
     app.include_router(openai.router(studio))
     _add_health(app, pool, gate, metrics)
     _add_error_handlers(app)
-    front_page.mount(app, pool)
+    front_page.mount(app, studio, settings.keys)
     return app
 
 

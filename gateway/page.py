@@ -1,4 +1,4 @@
-"""The web page at `/` of the gateway: a Gradio page over whatever paints as `AsyncClient` does.
+"""The web page at `/` of the gateway, in Gradio.
 
 Needs the packages of `requirements/page.txt`. Pictures reach the browser as the files that the
 server sent, with the metadata in them.
@@ -8,76 +8,81 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
 from typing import IO, Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import gradio as gr
-from fastapi import FastAPI, Response
+from fastapi import FastAPI
+from starlette.routing import Match, Mount
+from starlette.types import Scope
 
 from gateway import page_form as form
 from gateway import page_html as html
-from gateway.files import Files
+from gateway.errors import ApiError
+from gateway.keys import Key, KeyRing
 from gateway.page_layout import SCRIPT, Layout, lay_out, theme, updates
-from gateway.page_tabs import FOLDER, Painter, Tab, View, sentence
+from gateway.page_tabs import Tab, View, sentence
+from gateway.painting import Studio
+from gateway.pool import work_of
 from twinbrush_client import InvalidRequest, TwinbrushError
 from twinbrush_client.story import fields_of, read_story
 
-MOST_BYTES = 512 << 20  # of the pictures that are kept for open pages
-KEPT_SECONDS = 24 * 3600.0
+DOORS = ("/v1/", "/sdapi/", "/health/", "/metrics")
 MOST_UPLOADED = "64mb"
-RETRY_SECONDS = 3.0  # between two questions to a server that does not answer
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 GONE = "This picture is no longer kept here; a downloaded file of it still has its settings."
+LOGIN = "The name of an API key, and the key as the password."
 
 
-def mount(app: FastAPI, painter: Painter, is_key: Callable[[str], bool] | None = None) -> None:
+def mount(app: FastAPI, studio: Studio, keys: KeyRing) -> None:
     """Serves the page at `/` of an app, after all its own routes.
 
     Args:
-        app: whose routes come first.
-        painter: who paints.
-        is_key: whether a password opens the page; without it, the page is open.
+        app: whose routes come first; it serves the studio's files.
+        studio: who paints and keeps pictures.
+        keys: who may use the page, and how much; without keys, everybody.
     """
-    files = Files(MOST_BYTES, KEPT_SECONDS)
 
-    def picture(name: str, expires: int, signature: str) -> Response:
-        file = files.find(name, expires, signature)
-        if file is None:
-            return Response(GONE, 404, media_type="text/plain")
-        cached = {"cache-control": "private, max-age=86400, immutable"}
-        return Response(file.data, headers=cached, media_type=file.media_type)
+    def may_enter(name: str, secret: str) -> bool:
+        key = keys.find(f"Bearer {secret}")
+        return key is not None and key.name == name
 
-    app.add_api_route(f"/{FOLDER}{{name}}", picture, include_in_schema=False)
     gr.mount_gradio_app(
-        app, build(painter, files), "/", footer_links=["settings"], run_history=False,
-        auth=is_key and (lambda _, password: is_key(password)),
-        auth_message="Any name, and an API key of this gateway as the password.",
-        max_file_size=MOST_UPLOADED, ssr_mode=False, mcp_server=False, theme=theme(),
-        css_paths=Path(__file__).with_name("page.css"), head=SCRIPT,
+        app, build(studio, keys), "/", footer_links=["settings"], run_history=False,
+        auth=may_enter if keys.required else None, auth_message=LOGIN, max_file_size=MOST_UPLOADED,
+        ssr_mode=False, mcp_server=False, theme=theme(), head=SCRIPT,
+        css_paths=Path(__file__).with_name("page.css"),
     )  # fmt: skip
+    mounted = app.router.routes.pop()
+    assert isinstance(mounted, Mount)
+    app.router.routes.append(_BehindTheDoors("", app=mounted.app))
 
 
-def build(painter: Painter, files: Files) -> gr.Blocks:
-    """The page.
+class _BehindTheDoors(Mount):
+    """The page's place: what the doors do not know under their own paths is their error."""
 
-    Args:
-        painter: who paints.
-        files: where pictures are kept; they are served below `page_tabs.FOLDER`.
-    """
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        if scope["path"].startswith(DOORS):
+            return Match.NONE, {}
+        return super().matches(scope)
+
+
+def build(studio: Studio, keys: KeyRing) -> gr.Blocks:
+    """The page; see `mount`."""
     with gr.Blocks(title="Twinbrush", analytics_enabled=False, delete_cache=(600, 600)) as page:
         layout = lay_out()
-        _connect(page, layout, Handlers(painter, files, layout))
+        _connect(page, layout, Handlers(studio, keys, layout))
     return page
 
 
 class Handlers:
     """What the page does at each event; a tab is known by Gradio's hash of its session."""
 
-    def __init__(self, painter: Painter, files: Files, layout: Layout):
-        self._painter, self._files, self._layout = painter, files, layout
+    def __init__(self, studio: Studio, keys: KeyRing, layout: Layout):
+        self._studio, self._keys, self._layout = studio, keys, layout
         self._names = list(layout.controls)
         self._tabs: dict[str, Tab] = {}
 
@@ -85,7 +90,7 @@ class Handlers:
         """Sets the controls to the server's defaults and choices."""
         layout = self._layout
         try:
-            info = await self._painter.info()
+            info = await self._studio.pool.info()
         except TwinbrushError as error:
             return {layout.server: html.unreachable(str(error))}
         found: dict[Any, Any] = {
@@ -107,15 +112,15 @@ class Handlers:
         if not keep or not given["seed"]:
             given["seed"] = form.new_seed()
         try:
-            info = await self._painter.info()
+            info = await self._studio.pool.info()
             fields = form.request_fields(given, others, info)
-        except TwinbrushError as error:
+            yield {layout.controls["seed"]: given["seed"]}
+            with self._studio.meter.admit(self._key(request), work_of(fields, info)):
+                async with aclosing(tab.paint(given["prompt"], fields, info.defaults)) as views:
+                    async for view in views:
+                        yield self._state(tab, view)
+        except (TwinbrushError, ApiError) as error:
             yield {layout.status: html.status(sentence(str(error)), "error")}
-            return
-        yield {layout.controls["seed"]: given["seed"]}
-        async with aclosing(tab.paint(given["prompt"], fields, info.defaults)) as views:
-            async for view in views:
-                yield self._state(tab, view)
 
     async def cancel(self, request: gr.Request) -> None:
         """Ends the request of a tab, also when the tab is closed."""
@@ -133,10 +138,11 @@ class Handlers:
     async def restore_card(self, event: gr.EventData) -> dict[Any, Any]:
         """The settings of a picture on the page."""
         url = urlsplit(str(event.picture))
-        query = {name: values[0] for name, values in parse_qs(url.query).items()}
+        query = dict(parse_qsl(url.query))
         name, expires = url.path.rpartition("/")[2], query.get("expires", "")
         signature = query.get("signature", "")
-        file = self._files.find(name, int(expires), signature) if expires.isdecimal() else None
+        sound = expires.isdecimal() and len(expires) < len(str(2**63))
+        file = self._studio.files.find(name, int(expires), signature) if sound else None
         if file is None:
             return {self._layout.status: html.status(GONE, "error")}
         return await self._restored(io.BytesIO(file.data))
@@ -154,7 +160,7 @@ class Handlers:
         layout = self._layout
         try:
             fields = fields_of(read_story(file))
-            info = await self._painter.info()
+            info = await self._studio.pool.info()
         except (TwinbrushError, OSError) as error:
             return {layout.status: html.status(_without_path(error), "error")}
         others = form.without_control(fields)
@@ -168,10 +174,14 @@ class Handlers:
             layout.file: None,
         }
 
+    def _key(self, request: gr.Request) -> Key:
+        """Of whoever has logged in; Gradio lets nobody else in."""
+        return self._keys.named(request.username)
+
     def _tab(self, request: gr.Request) -> Tab:
         name = str(request.session_hash)
         if name not in self._tabs:
-            self._tabs[name] = Tab(self._painter, self._files)
+            self._tabs[name] = Tab(self._studio)
         return self._tabs[name]
 
     def _state(self, tab: Tab, view: View) -> dict[Any, Any]:

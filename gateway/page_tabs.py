@@ -8,14 +8,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-from gateway.files import Files
+from gateway.guard import FILES
 from gateway.page_form import preview_every
 from gateway.page_html import Card, Shown, data_url
+from gateway.painting import Studio
+from gateway.pool import Job
 from twinbrush_client import (
     Cancelled,
     DeadlineExceeded,
@@ -23,7 +25,6 @@ from twinbrush_client import (
     Picture,
     Preview,
     QueueFull,
-    ServerInfo,
     ServerUnavailable,
     TwinbrushError,
 )
@@ -32,7 +33,6 @@ from twinbrush_client.wire import Event
 log = logging.getLogger(__name__)
 REFRESH_SECONDS = 0.1  # at the least, between two states of a page
 EARLIER = 48  # pictures that a tab shows besides those of its request
-FOLDER = "page/pictures/"  # of the files' URLs
 # What to do about an error, after the server's own words.
 ADVICE: dict[type[TwinbrushError], str] = {
     InvalidRequest: "",
@@ -40,22 +40,6 @@ ADVICE: dict[type[TwinbrushError], str] = {
     ServerUnavailable: "Start the server or wait until it is ready, then paint again.",
     DeadlineExceeded: "The server was too busy to finish in time. Try again.",
 }
-
-
-class Running(Protocol):
-    """A request's events; see `AsyncStream`."""
-
-    def __aiter__(self) -> AsyncIterator[Event]: ...
-
-    def cancel(self) -> None: ...
-
-
-class Painter(Protocol):
-    """Who paints: an `AsyncClient`, or several servers."""
-
-    async def info(self) -> ServerInfo: ...
-
-    def stream(self, prompt: str, **fields: Any) -> Running: ...
 
 
 @dataclass(frozen=True)
@@ -71,17 +55,16 @@ class Tab:
     """One open page.
 
     Args:
-        painter: who paints.
-        files: where pictures are kept for their URLs.
+        studio: who paints and keeps pictures.
 
     Attributes:
         cards: of the current request's images.
         earlier: pictures of earlier requests, the latest first.
     """
 
-    def __init__(self, painter: Painter, files: Files):
-        self._painter, self._files = painter, files
-        self._running: Running | None = None
+    def __init__(self, studio: Studio):
+        self._studio = studio
+        self._running: Job | None = None
         self._cancelled = False
         self._warnings: set[str] = set()
         self.cards: list[Card] = []
@@ -108,7 +91,7 @@ class Tab:
         yield self._view()
         try:
             every = preview_every(known["steps"])
-            self._running = self._painter.stream(prompt, **fields, preview_every=every)
+            self._running = self._studio.pool.stream(prompt, **fields, preview_every=every)
             if self._cancelled:
                 self._running.cancel()
             async with aclosing(_batches(self._running)) as batches:
@@ -137,6 +120,7 @@ class Tab:
         card = self.cards[event.index]
         if isinstance(event, Picture):
             card.picture = self._keep(prompt, event)
+            self._studio.metrics.pictures.inc()
             if event.warning:
                 self._warnings.add(event.warning)
             return
@@ -146,7 +130,7 @@ class Tab:
 
     def _keep(self, prompt: str, picture: Picture) -> Shown:
         image_format = (picture.image.format or "PNG").lower()
-        url = FOLDER + self._files.add(picture.data, image_format)
+        url = FILES.lstrip("/") + self._studio.files.add(picture.data, image_format)
         name = f"twinbrush-{picture.seed}.{image_format}"
         return Shown(url, name, prompt, picture.seed, *picture.image.size)
 
@@ -170,7 +154,7 @@ class Tab:
         return View(f"Finished {pictures}.", "info", live=False)
 
 
-async def _batches(running: Running) -> AsyncGenerator[list[Event], None]:
+async def _batches(running: Job) -> AsyncGenerator[list[Event], None]:
     """The events that came since the last ones were taken: a busy page skips no image's end."""
     arrived: asyncio.Queue[Event | Exception | None] = asyncio.Queue()
 
