@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.middleware.cors import CORSMiddleware
 
 from gateway import front_page, openai
@@ -66,7 +67,11 @@ def create_app(pool: Pool, settings: Settings, gate: Gate) -> FastAPI:
     metrics = Metrics()
     files = Files(settings.files_bytes, settings.files_seconds)
     studio = Studio(pool, Meter(), files, metrics, settings.public_url)
-    app.add_middleware(Guard, gate=gate, keys=settings.keys, metrics=metrics)
+    # Inside the guard, which refuses what says how long it is: this counts what does not.
+    app.add_middleware(RequestBodyLimitMiddleware, max_body_size=settings.max_body)
+    app.add_middleware(
+        Guard, gate=gate, keys=settings.keys, metrics=metrics, max_body=settings.max_body
+    )
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.cors_origins),

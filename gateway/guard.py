@@ -32,8 +32,9 @@ class Guard:
     A handler finds the caller's `Key` and the request's id in `request.state`.
     """
 
-    def __init__(self, app: ASGIApp, gate: Gate, keys: KeyRing, metrics: Metrics):
+    def __init__(self, app: ASGIApp, gate: Gate, keys: KeyRing, metrics: Metrics, max_body: int):
         self.app, self._gate, self._keys, self._metrics = app, gate, keys, metrics
+        self._max_body = max_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -79,6 +80,10 @@ class Guard:
                 "You didn't provide an API key. Send it as `Authorization: Bearer KEY`."
             )  # fmt: skip
             return ApiError(401, text, code="invalid_api_key")
+        length = headers.get("content-length", "")
+        if length.isdecimal() and int(length) > self._max_body:
+            text = f"The body has {length} bytes; at most {self._max_body} are allowed."
+            return ApiError(413, text, code="body_too_large")
         return None
 
     def _count(self, scope: Scope, status: int, seconds: float) -> None:
