@@ -136,8 +136,7 @@ def _settings(controls: dict[str, Any]) -> dict[str, Any]:
         _more(controls)
     with gr.Accordion("Settings from a picture", open=False, elem_id="tb-from"):
         file = gr.File(
-            label="Drop a picture that Twinbrush made", file_types=PICTURES, height=120,
-            elem_id="tb-file",
+            label="Picture made by Twinbrush", file_types=PICTURES, height=160, elem_id="tb-file",
         )  # fmt: skip
     others, restored = gr.State({}), gr.HTML("")
     return {"dice": dice, "keep": keep, "file": file, "others": others, "restored": restored}

@@ -142,6 +142,8 @@ class Tab:
         return View(text if steps else "Waiting for the server.", "info", live=True)
 
     def _ended(self, error: TwinbrushError | None) -> View:
+        """The last state; images that have nothing to show leave the page."""
+        self.cards = [card for card in self.cards if card.picture or card.preview]
         count = sum(card.picture is not None for card in self.cards)
         pictures = f"{count} picture" + ("" if count == 1 else "s")
         if isinstance(error, Cancelled) and self._cancelled:
