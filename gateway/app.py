@@ -11,10 +11,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
-from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.middleware.cors import CORSMiddleware
 
-from gateway import front_page, openai
+from gateway import front_page, openai, sdapi
 from gateway.errors import ApiError
 from gateway.files import Files
 from gateway.gate import Gate
@@ -60,15 +59,10 @@ def create_app(pool: Pool, settings: Settings, gate: Gate) -> FastAPI:
         yield
         await pool.close()
 
-    app = FastAPI(
-        title="Twinbrush gateway", description=DESCRIPTION, lifespan=lifespan,
-        max_body_size=settings.max_body,
-    )  # fmt: skip
+    app = FastAPI(title="Twinbrush gateway", description=DESCRIPTION, lifespan=lifespan)
     metrics = Metrics()
     files = Files(settings.files_bytes, settings.files_seconds)
     studio = Studio(pool, Meter(), files, metrics, settings.public_url)
-    # Inside the guard, which refuses what says how long it is: this counts what does not.
-    app.add_middleware(RequestBodyLimitMiddleware, max_body_size=settings.max_body)
     app.add_middleware(
         Guard, gate=gate, keys=settings.keys, metrics=metrics, max_body=settings.max_body
     )
@@ -79,6 +73,7 @@ def create_app(pool: Pool, settings: Settings, gate: Gate) -> FastAPI:
             expose_headers=["x-request-id", "retry-after"],
         )  # fmt: skip
     app.include_router(openai.router(studio))
+    app.include_router(sdapi.router(studio))
     _add_health(app, pool, gate, metrics)
     _add_error_handlers(app)
     front_page.mount(app, studio, settings.keys)
@@ -136,10 +131,3 @@ def _add_error_handlers(app: FastAPI) -> None:
         )
         response.headers.update(error.headers or {})
         return response
-
-    @app.exception_handler(Exception)
-    async def on_fault(request: Request, _: Exception) -> Response:
-        text = "The gateway failed; its log has the reason."
-        return ApiError(500, text, code="server_error", type="server_error").response(
-            request.url.path
-        )

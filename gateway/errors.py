@@ -62,11 +62,14 @@ class ApiError(Exception):
         """An error of a server; `names` are this door's names of its fields."""
         status, group, code = KINDS.get(type(error), (500, "server_error", "server_error"))
         field = FIELD.match(str(error)) if status == 400 else None
-        param = (names or {}).get(field[1], field[1]) if field else None
+        text, param = str(error), None
+        if field:
+            param = (names or {}).get(field[1], field[1])
+            text = param + text.removeprefix(field[1])
         after = error.retry_after
         if after is None and status in (429, 503):
             after = 1.0
-        return cls(status, str(error), param=param, code=code, type=group, retry_after=after)
+        return cls(status, text, param=param, code=code, type=group, retry_after=after)
 
     def body(self) -> dict[str, Any]:
         """In OpenAI's form."""

@@ -11,6 +11,7 @@ import time
 import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.errors import CLIENT_LEFT, ApiError
@@ -44,7 +45,7 @@ class Guard:
         given = headers.get("x-request-id", "")
         request_id = given if REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
         scope.setdefault("state", {})["request_id"] = request_id
-        began, status = time.perf_counter(), CLIENT_LEFT
+        began, status, size = time.perf_counter(), 0, 0
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -53,6 +54,14 @@ class Guard:
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
+        async def bounded() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self._max_body:
+                raise HTTPException(413, f"the body has more than {self._max_body} bytes")
+            return message
+
         holds = not scope["path"].startswith((*ALWAYS, IDLE))
         self._gate.live += holds
         self._metrics.live.inc()
@@ -60,11 +69,18 @@ class Guard:
             if refusal := self._refusal(scope, headers):
                 await refusal.response(scope["path"])(scope, receive, answer)
             else:
-                await self.app(scope, receive, answer)
+                await self.app(scope, bounded, answer)
+        except Exception:
+            log.exception("request %s failed", request_id)
+            if status:  # the answer has begun: only a broken connection can say so
+                raise
+            text = f"The gateway failed; its log has the reason, at {request_id}."
+            fault = ApiError(500, text, code="server_error", type="server_error")
+            await fault.response(scope["path"])(scope, receive, answer)
         finally:
             self._gate.live -= holds
             self._metrics.live.dec()
-            self._count(scope, status, time.perf_counter() - began)
+            self._count(scope, status or CLIENT_LEFT, time.perf_counter() - began)
 
     def _refusal(self, scope: Scope, headers: Headers) -> ApiError | None:
         path = scope["path"]

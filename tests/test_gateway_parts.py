@@ -23,7 +23,7 @@ from gateway.pool import Pool, work_of
 from twinbrush_client import Cancelled, Picture, Progress, ServerInfo, ServerUnavailable
 
 INFO = ServerInfo(
-    version="1", checkpoint="tiny", samplers=["ddim"], image_formats=["png"],
+    version="1", checkpoint="tiny", samplers=["ddim", "euler"], image_formats=["png"],
     defaults={"width": 32, "height": 32, "steps": 4, "num_images": 1},
     sizes={"native": 32, "multiple_of": 8, "largest": 128}, fields=[],
 )  # fmt: skip
