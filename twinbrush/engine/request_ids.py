@@ -1,0 +1,23 @@
+"""The names by which clients, logs and traces know a request."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Iterable
+
+LONGEST = 64  # characters of a client's id in logs and errors
+MOST_NAMED = 8  # ids in one line of the log
+UNSAFE = re.compile(r"[^\w.-]")
+
+
+def request_id_of(given: str) -> str:
+    """A client's id, safe in a line of a log, or a new one where it gave none."""
+    return UNSAFE.sub("_", given[:LONGEST]) if given else secrets.token_hex(6)
+
+
+def named(ids: Iterable[str]) -> str:
+    """Ids as lines of the log name them: `request id=a`, or `request ids=a,b`."""
+    ids = list(dict.fromkeys(ids))
+    shown = ",".join(ids[:MOST_NAMED]) + (",..." if len(ids) > MOST_NAMED else "")
+    return f"request id{'s' if len(ids) > 1 else ''}={shown}"
