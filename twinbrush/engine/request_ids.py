@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import secrets
 from collections.abc import Iterable
 
 LONGEST = 64  # characters of a client's id in logs and errors
 MOST_NAMED = 8  # ids in one line of the log
-UNSAFE = re.compile(r"[^\w.-]")
+NAMED = re.compile(r"request ids?=[\w.,-]+")
+UNSAFE = re.compile(r"[^\w.-]", re.ASCII)
 
 
 def request_id_of(given: str) -> str:
@@ -21,3 +23,21 @@ def named(ids: Iterable[str]) -> str:
     ids = list(dict.fromkeys(ids))
     shown = ",".join(ids[:MOST_NAMED]) + (",..." if len(ids) > MOST_NAMED else "")
     return f"request id{'s' if len(ids) > 1 else ''}={shown}"
+
+
+class LineFormatter(logging.Formatter):
+    """Every line of a record, also of its traceback, begins with a head and names its requests.
+
+    Args:
+        name: of the model that logs.
+    """
+
+    def __init__(self, name: str):
+        super().__init__()
+        self._name = name
+
+    def format(self, record: logging.LogRecord) -> str:
+        first, *others = super().format(record).splitlines() or [""]
+        ids = f"{match[0]}: " if (match := NAMED.search(first)) else ""
+        lines = [first, *(ids + line for line in others)]
+        return "\n".join(f"{self._name}: {record.levelname} {line}" for line in lines)

@@ -31,6 +31,7 @@ from twinbrush.engine.request import (
     describe_server,
     unknown_input,
 )
+from twinbrush.engine.request_ids import LineFormatter
 from twinbrush.triton.answer import Answer, RequestMetrics
 from twinbrush.triton.cancel_watch import CancelWatch
 from twinbrush.triton.metrics import TritonMetrics
@@ -258,6 +259,6 @@ def _end_process(reason: str) -> None:
 
 
 def _log_to_the_server(name: str) -> None:
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format=f"{name}: %(levelname)s %(message)s"
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LineFormatter(name))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
