@@ -482,7 +482,7 @@ def test_a_live_request_can_be_cancelled_by_its_id(server):
     events, error = cancel(server, "mine")
     assert (events, error) == ([{"event": b"cancelled"}], None)
     start.join(10)
-    assert answers[0][1] == "CANCELLED: the request was cancelled"
+    assert answers[0][1].startswith("CANCELLED: the request was cancelled (request id ")
 
 
 def test_a_live_request_over_http_can_be_cancelled_by_its_id(server):
@@ -520,7 +520,9 @@ def test_an_id_stops_all_live_requests_that_bear_it(server):
     assert cancel(server, "ours") == ([{"event": b"cancelled"}], None)
     for thread in threads:
         thread.join(10)
-    assert [error for _, error in answers] == ["CANCELLED: the request was cancelled"] * 2
+    assert [error for _, error in answers] == [
+        "CANCELLED: the request was cancelled (request id ours)"
+    ] * 2
 
 
 def test_cancelling_what_does_not_live_says_so(server):
