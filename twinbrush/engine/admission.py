@@ -38,16 +38,16 @@ class Admission:
         after = max(1.0, math.ceil(self.pace * self.outstanding) if self._observed else 1.0)
         if len(self.live) >= self._max_requests:
             text = f"the queue is full ({self._max_requests} requests): retry after {after:.0f} s"
-            raise EngineError("RESOURCE_EXHAUSTED", text, after)
+            raise EngineError("RESOURCE_EXHAUSTED", text, after, "queue_full")
         if self.live and self.outstanding + generation.work > self._max_work:
             text = f"the queue is full ({self.outstanding:.0f} of {self._max_work:.0f} units of"
             text += f" work, the request needs {generation.work:.0f}): retry after {after:.0f} s"
-            raise EngineError("RESOURCE_EXHAUSTED", text, after)
+            raise EngineError("RESOURCE_EXHAUSTED", text, after, "work_full")
         if generation.deadline is not None:
             needed = self.pace * generation.work if self._observed else 0.0
             if now + needed > generation.deadline:
                 text = f"deadline_ms is too short: the request alone takes about {needed:.1f} s"
-                raise EngineError("DEADLINE_EXCEEDED", text)
+                raise EngineError("DEADLINE_EXCEEDED", text, reason="deadline")
         self.live.add(generation)
         self.outstanding += generation.work
 

@@ -12,6 +12,7 @@ import numpy as np
 from twinbrush.engine.config import PipelineConfig
 from twinbrush.engine.models import Models
 from twinbrush.engine.prompt import PromptTokenizer
+from twinbrush.engine.telemetry import Telemetry
 
 CACHE_BYTES = 256 * 2**20
 FUSION = "fusion"
@@ -35,13 +36,20 @@ class Conditioner:
         config: which encoders run, and which of their outputs go where.
         tokenizer: of the encoders.
         max_rows: texts a call.
+        telemetry: is told of hits and misses of the cache.
     """
 
     def __init__(
-        self, models: Models, config: PipelineConfig, tokenizer: PromptTokenizer, max_rows: int
+        self,
+        models: Models,
+        config: PipelineConfig,
+        tokenizer: PromptTokenizer,
+        max_rows: int,
+        telemetry: Telemetry,
     ):
         self._models, self._config = models, config
         self._tokenizer, self._max_rows = tokenizer, max_rows
+        self._telemetry = telemetry
         self._cache: OrderedDict[Text, Conditioning] = OrderedDict()  # without the batch axis
         self._cached_bytes = 0
         self._others = ThreadPoolExecutor(max(1, len(config.encoders) - 1), "encoders")
@@ -49,7 +57,8 @@ class Conditioner:
     def __call__(self, wanted: Sequence[Sequence[Text]]) -> list[dict[str, np.ndarray]]:
         """The UNet's inputs for each list of texts, (texts, ...) each, by name."""
         distinct = dict.fromkeys(text for texts in wanted for text in texts)
-        for texts in self._calls(text for text in distinct if text not in self._cache):
+        missing = [text for text in distinct if text not in self._cache]
+        for texts in self._calls(missing):
             for text, encoded in zip(texts, self._encode(texts), strict=True):
                 self._cache[text] = encoded
                 self._cached_bytes += _bytes(encoded)
@@ -58,6 +67,8 @@ class Conditioner:
         stacked = [self._stacked(texts) for texts in wanted]
         while self._cached_bytes > CACHE_BYTES:
             self._cached_bytes -= _bytes(self._cache.popitem(last=False)[1])
+        hits = sum(map(len, wanted)) - len(missing)
+        self._telemetry.texts(hits, len(missing), self._cached_bytes)
         return stacked
 
     def close(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from twinbrush.engine.config import PipelineConfig
 from twinbrush.engine.denoise import Painting
 from twinbrush.engine.generation import Generation
 from twinbrush.engine.models import Models
+from twinbrush.engine.telemetry import Marks
 
 DECODER = "vqgan_decoder"
 IMAGE_ENCODERS = 2  # threads that write PNG and JPEG
@@ -31,6 +33,7 @@ class LiveImage:
     index: int
     painting: Painting
     claim: Claim
+    marks: Marks
 
 
 class Decoder:
@@ -90,6 +93,7 @@ class Decoder:
             self._fail([image.generation for image in group], "decoding")
             return
         for image, picture in zip(group, pictures, strict=True):
+            image.marks.decoded = time.monotonic()
             try:
                 pixels = images.to_pixels(picture)
             except ValueError as error:
