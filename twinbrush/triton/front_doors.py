@@ -25,7 +25,7 @@ from twinbrush.engine.request import (
 )
 from twinbrush.triton.answer import Answer, RequestMetrics
 from twinbrush.triton.cancel_watch import CancelWatch
-from twinbrush.triton.models import TritonModels
+from twinbrush.triton.networks import open_models
 from twinbrush.triton.relay import RelayClient, RelayServer, relay_address
 
 log = logging.getLogger(__name__)
@@ -42,9 +42,8 @@ class StreamModel:
         config = json.loads(args["model_config"])
         self._inputs = _input_names(config)
         self._control = Control.from_environment()
-        self._engine = Engine.of_model(
-            folder, config, TritonModels(), fail=_end_process, beat=self._beat
-        )
+        models = open_models(folder.parent, config)
+        self._engine = Engine.of_model(folder, config, models, fail=_end_process, beat=self._beat)
         self._relay = RelayServer(relay_address(), self._submit)
         self._watch = CancelWatch(_end_process)
         self._live: dict[Answer, tuple[str, Generation]] = {}  # and the id that the client gave
