@@ -62,7 +62,8 @@ def main(
         models = LocalModels(repository)
         engine = stack.enter_context(local_engine(repository, models))
         clients = {
-            str(runtime): stack.enter_context(_server(repository, runtime)) for runtime in Runtime
+            str(runtime): stack.enter_context(running_server(repository, runtime))[0]
+            for runtime in Runtime
         }
         servers = {runtime: _through(client) for runtime, client in clients.items()}
         sides = {"engine": _engine_alone(engine), **servers}
@@ -95,8 +96,10 @@ def main(
 
 
 @contextmanager
-def _server(repository: Path, runtime: Runtime) -> Iterator[grpc.InferenceServerClient]:
-    """A client of a server of its own."""
+def running_server(
+    repository: Path, runtime: Runtime
+) -> Iterator[tuple[grpc.InferenceServerClient, int]]:
+    """A server of its own: a client of it, and its process id."""
     http, grpc_port, metrics = chosen_ports("127.0.0.1", 0, 0, 0)
     options = ServerOptions(
         repository, http_port=http, grpc_port=grpc_port, metrics_port=metrics, runtime=runtime
@@ -106,10 +109,10 @@ def _server(repository: Path, runtime: Runtime) -> Iterator[grpc.InferenceServer
             process.check()
             time.sleep(0.1)
         with grpc.InferenceServerClient(f"127.0.0.1:{grpc_port}") as client:
-            yield client
+            yield client, process.pid
 
 
-def _prompt(number: int) -> str:
+def new_prompt(number: int) -> str:
     """Never the same twice, so that no prompt comes from the cache."""
     a, b = COLOURS[number % 8], COLOURS[number // 8 % 8]
     return f"a large {a} circle left of a small {b} square {next(_COUNTER)}"
@@ -118,7 +121,7 @@ def _prompt(number: int) -> str:
 def _engine_alone(engine: Engine, deterministic: bool = False) -> Send:
     def send(number: int, done: Callable[[str | None], None]) -> None:
         fields = {
-            "prompt": np.array([_prompt(number).encode()], object),
+            "prompt": np.array([new_prompt(number).encode()], object),
             "seed": np.array([number]),
             "image_format": np.array([b"png"], object),
             "progress": np.array([False]),
@@ -136,7 +139,7 @@ def _engine_alone(engine: Engine, deterministic: bool = False) -> Send:
 
 def _through(client: grpc.InferenceServerClient) -> Send:
     def send(number: int, done: Callable[[str | None], None]) -> None:
-        fields = inputs({"prompt": _prompt(number), "seed": number, "image_format": "png"})
+        fields = inputs({"prompt": new_prompt(number), "seed": number, "image_format": "png"})
         client.async_infer(
             "text_to_image",
             fields,

@@ -130,6 +130,11 @@ class TritonProcess:
         scratch.remove(self._scratch, self._region)
 
     @property
+    def pid(self) -> int:
+        """Of the server, not of this launcher."""
+        return self._process.pid
+
+    @property
     def age(self) -> float:
         """Seconds since its start."""
         return time.monotonic() - self._started

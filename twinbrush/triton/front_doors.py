@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
 
 from twinbrush.control import Control
 from twinbrush.engine.engine import Engine
 from twinbrush.engine.fields import InvalidArgument, shortened
 from twinbrush.engine.generation import End, EngineError, Event, Finished, Generation, Progress
+from twinbrush.engine.models import Models
 from twinbrush.engine.request import (
     GenerationRequest,
     check_sizes,
@@ -42,11 +42,15 @@ class StreamModel:
         config = json.loads(args["model_config"])
         self._inputs = _input_names(config)
         self._control = Control.from_environment()
-        models = open_models(folder.parent, config)
+        models = self.open_models(folder, config)
         self._engine = Engine.of_model(folder, config, models, fail=_end_process, beat=self._beat)
         self._relay = RelayServer(relay_address(), self._submit)
         self._watch = CancelWatch(_end_process)
         self._live: dict[Answer, tuple[str, Generation]] = {}  # and the id that the client gave
+
+    def open_models(self, folder: Path, config: Mapping[str, Any]) -> Models:
+        """The networks behind the engine in `folder`, by the parameter `runtime`."""
+        return open_models(folder.parent, config)
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
@@ -184,8 +188,7 @@ def _fields(request: Any, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     for name, value in json.loads(parameters).items():
         if name != "id" and not name.startswith("triton_"):
             raise unknown_input(name, value, names)
-    inputs = ((name, pb_utils.get_input_tensor_by_name(request, name)) for name in names)
-    tensors = {name: tensor.as_numpy() for name, tensor in inputs if tensor is not None}
+    tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
     check_sizes(tensors)
     return {name: tensor.copy() for name, tensor in tensors.items()}
 
