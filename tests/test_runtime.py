@@ -63,8 +63,8 @@ def test_options_of_served_networks_are_refused_in_process(repository, options, 
 
 
 def paint(address: str) -> list[bytes]:
-    """Pixels of deterministic requests, through both front doors."""
-    fields = {"deterministic": True, "image_format": "raw", "sampler": "euler_a"}
+    """Files of deterministic requests, through both front doors."""
+    fields = {"deterministic": True, "sampler": "euler_a"}
     painted = []
     with Client(address) as client:
         for seed, steps in ((1, 2), (2, 5)):
