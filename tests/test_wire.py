@@ -533,7 +533,7 @@ def test_a_full_queue_refuses_and_recovers(repository, start_server, tmp_path):
     copy = shutil.copytree(repository, tmp_path / "copy")
     config = copy / STREAM / "config.pbtxt"
     text = config.read_text()
-    assert 'key: "queue_size" value: { string_value: "128" }' in text
+    assert 'key: "queue_size" value: { string_value: "512" }' in text
     config.write_text(text.replace('"queue_size" value: { string_value: "128"',
                                    '"queue_size" value: { string_value: "2"'))  # fmt: skip
     server = start_server(copy)

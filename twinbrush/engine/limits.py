@@ -23,7 +23,7 @@ class Limits:
 
     max_rows: int = 32
     row_buckets: tuple[int, ...] = ()
-    queue_size: int = 128
+    queue_size: int = 512
     queue_work: int = 100_000
     call_seconds: int = 600
 

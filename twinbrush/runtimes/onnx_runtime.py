@@ -16,6 +16,7 @@ import numpy as np
 import onnxruntime as ort
 
 from twinbrush.cpus import available_cpus
+from twinbrush.runtimes.bound import Network
 
 log = logging.getLogger(__name__)
 
@@ -137,20 +138,38 @@ class LocalModels:
     Args:
         repository: model repository.
         files: ONNX files by model, to run in place of the repository's.
+        on_gpu: whether models run on the GPU of their `instance_group` where ONNX Runtime has
+            CUDA, as Triton would place them.
+
+    Raises:
+        RuntimeError: a network cannot be loaded.
     """
 
-    def __init__(self, repository: Path, files: Mapping[str, Path] | None = None):
-        self._sessions = {}
+    def __init__(
+        self, repository: Path, files: Mapping[str, Path] | None = None, on_gpu: bool = False
+    ):
+        self._networks = {}
         for path in sorted(repository.glob("*/config.pbtxt")):
             model = (files or {}).get(path.parent.name, path.parent / "1" / "model.onnx")
             if model.exists():
-                self._sessions[path.parent.name] = open_session(model, read_config(path))
+                config = read_config(path)
+                device_id = _gpu_of(config) if on_gpu else None
+                session = open_session(model, config, device_id)
+                self._networks[path.parent.name] = Network(session, device_id)
 
     def run(self, model: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """See `Models.run`."""
-        session = self._sessions[model]
-        names = [node.name for node in session.get_outputs()]
-        return dict(zip(names, map(np.asarray, session.run(names, dict(inputs))), strict=True))
+        return self._networks[model].run(inputs)
+
+
+def _gpu_of(config: Mapping[str, Any]) -> int | None:
+    """The GPU that Triton would place a model on: `KIND_AUTO` is a GPU where there is one."""
+    if ACCELERATORS["cuda"] not in ort.get_available_providers():
+        return None
+    (group, *_) = config.get("instance_group") or [{}]
+    if group.get("kind", "KIND_AUTO") == "KIND_CPU":
+        return None
+    return int((group.get("gpus") or [0])[0])
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import re
 import shutil
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from twinbrush.server.errors import ServerError
@@ -58,6 +59,15 @@ def safe_repository(repository: Path, folder: Path) -> Path:
     link = folder / "repository"
     link.symlink_to(real)
     return link
+
+
+def overlay(repository: Path, folder: Path, models: Iterable[str]) -> Path:
+    """A repository in `folder` that holds links to some models of another, and nothing else."""
+    made = folder / "repository"
+    made.mkdir()
+    for model in models:
+        (made / model).symlink_to((repository / model).resolve())
+    return made
 
 
 def remove(folder: Path, region: str) -> None:

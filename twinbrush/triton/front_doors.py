@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
 
 from twinbrush.control import Control
 from twinbrush.engine.engine import Engine
@@ -25,6 +24,7 @@ from twinbrush.engine.metrics import (
     REQUESTS_LIVE,
     Observer,
 )
+from twinbrush.engine.models import Models
 from twinbrush.engine.request import (
     GenerationRequest,
     check_sizes,
@@ -35,7 +35,7 @@ from twinbrush.engine.request_ids import LineFormatter
 from twinbrush.triton.answer import Answer, RequestMetrics
 from twinbrush.triton.cancel_watch import CancelWatch
 from twinbrush.triton.metrics import TritonMetrics
-from twinbrush.triton.models import TritonModels
+from twinbrush.triton.networks import open_models
 from twinbrush.triton.relay import RelayClient, RelayServer, relay_address
 
 log = logging.getLogger(__name__)
@@ -55,12 +55,16 @@ class StreamModel:
         self._inputs = _input_names(config)
         self._control = Control.from_environment()
         self._engine = Engine.of_model(
-            folder, config, TritonModels(),
+            folder, config, self.open_models(folder, config),
             fail=_end_process, beat=self._beat, observer=self._observer,
         )  # fmt: skip
         self._relay = RelayServer(relay_address(), self._submit)
         self._watch = CancelWatch(_end_process)
         self._live: dict[Answer, tuple[str, Generation]] = {}  # and the id that the client gave
+
+    def open_models(self, folder: Path, config: Mapping[str, Any]) -> Models:
+        """The networks behind the engine in `folder`, by the parameter `runtime`."""
+        return open_models(folder.parent, config)
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
@@ -227,8 +231,7 @@ def _copied(request: Any, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     for name, value in json.loads(parameters).items():
         if name != "id" and not name.startswith("triton_"):
             raise unknown_input(name, value, names)
-    inputs = ((name, pb_utils.get_input_tensor_by_name(request, name)) for name in names)
-    tensors = {name: tensor.as_numpy() for name, tensor in inputs if tensor is not None}
+    tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
     check_sizes(tensors)
     return {name: tensor.copy() for name, tensor in tensors.items()}
 
