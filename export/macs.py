@@ -38,9 +38,9 @@ def positions(part: Part) -> dict[nn.Module, int]:
 
 
 def native_rows(part: Part, count: int) -> dict[str, Tensor]:
-    """Example inputs of `count` rows; latents have the native size."""
+    """Example inputs of `count` rows; latents have the native size, texts one chunk."""
     height, width = part.side or (1, 1)
-    sides = {"height": height, "width": width}
+    sides = {"height": height, "width": width, "tokens": part.tokens}
     rows = part.example(count, max(height, width))
     for name, spec in part.inputs.items():
         for axis, size in enumerate(spec.axes, start=1):

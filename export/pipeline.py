@@ -21,6 +21,7 @@ from export.scheduler import (
 )
 from export.sizes import native_size, scale_factor, side_multiple
 from export.tokenizer import check_ids, load_tokenizer
+from export.unet import MAX_CHUNKS
 from export.vqgan_decoder import latent_to_rgb
 from networks.loading import CheckpointError
 from twinbrush.engine.config import PipelineConfig
@@ -67,6 +68,7 @@ def write(checkpoint: Checkpoint, parts: dict[str, Part], folder: Path) -> None:
         "fusion_inputs": list(parts["fusion"].inputs),
         "unet_inputs": [n for n in parts["unet"].inputs if n not in ("sample", "timestep")],
         "timestep_cond": unet.config.time_cond_proj_dim,
+        "max_chunks": MAX_CHUNKS,
         "zeros_for_empty_negative": _zeros_for_empty_negative(checkpoint),
         "latent_to_rgb": index.get("latent_to_rgb") or latent_to_rgb(parts["vqgan_decoder"]),
     }

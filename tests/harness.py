@@ -21,6 +21,7 @@ import onnx_ir
 import pytest
 import torch
 import typer
+from families import FAMILIES, write_family
 from typer.testing import CliRunner, Result
 
 from checkpoints import tiny_checkpoint
@@ -164,6 +165,23 @@ def distilled_repository(repository, tmp_path_factory) -> Path:
     shutil.copytree(repository, folder)
     build(open_checkpoint(checkpoint), folder, only=["unet"])
     return folder
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """Writes and exports a family, once: its checkpoint and its repository."""
+    made: dict[str, tuple[Path, Path]] = {}
+    folder = tmp_path_factory.mktemp("families")
+
+    def export(name: str) -> tuple[Path, Path]:
+        if name not in made:
+            source = write_family(folder / name.replace("/", "--"), FAMILIES[name])
+            repository = skeleton(folder / f"{source.name}-served")
+            build(open_checkpoint(source), repository)
+            made[name] = source, repository
+        return made[name]
+
+    return export
 
 
 def open_engine(repository: Path, models=None, **options) -> Engine:

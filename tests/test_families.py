@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention
-from families import FAMILIES, Family, write_family
+from families import FAMILIES, Family
 from harness import contents, open_engine, skeleton
 from transformers import AutoTokenizer
 
@@ -88,23 +88,6 @@ def paint_served(repository: Path, family: Family, models=None, **fields: np.nda
     finally:
         engine.close()
     return picture
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """Writes and exports a family, once: its checkpoint and its repository."""
-    made: dict[str, tuple[Path, Path]] = {}
-    folder = tmp_path_factory.mktemp("families")
-
-    def export(name: str) -> tuple[Path, Path]:
-        if name not in made:
-            source = write_family(folder / name.replace("/", "--"), FAMILIES[name])
-            repository = skeleton(folder / f"{source.name}-served")
-            build(open_checkpoint(source), repository)
-            made[name] = source, repository
-        return made[name]
-
-    return export
 
 
 # Their graphs have the blocks of another family's in another number or with one input more, so

@@ -11,6 +11,7 @@ from typing import TypedDict
 DATA_TYPES = {
     "prompt": "BYTES",
     "negative_prompt": "BYTES",
+    "prompt_syntax": "BYTES",
     "seed": "INT64",
     "steps": "INT32",
     "guidance_scale": "FP32",
@@ -41,6 +42,10 @@ HELP = {
         "warning says so."
     ),
     "negative_prompt": "What guidance leads away from.",
+    "prompt_syntax": (
+        "How both prompts are read: a1111 takes weights as (word:1.2) and [word], BREAK, and "
+        "prompts of several chunks of tokens."
+    ),
     "seed": "Image k is drawn from seed + k. Always returned.",
     "steps": "Denoising steps.",
     "guidance_scale": "How closely to follow the prompt; 1 is no guidance.",
@@ -81,6 +86,7 @@ HELP = {
 ALLOWED = {
     "prompt": "1 to 2000 characters",
     "negative_prompt": "up to 2000 characters",
+    "prompt_syntax": "plain, a1111",
     "seed": "0 to 2⁶³−1",
     "steps": "1 to 50",
     "guidance_scale": "0 to 50",
@@ -123,6 +129,7 @@ class RequestFields(TypedDict, total=False):
     """Keyword arguments of a request besides the prompt; None takes the default."""
 
     negative_prompt: str | None
+    prompt_syntax: str | None
     seed: int | None
     steps: int | None
     guidance_scale: float | None

@@ -14,6 +14,7 @@ from typing import Any
 
 from twinbrush.engine.samplers import NoiseSchedule
 
+TOKENS = "encoder_hidden_states"  # UNet input: text tokens, a tower's length or a few times that
 TIME_IDS = "time_ids"  # UNet input: original size, top and left of the crop, target size
 ENGINE = Path("text_to_image_stream/1")  # of a repository: where pipeline.json and tokenizers are
 MAX_SIDE_FACTOR = 4  # a side may be this many times the side that the model was trained on
@@ -47,6 +48,11 @@ class EncoderConfig:
     pad: int
     mask: bool = False
 
+    @property
+    def is_tower(self) -> bool:
+        """Whether it is one of CLIP's, whose tokens are the UNet's; only these take no mask."""
+        return not self.mask
+
 
 @dataclass(frozen=True)
 class PipelineConfig:
@@ -67,6 +73,7 @@ class PipelineConfig:
         timestep_cond: width E of the guidance embedding, or None where guidance takes two rows.
         latent_to_rgb: the linear map of previews, see `images.preview`.
         zeros_for_empty_negative: whether an empty negative prompt is conditioned on zeros.
+        max_chunks: how many times a tower's length the UNet's token axis may be.
     """
 
     checkpoint: str
@@ -83,6 +90,12 @@ class PipelineConfig:
     timestep_cond: int | None
     latent_to_rgb: tuple[tuple[float, float, float], ...]
     zeros_for_empty_negative: bool = False
+    max_chunks: int = 1
+
+    @property
+    def chunk_length(self) -> int:
+        """Tokens of a chunk of text, with its start and end tokens."""
+        return self.encoders[0].length
 
     @property
     def takes_sizes(self) -> bool:

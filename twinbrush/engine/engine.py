@@ -127,8 +127,8 @@ class Engine:
                 its queue is full, DEADLINE_EXCEEDED when the deadline cannot be met.
         """
         warnings = (
-            *self._tokenizer.warnings("prompt", request.prompt),
-            *self._tokenizer.warnings("negative_prompt", request.negative_prompt),
+            *self._tokenizer.warnings("prompt", request.prompt, request.syntax),
+            *self._tokenizer.warnings("negative_prompt", request.negative_prompt, request.syntax),
             *self._plan.warnings(request),
         )
         work = self._plan.work(request)

@@ -6,13 +6,14 @@ Knows the checkpoint's settings and the request; knows nothing of threads, queue
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 
 from twinbrush.engine.batcher import CallKey, Claim
 from twinbrush.engine.capacity import Capacity, capacities
 from twinbrush.engine.conditioning import Text
-from twinbrush.engine.config import TIME_IDS, PipelineConfig
+from twinbrush.engine.config import TIME_IDS, TOKENS, PipelineConfig
 from twinbrush.engine.denoise import Painting
 from twinbrush.engine.guidance import Guidance, guidance_embedding, needs_negative
 from twinbrush.engine.request import FIELDS, GenerationRequest
@@ -38,10 +39,10 @@ class Planner:
         """The prompt and, where guidance takes two rows, the negative prompt."""
         both = [request.prompt, request.negative_prompt]
         texts = both if self._is_guided(request) else both[:1]
-        return [Text(text, alone=request.deterministic) for text in texts]
+        return [Text(text, request.deterministic, request.syntax) for text in texts]
 
     def key(self, request: GenerationRequest) -> CallKey:
-        """What a request's images share calls by."""
+        """What a request's images share calls by, as far as its fields say it."""
         scale = self._config.scale_factor
         return CallKey(
             UNET, request.height // scale, request.width // scale, alone=request.deterministic
@@ -78,7 +79,8 @@ class Planner:
     def claim(self, request: GenerationRequest, painting: Painting) -> Claim:
         """The claim of one image on UNet calls."""
         rows = [painting.rows_at(call) for call in range(painting.trajectory.calls)]
-        return Claim(self.key(request), rows, PRIORITY_WEIGHTS[request.priority])
+        key = replace(self.key(request), tokens=painting.conditioning[TOKENS].shape[1])
+        return Claim(key, rows, PRIORITY_WEIGHTS[request.priority])
 
     def capacity(self, key: CallKey) -> Capacity:
         """What one call of a key may hold."""

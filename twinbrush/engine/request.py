@@ -34,6 +34,7 @@ from twinbrush.engine.fields import (
     table,
 )
 from twinbrush.engine.images import IMAGE_FORMATS
+from twinbrush.engine.prompt_syntax import PLAIN, SYNTAXES, parse
 from twinbrush.engine.samplers import MAX_STEPS, SAMPLERS, SIGMA_SCHEDULES, trajectory
 
 MAX_PROMPT_CHARACTERS = 2000
@@ -67,6 +68,11 @@ class GenerationRequest:
     negative_prompt: str = row(
         "STRING", "", Text(MAX_PROMPT_CHARACTERS), "What guidance leads away from."
     )
+    prompt_syntax: str | None = row(
+        "STRING", FromConfig(f"`{PLAIN}`", lambda config: None), Choice(SYNTAXES),
+        "How both prompts are read: `a1111` takes weights as `(word:1.2)` and `[word]`, `BREAK`, "
+        "and prompts of several chunks of tokens.",
+    )  # fmt: skip
     seed: int = row(
         "INT64", FromConfig("random", lambda config: secrets.randbelow(2**32)),
         Integer(0, MAX_SEED), "Image `k` is drawn from `seed + k`. Always returned.",
@@ -160,6 +166,8 @@ class GenerationRequest:
         if values["seed"] > last_seed:
             allowed = f"must be between 0 and {last_seed} with {values['num_images']} images"
             raise InvalidArgument("seed", values["seed"], allowed)
+        if values["prompt_syntax"] not in (None, PLAIN):
+            _check_syntax(values)
         start, end = values["guidance_start"], values["guidance_end"]
         if start > end:
             allowed = f"must be at most guidance_end, which is {end:g}"
@@ -173,6 +181,11 @@ class GenerationRequest:
         except ValueError as error:
             raise InvalidArgument.worded(str(error)) from error
         return request
+
+    @property
+    def syntax(self) -> str:
+        """That the prompts are read in."""
+        return self.prompt_syntax or PLAIN
 
     @property
     def time_ids(self) -> tuple[int, ...]:
@@ -208,6 +221,14 @@ class GenerationRequest:
         if checkpoint_hash:
             values["checkpoint_hash"] = checkpoint_hash
         return values | {"version": f"Twinbrush {twinbrush.__version__}"}
+
+
+def _check_syntax(values: Mapping[str, Any]) -> None:
+    for name in ("prompt", "negative_prompt"):
+        try:
+            parse(values[name])
+        except ValueError as error:
+            raise InvalidArgument(name, values[name], str(error)) from None
 
 
 FIELDS: Mapping[str, Field] = table(GenerationRequest)
