@@ -23,6 +23,11 @@ class CallKey:
     width: int
     alone: bool = False
 
+    @property
+    def cells(self) -> int:
+        """Latent cells of a row."""
+        return self.height * self.width
+
 
 @dataclass(eq=False)
 class Claim:

@@ -160,6 +160,12 @@ class GenerationRequest:
         if values["seed"] > last_seed:
             allowed = f"must be between 0 and {last_seed} with {values['num_images']} images"
             raise InvalidArgument("seed", values["seed"], allowed)
+        pixels = values["width"] * values["height"]
+        if config.max_pixels is not None and pixels > config.max_pixels:
+            allowed = f"with height={values['height']} it makes {pixels} pixels, at most"
+            raise InvalidArgument(
+                "width", values["width"], f"{allowed} {config.max_pixels} are allowed"
+            )
         start, end = values["guidance_start"], values["guidance_end"]
         if start > end:
             allowed = f"must be at most guidance_end, which is {end:g}"
@@ -261,6 +267,7 @@ def describe_server(config: PipelineConfig) -> dict[str, Any]:
             "native": config.native_side,
             "multiple_of": config.side_multiple,
             "largest": config.max_side,
+            "max_pixels": config.max_pixels,
         },
         "fields": [
             {

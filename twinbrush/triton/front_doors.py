@@ -23,6 +23,7 @@ from twinbrush.engine.request import (
     describe_server,
     unknown_input,
 )
+from twinbrush.memory import device_memory
 from twinbrush.triton.answer import Answer, RequestMetrics
 from twinbrush.triton.cancel_watch import CancelWatch
 from twinbrush.triton.models import TritonModels
@@ -43,7 +44,7 @@ class StreamModel:
         self._inputs = _input_names(config)
         self._control = Control.from_environment()
         self._engine = Engine.of_model(
-            folder, config, TritonModels(), fail=_end_process, beat=self._beat
+            folder, config, TritonModels(), device_memory(), fail=_end_process, beat=self._beat
         )
         self._relay = RelayServer(relay_address(), self._submit)
         self._watch = CancelWatch(_end_process)
