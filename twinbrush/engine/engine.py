@@ -76,7 +76,7 @@ class Engine:
         self._costs = Costs()
         self._work = threading.Condition()  # guards what follows, and every `ended`
         self._batcher = StepBatcher(self._call_rows, self._costs.seconds)
-        self._admission = Admission(limits.queue_size, limits.queue_work)
+        self._admission = Admission(limits.queue_size, limits.queue_work, limits.client_work / 100)
         self._images: dict[Claim, LiveImage] = {}
         self._reduced: dict[CallKey, int] = {}  # rows a call, since memory was exhausted
         self._closed: EngineError | None = None

@@ -19,6 +19,7 @@ class Limits:
         row_buckets: row counts that UNet calls are padded up to, for runtimes that compile shapes.
         queue_size: requests that may live at once.
         queue_work: work that may be outstanding, see `Admission`.
+        client_work: percent of `queue_size` and `queue_work` that one named client may have.
         call_seconds: time that one model call may take.
         max_side: pixels that a side may have, or None for the checkpoint's own bound.
         max_pixels: pixels that a picture may have, or None for any.
@@ -29,6 +30,7 @@ class Limits:
     row_buckets: tuple[int, ...] = ()
     queue_size: int = 128
     queue_work: int = 100_000
+    client_work: int = 50
     call_seconds: int = 600
     max_side: int | None = None
     max_pixels: int | None = None
@@ -51,6 +53,7 @@ class Limits:
             device = replace(device or DeviceMemory(0), budget=megabytes * 1e6, chosen=True)
         return cls(
             row_buckets=tuple(whole_numbers(config, "row_buckets")),
+            client_work=min(100, optional_number(config, "client_work") or cls.client_work),
             max_side=optional_number(config, "max_side"),
             max_pixels=optional_number(config, "max_pixels"),
             memory=device,

@@ -38,6 +38,7 @@ from twinbrush.engine.samplers import MAX_STEPS, SAMPLERS, SIGMA_SCHEDULES, traj
 
 MAX_PROMPT_CHARACTERS = 2000
 MAX_ID_CHARACTERS = 256
+MAX_CLIENT_CHARACTERS = 64
 MAX_GUIDANCE_SCALE = 50.0
 MAX_IMAGES = 16
 MAX_SEED = 2**63 - 1
@@ -47,8 +48,8 @@ PRIORITIES = ("low", "normal", "high")
 CHECKPOINTS_OWN = "default"  # sigma schedule
 # What says how a picture is delivered, not how it looks.
 NOT_IN_METADATA = frozenset({
-    "num_images", "image_format", "metadata", "priority", "deadline_ms", "progress",
-    "preview_every",
+    "num_images", "image_format", "metadata", "priority", "deadline_ms", "client",
+    "progress", "preview_every",
 })  # fmt: skip
 
 _NATIVE_WIDTH = FromConfig("checkpoint's", lambda config: config.native_width)
@@ -135,6 +136,11 @@ class GenerationRequest:
     deadline_ms: int = row(
         "INT32", 0, Integer(0, MAX_DEADLINE_MS),
         "Milliseconds after which the request is ended with `DEADLINE_EXCEEDED`; 0 sets none.",
+    )  # fmt: skip
+    client: str = row(
+        "STRING", "", Text(MAX_CLIENT_CHARACTERS),
+        "Who asks. The live requests of one client have at most a share of the queue; those "
+        "without a name are not counted together.",
     )  # fmt: skip
     progress: bool = row(
         "BOOL", True, Flag(), "Send a `progress` event for every step.", stream_only=True

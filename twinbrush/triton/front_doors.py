@@ -31,6 +31,9 @@ from twinbrush.triton.relay import RelayClient, RelayServer, relay_address
 
 log = logging.getLogger(__name__)
 MAX_PARAMETERS = 1 << 16  # bytes of a request's parameters, as JSON
+# What Triton makes of a header of this name where --grpc-header-forward-pattern or
+# --http-header-forward-pattern let it through: a proxy's word on who asks.
+CLIENT_HEADER = "twinbrush-client"
 
 
 class StreamModel:
@@ -183,13 +186,19 @@ def _fields(request: Any, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     if len(parameters) > MAX_PARAMETERS:
         allowed = f"must have at most {MAX_PARAMETERS} bytes; it has {len(parameters)}"
         raise InvalidArgument("parameters", shortened(parameters), allowed)
-    for name, value in json.loads(parameters).items():
+    given = json.loads(parameters)
+    client = given.pop(CLIENT_HEADER, None)
+    for name, value in given.items():
         if name != "id" and not name.startswith("triton_"):
             raise unknown_input(name, value, names)
     inputs = ((name, pb_utils.get_input_tensor_by_name(request, name)) for name in names)
     tensors = {name: tensor.as_numpy() for name, tensor in inputs if tensor is not None}
     check_sizes(tensors)
-    return {name: tensor.copy() for name, tensor in tensors.items()}
+    fields = {name: tensor.copy() for name, tensor in tensors.items()}
+    if client is not None:
+        fields["client"] = np.array([str(client).encode()], object)
+        check_sizes({"client": fields["client"]})
+    return fields
 
 
 def _tell(answer: Answer, event: Event) -> None:
