@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention
-from families import FAMILIES, Family
+from families import FAMILIES, Family, write_family
 from harness import contents, open_engine, skeleton
 from transformers import AutoTokenizer
 

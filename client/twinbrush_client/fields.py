@@ -32,6 +32,7 @@ DATA_TYPES = {
     "metadata": "BOOL",
     "priority": "BYTES",
     "deadline_ms": "INT32",
+    "client": "BYTES",
     "progress": "BOOL",
     "preview_every": "INT32",
 }
@@ -79,6 +80,10 @@ HELP = {
     "deadline_ms": (
         "Milliseconds after which the request is ended with DEADLINE_EXCEEDED; 0 sets none."
     ),
+    "client": (
+        "Who asks. The live requests of one client have at most a share of the queue; those "
+        "without a name are not counted together."
+    ),
     "progress": "Send a progress event for every step.",
     "preview_every": "Send a preview, one pixel a latent cell, every so many steps; 0 sends none.",
 }
@@ -111,6 +116,7 @@ ALLOWED = {
     "metadata": "true, false",
     "priority": "low, normal, high",
     "deadline_ms": "0 to 86400000",
+    "client": "up to 64 characters",
     "progress": "true, false",
     "preview_every": "0 to 50",
 }
@@ -150,6 +156,7 @@ class RequestFields(TypedDict, total=False):
     metadata: bool | None
     priority: str | None
     deadline_ms: int | None
+    client: str | None
     progress: bool | None
     preview_every: int | None
     num_inference_steps: int | None

@@ -26,6 +26,11 @@ class CallKey:
     alone: bool = False
     tokens: int = 0
 
+    @property
+    def cells(self) -> int:
+        """Latent cells of a row."""
+        return self.height * self.width
+
 
 @dataclass(eq=False)
 class Claim:

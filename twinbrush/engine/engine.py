@@ -30,6 +30,7 @@ from twinbrush.engine.decode import Decoder, LiveImage, batches
 from twinbrush.engine.denoise import denoise_step
 from twinbrush.engine.generation import End, EngineError, Event, Finished, Generation, Progress
 from twinbrush.engine.limits import Limits
+from twinbrush.engine.memory import DeviceMemory
 from twinbrush.engine.metrics import Observer, Unobserved
 from twinbrush.engine.models import Models
 from twinbrush.engine.plan import Planner
@@ -70,9 +71,11 @@ class Engine:
         observer: Observer | None = None,
     ):
         limits = limits or Limits()
-        self.config = config
+        self.config = config = limits.bounded(config)
         self._limits, self._tokenizer = limits, tokenizer
-        self._plan = Planner(config, limits.max_rows)
+        self._plan = Planner(config, limits.max_rows, limits.memory)
+        if (memory := self._plan.memory) is not None:
+            log.info("calls are bounded by memory: %s", memory.describe())
         self._fail = fail or self._give_up
         self._latent_to_rgb = np.array(config.latent_to_rgb, np.float32)
         self._costs = Costs()
@@ -80,7 +83,7 @@ class Engine:
         models = ObservedModels(models, self._telemetry)
         self._work = threading.Condition()  # guards what follows, and every `ended`
         self._batcher = StepBatcher(self._call_rows, self._costs.seconds)
-        self._admission = Admission(limits.queue_size, limits.queue_work)
+        self._admission = Admission(limits.queue_size, limits.queue_work, limits.client_work / 100)
         self._images: dict[Claim, LiveImage] = {}
         self._reduced: dict[CallKey, int] = {}  # rows a call, since memory was exhausted
         self._closed: EngineError | None = None
@@ -94,17 +97,23 @@ class Engine:
         self._to_encode: queue.SimpleQueue = queue.SimpleQueue()
         self._to_reply: queue.SimpleQueue = queue.SimpleQueue()
         self._decoder = Decoder(
-            self._watchdog, self.config, self._rows, self._finish, self._end_failed
+            self._watchdog, config, self._pictures, self._finish, self._end_failed
         )
         loops = (self._encode_loop, self._denoise_loop, self._decoder.loop, self._reply_loop)
         self._threads = [start_guarded(loop.__qualname__, loop, self._fail) for loop in loops]
 
     @classmethod
     def of_model(
-        cls, folder: Path, config: Mapping[str, Any], models: Models, **options: Any
+        cls,
+        folder: Path,
+        config: Mapping[str, Any],
+        models: Models,
+        device: DeviceMemory | None = None,
+        **options: Any,
     ) -> Engine:
         """The engine of a served model: its version folder, and its `config.pbtxt` as JSON.
 
+        `device` says what the networks may take of memory, where the configuration does not;
         `options` are those of the class.
 
         Raises:
@@ -112,7 +121,7 @@ class Engine:
         """
         pipeline = PipelineConfig.load(folder / "pipeline.json")
         tokenizer = PromptTokenizer(folder, pipeline)
-        return cls(models, pipeline, tokenizer, Limits.of_config(config), **options)
+        return cls(models, pipeline, tokenizer, Limits.of_config(config, device), **options)
 
     def submit(
         self, request: GenerationRequest, reply: Callable[[Event], None], request_id: str = ""
@@ -123,9 +132,11 @@ class Engine:
         name it by `request_id`, or by a new one where that is empty.
 
         Raises:
+            InvalidArgument: its pictures do not fit into memory.
             EngineError: UNAVAILABLE when the engine drains or has closed, RESOURCE_EXHAUSTED when
                 its queue is full, DEADLINE_EXCEEDED when the deadline cannot be met.
         """
+        self._plan.check_memory(request)
         warnings = (
             *self._tokenizer.warnings("prompt", request.prompt, request.syntax),
             *self._tokenizer.warnings("negative_prompt", request.negative_prompt, request.syntax),
@@ -294,7 +305,11 @@ class Engine:
         return self._costs.enough_rows(key, self._rows(key))
 
     def _rows(self, key: CallKey) -> int:
-        return self._reduced.get(key, self._plan.capacity(key).rows)
+        most = self._plan.rows(key)
+        return min(most, self._reduced.get(key, most))
+
+    def _pictures(self, key: CallKey) -> int:
+        return self._plan.pictures(key, self._rows(key))
 
     def _reduce_rows(self, key: CallKey, failed: int) -> None:
         """Later calls have at most half of the rows of one that ran out of memory."""
@@ -306,7 +321,7 @@ class Engine:
         )  # fmt: skip
 
     def _buckets(self, key: CallKey) -> Sequence[int]:
-        most = self._plan.capacity(key).rows
+        most = self._rows(key)
         buckets = self._limits.row_buckets
         return (*(size for size in buckets if size < most), most) if buckets else ()
 

@@ -39,6 +39,7 @@ from twinbrush.engine.samplers import MAX_STEPS, SAMPLERS, SIGMA_SCHEDULES, traj
 
 MAX_PROMPT_CHARACTERS = 2000
 MAX_ID_CHARACTERS = 256
+MAX_CLIENT_CHARACTERS = 64
 MAX_GUIDANCE_SCALE = 50.0
 MAX_IMAGES = 16
 MAX_SEED = 2**63 - 1
@@ -48,8 +49,8 @@ PRIORITIES = ("low", "normal", "high")
 CHECKPOINTS_OWN = "default"  # sigma schedule
 # What says how a picture is delivered, not how it looks.
 NOT_IN_METADATA = frozenset({
-    "num_images", "image_format", "metadata", "priority", "deadline_ms", "progress",
-    "preview_every",
+    "num_images", "image_format", "metadata", "priority", "deadline_ms", "client",
+    "progress", "preview_every",
 })  # fmt: skip
 
 _NATIVE_WIDTH = FromConfig("checkpoint's", lambda config: config.native_width)
@@ -142,6 +143,11 @@ class GenerationRequest:
         "INT32", 0, Integer(0, MAX_DEADLINE_MS),
         "Milliseconds after which the request is ended with `DEADLINE_EXCEEDED`; 0 sets none.",
     )  # fmt: skip
+    client: str = row(
+        "STRING", "", Text(MAX_CLIENT_CHARACTERS),
+        "Who asks. The live requests of one client have at most a share of the queue; those "
+        "without a name are not counted together.",
+    )  # fmt: skip
     progress: bool = row(
         "BOOL", True, Flag(), "Send a `progress` event for every step.", stream_only=True
     )
@@ -168,6 +174,12 @@ class GenerationRequest:
             raise InvalidArgument("seed", values["seed"], allowed)
         if values["prompt_syntax"] not in (None, PLAIN):
             _check_syntax(values)
+        pixels = values["width"] * values["height"]
+        if config.max_pixels is not None and pixels > config.max_pixels:
+            allowed = f"with height={values['height']} it makes {pixels} pixels, at most"
+            raise InvalidArgument(
+                "width", values["width"], f"{allowed} {config.max_pixels} are allowed"
+            )
         start, end = values["guidance_start"], values["guidance_end"]
         if start > end:
             allowed = f"must be at most guidance_end, which is {end:g}"
@@ -282,6 +294,7 @@ def describe_server(config: PipelineConfig) -> dict[str, Any]:
             "native": config.native_side,
             "multiple_of": config.side_multiple,
             "largest": config.max_side,
+            "max_pixels": config.max_pixels,
         },
         "fields": [
             {

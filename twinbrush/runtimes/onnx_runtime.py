@@ -16,6 +16,7 @@ import numpy as np
 import onnxruntime as ort
 
 from twinbrush.cpus import available_cpus
+from twinbrush.runtimes.attention import with_blocks
 from twinbrush.runtimes.bound import Network
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ ACCELERATORS = {
     "tensorrt": "TensorrtExecutionProvider",
     "openvino": "OpenVINOExecutionProvider",
 }
+EXTERNAL_DATA = "session.model_external_initializers_file_folder_path"
 # Keys that the native backend reads as parameters of the CUDA provider.
 CUDA_KEYS = (
     "cudnn_conv_algo_search", "gpu_mem_limit", "arena_extend_strategy",
@@ -63,7 +65,10 @@ def open_session(
     options = _session_options(config)
     providers = _providers(config, device_id)
     try:
-        return ort.InferenceSession(str(model), options, providers=providers)
+        source = with_blocks(model) if len(providers) == 1 else None  # the CPU alone
+        if source is not None:
+            options.add_session_config_entry(EXTERNAL_DATA, str(model.parent))
+        return ort.InferenceSession(source or str(model), options, providers=providers)
     except Exception as error:
         raise RuntimeError(f"ONNX Runtime cannot load {model}: {error}") from error
 

@@ -32,6 +32,7 @@ from twinbrush.engine.request import (
     unknown_input,
 )
 from twinbrush.engine.request_ids import LineFormatter
+from twinbrush.memory import device_memory
 from twinbrush.triton.answer import Answer, RequestMetrics
 from twinbrush.triton.cancel_watch import CancelWatch
 from twinbrush.triton.metrics import TritonMetrics
@@ -41,6 +42,9 @@ from twinbrush.triton.relay import RelayClient, RelayServer, relay_address
 log = logging.getLogger(__name__)
 UNARY_METRICS = (REQUESTS_LIVE, REQUESTS_ENDED, REFUSALS)
 MAX_PARAMETERS = 1 << 16  # bytes of a request's parameters, as JSON
+# What Triton makes of a header of this name where --grpc-header-forward-pattern or
+# --http-header-forward-pattern let it through: a proxy's word on who asks.
+CLIENT_HEADER = "twinbrush-client"
 
 
 class StreamModel:
@@ -55,7 +59,7 @@ class StreamModel:
         self._inputs = _input_names(config)
         self._control = Control.from_environment()
         self._engine = Engine.of_model(
-            folder, config, self.open_models(folder, config),
+            folder, config, self.open_models(folder, config), device_memory(),
             fail=_end_process, beat=self._beat, observer=self._observer,
         )  # fmt: skip
         self._relay = RelayServer(relay_address(), self._submit)
@@ -228,12 +232,18 @@ def _copied(request: Any, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     if len(parameters) > MAX_PARAMETERS:
         allowed = f"must have at most {MAX_PARAMETERS} bytes; it has {len(parameters)}"
         raise InvalidArgument("parameters", shortened(parameters), allowed)
-    for name, value in json.loads(parameters).items():
+    given = json.loads(parameters)
+    client = given.pop(CLIENT_HEADER, None)
+    for name, value in given.items():
         if name != "id" and not name.startswith("triton_"):
             raise unknown_input(name, value, names)
     tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
     check_sizes(tensors)
-    return {name: tensor.copy() for name, tensor in tensors.items()}
+    fields = {name: tensor.copy() for name, tensor in tensors.items()}
+    if client is not None:
+        fields["client"] = np.array([str(client).encode()], object)
+        check_sizes({"client": fields["client"]})
+    return fields
 
 
 def _tell(answer: Answer, event: Event) -> None:
