@@ -181,9 +181,9 @@ def _report(point: dict[str, Any]) -> None:
 
 def _write_csv(file: Path, points: Sequence[dict[str, Any]]) -> None:
     with file.open("w", newline="") as opened:
-        writer = csv.DictWriter(opened, list(COLUMNS), extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(points)
+        writer = csv.writer(opened, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows([point[name] for name in COLUMNS] for point in points)
 
 
 def _show(points: Sequence[dict[str, Any]]) -> None:

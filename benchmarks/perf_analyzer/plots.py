@@ -35,12 +35,13 @@ def draw(points: Points, title: str, file: Path) -> None:
             y = [point["images_per_second"] for point in line]
             throughput.plot(x, y, "o-", color=COLOURS[protocol], label=protocol)
             _latencies(latency, line, COLOURS[protocol], protocol)
-    for panel, heading in ((throughput, "images/s"), (latency, "latency in ms")):
-        panel.set(xlabel="live requests", ylabel=heading, xscale="log", ylim=(0, None))
+    throughput.set(ylabel="images/s", ylim=(0, None))
+    latency.set(ylabel="latency in ms", yscale="log")
+    for panel in (throughput, latency):
+        panel.set(xlabel="live requests", xscale="log")
         ticks = sorted({point["value"] for point in points if point["load"] == "concurrency"})
         panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         panel.minorticks_off()
-    latency.set(yscale="log", ylim=(None, None))
     if rates := _of(points, "grpc", "rate"):
         _latencies(offered, rates, COLOURS["grpc"], "grpc")
         bend = knee(rates)
@@ -50,7 +51,7 @@ def draw(points: Points, title: str, file: Path) -> None:
     for panel in (throughput, latency, offered):
         panel.grid(alpha=0.3)
         if panel.get_legend_handles_labels()[0]:
-            panel.legend(fontsize=8)
+            panel.legend(fontsize=7)
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()
     file.parent.mkdir(parents=True, exist_ok=True)
