@@ -16,6 +16,7 @@ import numpy as np
 import onnxruntime as ort
 
 from twinbrush.cpus import available_cpus
+from twinbrush.runtimes import openvino_runtime
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +45,8 @@ CUDA_ENUMS = {
 
 def open_session(
     model: Path, config: Mapping[str, Any], device_id: int | None = None
-) -> ort.InferenceSession:
-    """A session for a model of a repository.
+) -> ort.InferenceSession | openvino_runtime.OpenVinoSession:
+    """A session for a model of a repository; OpenVINO's where the accelerator of the CPU is that.
 
     Args:
         model: the ONNX file.
@@ -59,12 +60,26 @@ def open_session(
     """
     if not model.is_file():
         raise RuntimeError(f"{model} is not there: run `python -m export CHECKPOINT`")
+    if device_id is None and (parameters := _openvino(config)) is not None:
+        try:
+            return openvino_runtime.OpenVinoSession(model, parameters, available_cpus())
+        except Exception as error:
+            raise RuntimeError(f"OpenVINO cannot load {model}: {error}") from error
     options = _session_options(config)
     providers = _providers(config, device_id)
     try:
         return ort.InferenceSession(str(model), options, providers=providers)
     except Exception as error:
         raise RuntimeError(f"ONNX Runtime cannot load {model}: {error}") from error
+
+
+def _openvino(config: Mapping[str, Any]) -> dict[str, str] | None:
+    """Parameters of the CPU's accelerator where it is `openvino`, and that package is there."""
+    accelerators = config.get("optimization", {}).get("execution_accelerators", {})
+    for entry in accelerators.get("cpu_execution_accelerator", []):
+        if entry["name"] == "openvino" and openvino_runtime.is_installed():
+            return dict(entry.get("parameters", {}))
+    return None
 
 
 def _session_options(config: Mapping[str, Any]) -> ort.SessionOptions:
