@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,10 @@ MAX_PIXELS_A_SIDE = 2**20  # of sizes that SDXL is conditioned on
 MAX_DEADLINE_MS = 24 * 3600 * 1000
 PRIORITIES = ("low", "normal", "high")
 CHECKPOINTS_OWN = "default"  # sigma schedule
+INPUT_FILE_HINT = (
+    "The request sets every input, as perf_analyzer does with random data: run it with "
+    "--input-data benchmarks/inputs/mixed.json."
+)
 # What says how a picture is delivered, not how it looks.
 NOT_IN_METADATA = frozenset({
     "num_images", "image_format", "metadata", "priority", "deadline_ms", "client",
@@ -166,7 +171,14 @@ class GenerationRequest:
         Raises:
             InvalidArgument: a field is unknown, or its value is not allowed.
         """
-        check_sizes(tensors)
+        with explaining_generated_inputs(tensors):
+            return cls._parse(tensors, config)
+
+    @classmethod
+    def _parse(
+        cls, tensors: Mapping[str, np.ndarray | None], config: PipelineConfig
+    ) -> GenerationRequest:
+        _check_sizes(tensors)
         values = {name: field.parse(tensors.get(name), config) for name, field in FIELDS.items()}
         last_seed = MAX_SEED - values["num_images"] + 1  # seed + k must be a seed too
         if values["seed"] > last_seed:
@@ -265,12 +277,32 @@ def check_sizes(tensors: Mapping[str, np.ndarray | None]) -> None:
     Raises:
         InvalidArgument: an input is unknown, is not one element, or has too many bytes.
     """
+    with explaining_generated_inputs(tensors):
+        _check_sizes(tensors)
+
+
+def _check_sizes(tensors: Mapping[str, np.ndarray | None]) -> None:
     for name, tensor in tensors.items():
         field = FIELDS.get(name) or COMMANDS.get(name)
         if field is None:
             raise unknown_input(name, None if tensor is None else single(name, tensor), FIELDS)
         if tensor is not None:
             field.measure(tensor)
+
+
+@contextmanager
+def explaining_generated_inputs(names: Container[str]) -> Iterator[None]:
+    """Names the input file for load generators in the refusal of a request with every input.
+
+    Clients leave out what they do not need, and no checkpoint takes all inputs; `perf_analyzer`
+    without `--input-data` fills in all of them with random values.
+    """
+    try:
+        yield
+    except InvalidArgument as error:
+        if not all(name in names for name, field in FIELDS.items() if not field.stream_only):
+            raise
+        raise InvalidArgument.worded(f"{error} {INPUT_FILE_HINT}") from error
 
 
 def unknown_input(name: str, value: object, names: Iterable[str]) -> InvalidArgument:

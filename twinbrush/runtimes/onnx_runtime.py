@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import onnxruntime as ort
 
 from twinbrush.cpus import available_cpus
+from twinbrush.runtimes import openvino_runtime
 from twinbrush.runtimes.attention import with_blocks
 from twinbrush.runtimes.bound import Network
 
@@ -47,8 +48,8 @@ CUDA_ENUMS = {
 
 def open_session(
     model: Path, config: Mapping[str, Any], device_id: int | None = None
-) -> ort.InferenceSession:
-    """A session for a model of a repository.
+) -> ort.InferenceSession | openvino_runtime.OpenVinoSession:
+    """A session for a model of a repository; OpenVINO's where the accelerator of the CPU is that.
 
     Args:
         model: the ONNX file.
@@ -62,6 +63,11 @@ def open_session(
     """
     if not model.is_file():
         raise RuntimeError(f"{model} is not there: run `python -m export CHECKPOINT`")
+    if device_id is None and (parameters := _openvino(config)) is not None:
+        try:
+            return openvino_runtime.OpenVinoSession(model, parameters, available_cpus())
+        except Exception as error:
+            raise RuntimeError(f"OpenVINO cannot load {model}: {error}") from error
     options = _session_options(config)
     providers = _providers(config, device_id)
     try:
@@ -71,6 +77,15 @@ def open_session(
         return ort.InferenceSession(source or str(model), options, providers=providers)
     except Exception as error:
         raise RuntimeError(f"ONNX Runtime cannot load {model}: {error}") from error
+
+
+def _openvino(config: Mapping[str, Any]) -> dict[str, str] | None:
+    """Parameters of the CPU's accelerator where it is `openvino`, and that package is there."""
+    accelerators = config.get("optimization", {}).get("execution_accelerators", {})
+    for entry in accelerators.get("cpu_execution_accelerator", []):
+        if entry["name"] == "openvino" and openvino_runtime.is_installed():
+            return dict(entry.get("parameters", {}))
+    return None
 
 
 def _session_options(config: Mapping[str, Any]) -> ort.SessionOptions:
@@ -153,18 +168,28 @@ class LocalModels:
     def __init__(
         self, repository: Path, files: Mapping[str, Path] | None = None, on_gpu: bool = False
     ):
-        self._networks = {}
+        self._networks: dict[str, Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]] = {}
         for path in sorted(repository.glob("*/config.pbtxt")):
             model = (files or {}).get(path.parent.name, path.parent / "1" / "model.onnx")
             if model.exists():
                 config = read_config(path)
                 device_id = _gpu_of(config) if on_gpu else None
                 session = open_session(model, config, device_id)
-                self._networks[path.parent.name] = Network(session, device_id)
+                self._networks[path.parent.name] = _runner(session, device_id)
 
     def run(self, model: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """See `Models.run`."""
-        return self._networks[model].run(inputs)
+        return self._networks[model](inputs)
+
+
+def _runner(
+    session: ort.InferenceSession | openvino_runtime.OpenVinoSession, device_id: int | None
+) -> Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]:
+    """The function of a session from inputs to outputs, by name."""
+    if isinstance(session, ort.InferenceSession):
+        return Network(session, device_id).run
+    names = [output.name for output in session.get_outputs()]
+    return lambda inputs: dict(zip(names, session.run(names, inputs), strict=True))
 
 
 def _gpu_of(config: Mapping[str, Any]) -> int | None:

@@ -29,6 +29,7 @@ from twinbrush.engine.request import (
     GenerationRequest,
     check_sizes,
     describe_server,
+    explaining_generated_inputs,
     unknown_input,
 )
 from twinbrush.engine.request_ids import LineFormatter
@@ -130,7 +131,8 @@ class StreamModel:
     def _cancel(self, target: np.ndarray, others: dict[str, Any], answer: Answer) -> None:
         name = target.reshape(-1)[0].decode("utf-8", "replace")
         if others:
-            raise InvalidArgument("cancel", name, "must be the only input of its request")
+            with explaining_generated_inputs(others):
+                raise InvalidArgument("cancel", name, "must be the only input of its request")
         named = [generation for given, generation in list(self._live.values()) if given == name]
         if not named:
             raise EngineError("NOT_FOUND", f"no live request has the id {name!r}")
