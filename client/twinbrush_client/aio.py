@@ -65,14 +65,21 @@ class AsyncClient:
 
     @with_fields
     def stream(
-        self, prompt: str, *, timeout: float | None = None, **fields: Unpack[RequestFields]
+        self,
+        prompt: str,
+        *,
+        timeout: float | None = None,
+        request_id: str | None = None,
+        **fields: Unpack[RequestFields],
     ) -> AsyncStream:
         """The events of a request as they come; `preview_every` asks for previews.
+
+        The server's log and its `cancel` know the request by `request_id`.
 
         Raises:
             InvalidRequest: a field is unknown, or a value has the wrong type.
         """
-        request = wire.stream_request(prompt, fields)
+        request = wire.stream_request(prompt, fields, request_id)
         return self._stream(request, timeout, wire.num_images(fields))
 
     async def info(self, *, timeout: float | None = None) -> ServerInfo:

@@ -28,6 +28,7 @@ DATA_TYPES = {
     "target_size": "INT32",
     "num_images": "INT32",
     "image_format": "BYTES",
+    "image_quality": "INT32",
     "deterministic": "BOOL",
     "metadata": "BOOL",
     "priority": "BYTES",
@@ -72,6 +73,7 @@ HELP = {
         "File format. The default is valid in JSON; over gRPC, formats without _base64 save a "
         "quarter of the bytes, and the Python client sends png. raw is RGB rows from the top."
     ),
+    "image_quality": "Quality of jpeg, webp and avif files; other formats lose nothing.",
     "deterministic": (
         "Same bytes however busy the server is; the request's UNet calls are not shared."
     ),
@@ -112,6 +114,7 @@ ALLOWED = {
     "image_format": (
         "png, jpeg, webp, avif, raw, png_base64, jpeg_base64, webp_base64, avif_base64, raw_base64"
     ),
+    "image_quality": "1 to 100",
     "deterministic": "true, false",
     "metadata": "true, false",
     "priority": "low, normal, high",
@@ -152,6 +155,7 @@ class RequestFields(TypedDict, total=False):
     target_size: tuple[int, int] | None
     num_images: int | None
     image_format: str | None
+    image_quality: int | None
     deterministic: bool | None
     metadata: bool | None
     priority: str | None

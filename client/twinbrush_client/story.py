@@ -46,6 +46,11 @@ def fields_of(story: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in story.items() if name in DATA_TYPES}
 
 
+def parameters_of(image: Image.Image) -> str:
+    """A1111's text in a picture; empty where it has none."""
+    return _texts(image)[1]
+
+
 def _texts(image: Image.Image) -> tuple[str, str]:
     """Twinbrush's JSON and A1111's text, from PNG's chunks or from EXIF."""
     settings, text = image.info.get("twinbrush"), image.info.get("parameters")

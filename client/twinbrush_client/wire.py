@@ -118,13 +118,13 @@ def _is_list(prompt: object) -> bool:
     return isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray)
 
 
-def stream_request(prompt: str, given: Mapping[str, Any]) -> Any:
-    """The request of a stream.
+def stream_request(prompt: str, given: Mapping[str, Any], request_id: str | None = None) -> Any:
+    """The request of a stream; without a `request_id`, it gets one of its own.
 
     Raises:
         InvalidRequest: a field is unknown, or its value has the wrong type.
     """
-    return request(STREAM, {"prompt": _typed("prompt", prompt)} | checked(given))
+    return request(STREAM, {"prompt": _typed("prompt", prompt)} | checked(given), request_id)
 
 
 def num_images(given: Mapping[str, Any]) -> int:
@@ -200,9 +200,9 @@ def _fitting(name: str, value: float) -> float:
     return value
 
 
-def request(model: str, values: Mapping[str, Any]) -> Any:
+def request(model: str, values: Mapping[str, Any], request_id: str | None = None) -> Any:
     """Triton's request of fields that are checked."""
-    made = _REQUEST(model_name=model, id=uuid.uuid4().hex)
+    made = _REQUEST(model_name=model, id=request_id or uuid.uuid4().hex)
     for name, value in values.items():
         data_type = DATA_TYPES[name]
         made.inputs.add(name=name, datatype=data_type, shape=[COUNTS.get(name, 1)])
@@ -254,7 +254,8 @@ def pictures(response: Any) -> list[Picture]:
 
 
 def picture(data: bytes, index: int, seed: int, warning: bytes) -> Picture:
-    image = opened(data)
+    """Its pixels are decoded when they are first used: who only stores `data` never waits."""
+    image = Image.open(io.BytesIO(data))
     image.info["seed"] = seed
     return Picture(index, seed, image, warning.decode(), data)
 

@@ -109,7 +109,8 @@ class Decoder:
             if not generation.ended:
                 request = generation.request
                 metadata = request.metadata_of(image.index, self._config)
-                self._finish(image, images.encode(pixels, request.image_format, metadata))
+                data = images.encode(pixels, request.image_format, metadata, request.image_quality)
+                self._finish(image, data)
         except Exception:
             self._fail([generation], "encoding the image")
         finally:

@@ -56,10 +56,14 @@ def to_pixels(image: np.ndarray) -> np.ndarray:
 
 
 def encode(
-    pixels: np.ndarray, image_format: str, metadata: Mapping[str, Any] | None = None
+    pixels: np.ndarray,
+    image_format: str,
+    metadata: Mapping[str, Any] | None = None,
+    quality: int | None = None,
 ) -> bytes:
     """uint8 (H, W, 3) in one of `IMAGE_FORMATS`; `raw` is RGB rows from the top.
 
+    `quality`, 1 to 100, is of the formats that have one; None takes the format's own.
     `metadata` (prompt, negative_prompt, seed, steps, sampler, …; values of JSON) goes into the
     file: PNG gets A1111's `parameters` text and a JSON chunk, the others the same as EXIF's
     UserComment and MakerNote. `raw` carries none.
@@ -72,6 +76,8 @@ def encode(
     else:
         buffer = io.BytesIO()
         options = _SAVE_OPTIONS[name] | ({"exif": _exif(metadata)} if metadata else {})
+        if quality is not None and "quality" in options:
+            options["quality"] = quality
         Image.fromarray(pixels).save(buffer, name, **options)
         data = buffer.getvalue()
     return base64.b64encode(data) if name != image_format else data

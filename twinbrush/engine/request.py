@@ -54,7 +54,7 @@ INPUT_FILE_HINT = (
 )
 # What says how a picture is delivered, not how it looks.
 NOT_IN_METADATA = frozenset({
-    "num_images", "image_format", "metadata", "priority", "deadline_ms", "client",
+    "num_images", "image_format", "image_quality", "metadata", "priority", "deadline_ms", "client",
     "progress", "preview_every",
 })  # fmt: skip
 
@@ -132,6 +132,10 @@ class GenerationRequest:
         "STRING", "png_base64", Choice(IMAGE_FORMATS),
         "File format. The default is valid in JSON; over gRPC, formats without `_base64` save a "
         "quarter of the bytes, and the Python client sends `png`. `raw` is RGB rows from the top.",
+    )  # fmt: skip
+    image_quality: int | None = row(
+        "INT32", FromConfig("format's", lambda config: None), Integer(1, 100),
+        "Quality of jpeg, webp and avif files; other formats lose nothing.",
     )  # fmt: skip
     deterministic: bool = row(
         "BOOL", False, Flag(),
