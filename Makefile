@@ -53,6 +53,7 @@ $(INSTALLED): requirements/serve.txt requirements/export.txt requirements/gatewa
 
 $(DEVELOPED): $(INSTALLED) $(wildcard requirements/*.txt)
 	pip install --quiet --no-compile --requirement requirements/dev.txt
+	pip install --quiet --no-compile --no-deps --requirement requirements/page.txt
 	python -m compileall -qq -j 0 .venv/lib || true
 	@touch $@
 

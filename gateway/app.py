@@ -78,7 +78,7 @@ def create_app(pool: Pool, settings: Settings, gate: Gate) -> FastAPI:
     app.include_router(sdapi.router(studio))
     _add_health(app, pool, gate, metrics)
     _add_error_handlers(app)
-    front_page.mount(app, pool)
+    front_page.mount(app, studio, settings.keys)
     vars(app)["openapi"] = functools.partial(describe, app, settings.keys.required)
     return app
 

@@ -8,7 +8,8 @@ import importlib.util
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse, Response
 
-from gateway.pool import Pool
+from gateway.keys import KeyRing
+from gateway.painting import Studio
 
 PAGE = "gateway.page"
 PLAIN = """<!doctype html>
@@ -26,16 +27,15 @@ PLAIN = """<!doctype html>
 </html>
 """
 NO_GRADIO = (
-    "The page needs gradio: <code>pip install gradio</code> in the gateway's environment, then "
-    "start the gateway again."
+    "The page needs Gradio: <code>pip install --no-deps -r requirements/page.txt</code> in the "
+    "gateway's environment, then start the gateway again."
 )
 
 
-def mount(app: FastAPI, pool: Pool) -> None:
+def mount(app: FastAPI, studio: Studio, keys: KeyRing) -> None:
     """Puts the page, or a plain one, at `/`."""
-    if importlib.util.find_spec("gradio") and importlib.util.find_spec(PAGE):
-        gradio, page = importlib.import_module("gradio"), importlib.import_module(PAGE)
-        gradio.mount_gradio_app(app, page.build(lambda: pool), path="")
+    if importlib.util.find_spec("gradio"):
+        importlib.import_module(PAGE).mount(app, studio, keys)
         return
 
     @app.get("/", include_in_schema=False)

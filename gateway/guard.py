@@ -24,6 +24,7 @@ REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 LOCKED = ("/v1/", "/sdapi/", "/metrics")  # paths that need a key where there are any
 FILES = "/v1/images/files/"  # signed URLs are their own key
 ALWAYS = ("/health/", "/metrics")  # paths that a drain leaves open
+IDLE = "/gradio_api/heartbeat/"  # a request that lives as long as a page is open
 
 
 class Guard:
@@ -61,7 +62,7 @@ class Guard:
                 raise HTTPException(413, f"the body has more than {self._max_body} bytes")
             return message
 
-        holds = not scope["path"].startswith(ALWAYS)
+        holds = not scope["path"].startswith((*ALWAYS, IDLE))
         self._gate.live += holds
         self._metrics.live.inc()
         try:

@@ -76,6 +76,10 @@ class KeyRing:
                 found = key
         return found
 
+    def named(self, name: str | None) -> Key:
+        """The caller of a name that has shown its key before; see `find`."""
+        return next((key for key in self._keys if key.name == name), self._anonymous)
+
 
 def digest(key: str) -> str:
     """SHA-256 in hexadecimal: keys are long and random, so they need no salt and no slow hash."""

@@ -28,6 +28,7 @@ from twinbrush.engine.fields import (
     InvalidArgument,
     Number,
     Pair,
+    Rule,
     Side,
     Text,
     row,
@@ -340,7 +341,19 @@ def describe_server(config: PipelineConfig) -> dict[str, Any]:
                 "allowed": field.rule.allowed(),
                 "help": field.help,
                 "stream_only": field.stream_only,
+                **_limits(field.rule),
             }
             for name, field in FIELDS.items()
         ],
     }
+
+
+def _limits(rule: Rule) -> dict[str, Any]:
+    """What a form needs to offer a field's values."""
+    match rule:
+        case Integer(low, high) | Number(low, high):
+            return {"minimum": low, "maximum": high}
+        case Choice(names):
+            return {"choices": list(names)}
+        case _:
+            return {}
