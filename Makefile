@@ -11,7 +11,7 @@ DEVELOPED := .venv/.developed
 EXPORTED := model_repository/MANIFEST.json
 CHECKED := twinbrush networks export training client gateway benchmarks examples tests backends model_repository
 
-.PHONY: demo test serve bench lint clean
+.PHONY: demo test serve bench perf-analyzer lint clean
 
 demo: $(EXPORTED)
 	@python -m twinbrush.server --http-port 0 --grpc-port 0 --metrics-port 0 \
@@ -27,6 +27,9 @@ serve: $(EXPORTED)
 
 bench: $(EXPORTED) $(DEVELOPED)
 	python -m benchmarks.overhead
+
+perf-analyzer: $(INSTALLED)
+	python -m benchmarks.perf_analyzer.binary
 
 lint: $(DEVELOPED)
 	ruff check $(CHECKED)

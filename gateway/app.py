@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
@@ -22,6 +23,7 @@ from gateway.keys import KeyRing, Limits
 from gateway.limits import Meter
 from gateway.metrics import Metrics
 from gateway.openai_fields import check_not_served
+from gateway.openapi import describe
 from gateway.painting import Studio
 from gateway.pool import Pool
 from gateway.validation import error_of
@@ -77,6 +79,7 @@ def create_app(pool: Pool, settings: Settings, gate: Gate) -> FastAPI:
     _add_health(app, pool, gate, metrics)
     _add_error_handlers(app)
     front_page.mount(app, studio, settings.keys)
+    vars(app)["openapi"] = functools.partial(describe, app, settings.keys.required)
     return app
 
 
@@ -96,7 +99,10 @@ def _add_health(app: FastAPI, pool: Pool, gate: Gate, metrics: Metrics) -> None:
             return JSONResponse({"state": "no server", "servers": servers}, 503)
         return JSONResponse({"state": "ready", "servers": servers})
 
-    @app.get("/metrics", tags=["operation"], response_class=Response)
+    @app.get(
+        "/metrics", tags=["operation"], response_class=Response,
+        responses={200: {"content": {"text/plain": {}}}},
+    )  # fmt: skip
     async def read_metrics() -> Response:
         """Prometheus' text form."""
         metrics.outstanding.clear()

@@ -31,6 +31,18 @@ KINDS: dict[type[TwinbrushError], tuple[int, str, str]] = {
 }
 
 
+STATUSES = {
+    400: "A field is unknown, or its value is not allowed.",
+    401: "The API key is missing or wrong.",
+    404: "There is no such model, file or path.",
+    413: "The body is too large.",
+    429: "A limit is reached, or the queue is full.",
+    500: "A fault; the log has the reason.",
+    503: "No server answers, or the gateway shuts down.",
+    504: "The request was not finished in time.",
+}
+
+
 class ApiError(Exception):
     """A request that ends in an error.
 

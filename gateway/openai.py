@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from gateway.backend import Backend
-from gateway.errors import ApiError
+from gateway.errors import STATUSES, ApiError
 from gateway.openai_fields import NAMES, GenerationBody
 from gateway.openai_schema import ErrorAnswer, ImagesAnswer, Model, Models
 from gateway.painting import Studio, base64_of, enlarged
@@ -21,14 +21,8 @@ from twinbrush_client import Picture, Preview, ServerInfo
 from twinbrush_client.wire import Event
 
 ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorAnswer, "description": "A field is unknown, or its value is not allowed."},
-    401: {"model": ErrorAnswer, "description": "The API key is missing or wrong."},
-    404: {"model": ErrorAnswer, "description": "There is no such model, file or path."},
-    413: {"model": ErrorAnswer, "description": "The body is too large."},
-    429: {"model": ErrorAnswer, "description": "A limit is reached, or the queue is full."},
-    500: {"model": ErrorAnswer, "description": "A fault; the server's log has the reason."},
-    503: {"model": ErrorAnswer, "description": "No server answers, or the gateway shuts down."},
-    504: {"model": ErrorAnswer, "description": "The request was not finished in time."},
+    status: {"model": ErrorAnswer, "description": description}
+    for status, description in STATUSES.items()
 }
 SSE_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 

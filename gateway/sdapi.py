@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict
 
 from gateway import sampler_names
-from gateway.errors import ApiError, invalid
+from gateway.errors import STATUSES, ApiError, invalid
 from gateway.painting import Studio, base64_of
 from gateway.sdapi_fields import NAMES, TextToImage, image_format
 from gateway.sdapi_jobs import Jobs, SdJob
@@ -26,6 +26,21 @@ UNKNOWN_MEMORY = {"error": "the gateway does not know the servers' memory"}
 CHECKPOINT, FORMAT = "sd_model_checkpoint", "samples_format"
 
 
+class Refusal(BaseModel):
+    """An error in A1111's form; `detail` and `errors` say the same."""
+
+    error: str
+    detail: str
+    body: str
+    errors: str
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Refusal, "description": description}
+    for status, description in STATUSES.items()
+}
+
+
 class Options(BaseModel):
     """The options that may be set: each caller has its own."""
 
@@ -37,7 +52,7 @@ class Options(BaseModel):
 
 def router(studio: Studio) -> APIRouter:
     """The routes under `/sdapi/v1`."""
-    routes = APIRouter(prefix="/sdapi/v1", tags=["A1111"])
+    routes = APIRouter(prefix="/sdapi/v1", responses=ERRORS, tags=["A1111"])
     options = CallersOptions()
     _add_painting(routes, studio, options)
     _add_options(routes, studio, options)

@@ -11,6 +11,7 @@ from typing import TypedDict
 DATA_TYPES = {
     "prompt": "BYTES",
     "negative_prompt": "BYTES",
+    "prompt_syntax": "BYTES",
     "seed": "INT64",
     "steps": "INT32",
     "guidance_scale": "FP32",
@@ -32,6 +33,7 @@ DATA_TYPES = {
     "metadata": "BOOL",
     "priority": "BYTES",
     "deadline_ms": "INT32",
+    "client": "BYTES",
     "progress": "BOOL",
     "preview_every": "INT32",
 }
@@ -42,6 +44,10 @@ HELP = {
         "warning says so."
     ),
     "negative_prompt": "What guidance leads away from.",
+    "prompt_syntax": (
+        "How both prompts are read: a1111 takes weights as (word:1.2) and [word], BREAK, and "
+        "prompts of several chunks of tokens."
+    ),
     "seed": "Image k is drawn from seed + k. Always returned.",
     "steps": "Denoising steps.",
     "guidance_scale": "How closely to follow the prompt; 1 is no guidance.",
@@ -76,6 +82,10 @@ HELP = {
     "deadline_ms": (
         "Milliseconds after which the request is ended with DEADLINE_EXCEEDED; 0 sets none."
     ),
+    "client": (
+        "Who asks. The live requests of one client have at most a share of the queue; those "
+        "without a name are not counted together."
+    ),
     "progress": "Send a progress event for every step.",
     "preview_every": "Send a preview, one pixel a latent cell, every so many steps; 0 sends none.",
 }
@@ -83,6 +93,7 @@ HELP = {
 ALLOWED = {
     "prompt": "1 to 2000 characters",
     "negative_prompt": "up to 2000 characters",
+    "prompt_syntax": "plain, a1111",
     "seed": "0 to 2⁶³−1",
     "steps": "1 to 50",
     "guidance_scale": "0 to 50",
@@ -108,6 +119,7 @@ ALLOWED = {
     "metadata": "true, false",
     "priority": "low, normal, high",
     "deadline_ms": "0 to 86400000",
+    "client": "up to 64 characters",
     "progress": "true, false",
     "preview_every": "0 to 50",
 }
@@ -126,6 +138,7 @@ class RequestFields(TypedDict, total=False):
     """Keyword arguments of a request besides the prompt; None takes the default."""
 
     negative_prompt: str | None
+    prompt_syntax: str | None
     seed: int | None
     steps: int | None
     guidance_scale: float | None
@@ -147,6 +160,7 @@ class RequestFields(TypedDict, total=False):
     metadata: bool | None
     priority: str | None
     deadline_ms: int | None
+    client: str | None
     progress: bool | None
     preview_every: int | None
     num_inference_steps: int | None

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,10 +36,12 @@ from twinbrush.engine.fields import (
     table,
 )
 from twinbrush.engine.images import IMAGE_FORMATS
+from twinbrush.engine.prompt_syntax import PLAIN, SYNTAXES, parse
 from twinbrush.engine.samplers import MAX_STEPS, SAMPLERS, SIGMA_SCHEDULES, trajectory
 
 MAX_PROMPT_CHARACTERS = 2000
 MAX_ID_CHARACTERS = 256
+MAX_CLIENT_CHARACTERS = 64
 MAX_GUIDANCE_SCALE = 50.0
 MAX_IMAGES = 16
 MAX_SEED = 2**63 - 1
@@ -46,9 +49,13 @@ MAX_PIXELS_A_SIDE = 2**20  # of sizes that SDXL is conditioned on
 MAX_DEADLINE_MS = 24 * 3600 * 1000
 PRIORITIES = ("low", "normal", "high")
 CHECKPOINTS_OWN = "default"  # sigma schedule
+INPUT_FILE_HINT = (
+    "The request sets every input, as perf_analyzer does with random data: run it with "
+    "--input-data benchmarks/inputs/mixed.json."
+)
 # What says how a picture is delivered, not how it looks.
 NOT_IN_METADATA = frozenset({
-    "num_images", "image_format", "image_quality", "metadata", "priority", "deadline_ms",
+    "num_images", "image_format", "image_quality", "metadata", "priority", "deadline_ms", "client",
     "progress", "preview_every",
 })  # fmt: skip
 
@@ -68,6 +75,11 @@ class GenerationRequest:
     negative_prompt: str = row(
         "STRING", "", Text(MAX_PROMPT_CHARACTERS), "What guidance leads away from."
     )
+    prompt_syntax: str | None = row(
+        "STRING", FromConfig(f"`{PLAIN}`", lambda config: None), Choice(SYNTAXES),
+        "How both prompts are read: `a1111` takes weights as `(word:1.2)` and `[word]`, `BREAK`, "
+        "and prompts of several chunks of tokens.",
+    )  # fmt: skip
     seed: int = row(
         "INT64", FromConfig("random", lambda config: secrets.randbelow(2**32)),
         Integer(0, MAX_SEED), "Image `k` is drawn from `seed + k`. Always returned.",
@@ -141,6 +153,11 @@ class GenerationRequest:
         "INT32", 0, Integer(0, MAX_DEADLINE_MS),
         "Milliseconds after which the request is ended with `DEADLINE_EXCEEDED`; 0 sets none.",
     )  # fmt: skip
+    client: str = row(
+        "STRING", "", Text(MAX_CLIENT_CHARACTERS),
+        "Who asks. The live requests of one client have at most a share of the queue; those "
+        "without a name are not counted together.",
+    )  # fmt: skip
     progress: bool = row(
         "BOOL", True, Flag(), "Send a `progress` event for every step.", stream_only=True
     )
@@ -159,12 +176,27 @@ class GenerationRequest:
         Raises:
             InvalidArgument: a field is unknown, or its value is not allowed.
         """
-        check_sizes(tensors)
+        with explaining_generated_inputs(tensors):
+            return cls._parse(tensors, config)
+
+    @classmethod
+    def _parse(
+        cls, tensors: Mapping[str, np.ndarray | None], config: PipelineConfig
+    ) -> GenerationRequest:
+        _check_sizes(tensors)
         values = {name: field.parse(tensors.get(name), config) for name, field in FIELDS.items()}
         last_seed = MAX_SEED - values["num_images"] + 1  # seed + k must be a seed too
         if values["seed"] > last_seed:
             allowed = f"must be between 0 and {last_seed} with {values['num_images']} images"
             raise InvalidArgument("seed", values["seed"], allowed)
+        if values["prompt_syntax"] not in (None, PLAIN):
+            _check_syntax(values)
+        pixels = values["width"] * values["height"]
+        if config.max_pixels is not None and pixels > config.max_pixels:
+            allowed = f"with height={values['height']} it makes {pixels} pixels, at most"
+            raise InvalidArgument(
+                "width", values["width"], f"{allowed} {config.max_pixels} are allowed"
+            )
         start, end = values["guidance_start"], values["guidance_end"]
         if start > end:
             allowed = f"must be at most guidance_end, which is {end:g}"
@@ -178,6 +210,11 @@ class GenerationRequest:
         except ValueError as error:
             raise InvalidArgument.worded(str(error)) from error
         return request
+
+    @property
+    def syntax(self) -> str:
+        """That the prompts are read in."""
+        return self.prompt_syntax or PLAIN
 
     @property
     def time_ids(self) -> tuple[int, ...]:
@@ -215,6 +252,14 @@ class GenerationRequest:
         return values | {"version": f"Twinbrush {twinbrush.__version__}"}
 
 
+def _check_syntax(values: Mapping[str, Any]) -> None:
+    for name in ("prompt", "negative_prompt"):
+        try:
+            parse(values[name])
+        except ValueError as error:
+            raise InvalidArgument(name, values[name], str(error)) from None
+
+
 FIELDS: Mapping[str, Field] = table(GenerationRequest)
 
 # What the streaming front door does besides painting; each is the only input of its request.
@@ -237,12 +282,32 @@ def check_sizes(tensors: Mapping[str, np.ndarray | None]) -> None:
     Raises:
         InvalidArgument: an input is unknown, is not one element, or has too many bytes.
     """
+    with explaining_generated_inputs(tensors):
+        _check_sizes(tensors)
+
+
+def _check_sizes(tensors: Mapping[str, np.ndarray | None]) -> None:
     for name, tensor in tensors.items():
         field = FIELDS.get(name) or COMMANDS.get(name)
         if field is None:
             raise unknown_input(name, None if tensor is None else single(name, tensor), FIELDS)
         if tensor is not None:
             field.measure(tensor)
+
+
+@contextmanager
+def explaining_generated_inputs(names: Container[str]) -> Iterator[None]:
+    """Names the input file for load generators in the refusal of a request with every input.
+
+    Clients leave out what they do not need, and no checkpoint takes all inputs; `perf_analyzer`
+    without `--input-data` fills in all of them with random values.
+    """
+    try:
+        yield
+    except InvalidArgument as error:
+        if not all(name in names for name, field in FIELDS.items() if not field.stream_only):
+            raise
+        raise InvalidArgument.worded(f"{error} {INPUT_FILE_HINT}") from error
 
 
 def unknown_input(name: str, value: object, names: Iterable[str]) -> InvalidArgument:
@@ -266,6 +331,7 @@ def describe_server(config: PipelineConfig) -> dict[str, Any]:
             "native": config.native_side,
             "multiple_of": config.side_multiple,
             "largest": config.max_side,
+            "max_pixels": config.max_pixels,
         },
         "fields": [
             {
