@@ -193,10 +193,9 @@ class GenerationRequest:
             _check_syntax(values)
         pixels = values["width"] * values["height"]
         if config.max_pixels is not None and pixels > config.max_pixels:
-            allowed = f"with height={values['height']} it makes {pixels} pixels, at most"
-            raise InvalidArgument(
-                "width", values["width"], f"{allowed} {config.max_pixels} are allowed"
-            )
+            allowed = f"must make at most {config.max_pixels} pixels; with height="
+            allowed += f"{values['height']} it makes {pixels}"
+            raise InvalidArgument("width", values["width"], allowed)
         start, end = values["guidance_start"], values["guidance_end"]
         if start > end:
             allowed = f"must be at most guidance_end, which is {end:g}"
