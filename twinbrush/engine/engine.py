@@ -27,7 +27,7 @@ from twinbrush.engine.conditioning import Conditioner
 from twinbrush.engine.config import PipelineConfig
 from twinbrush.engine.costs import Costs
 from twinbrush.engine.decode import Decoder, LiveImage, batches
-from twinbrush.engine.denoise import denoise_step
+from twinbrush.engine.denoise import Denoiser
 from twinbrush.engine.generation import End, EngineError, Event, Finished, Generation, Progress
 from twinbrush.engine.limits import Limits
 from twinbrush.engine.memory import DeviceMemory
@@ -42,6 +42,7 @@ from twinbrush.engine.threads import Watchdog, start_guarded
 
 log = logging.getLogger(__name__)
 
+FIRST_NOISES = 256  # live images up to which noise is drawn before the first call
 # How runtimes word that memory is exhausted.
 OUT_OF_MEMORY = ("out of memory", "failed to allocate memory", "bad_alloc", "memoryerror")
 
@@ -94,6 +95,7 @@ class Engine:
         self._conditioner = Conditioner(
             self._watchdog, config, tokenizer, limits.max_rows, self._telemetry
         )
+        self._denoiser = Denoiser(self._watchdog)
         self._to_encode: queue.SimpleQueue = queue.SimpleQueue()
         self._to_reply: queue.SimpleQueue = queue.SimpleQueue()
         self._decoder = Decoder(
@@ -173,6 +175,7 @@ class Engine:
         self._to_reply.put(None)
         self._threads[-1].join()
         self._conditioner.close()
+        self._denoiser.close()
         self._watchdog.close()
 
     def _give_up(self, reason: str) -> None:
@@ -233,6 +236,7 @@ class Engine:
             else:
                 self._end_failed(generations, "encoding the prompt")
             return
+        self._draw_first_noise(made)
         with self._work:
             for image in made:
                 if not image.generation.ended:
@@ -241,6 +245,12 @@ class Engine:
                     self._images[image.claim] = image
                     self._batcher.add(image.claim)
             self._work.notify_all()
+
+    def _draw_first_noise(self, made: Sequence[LiveImage]) -> None:
+        """Draws it beside UNet calls, where few images live: one that waits should stay small."""
+        if len(self._images) < FIRST_NOISES:
+            for image in made:
+                image.painting.begin()
 
     # Denoise ----------------------------------------------------------------------------
 
@@ -260,7 +270,7 @@ class Engine:
         key, counts = call[0].claim.key, [image.painting.rows for image in call]
         started = time.monotonic()
         try:
-            denoise_step(self._watchdog, key.model, [i.painting for i in call], self._buckets(key))
+            self._denoiser.step(key.model, [i.painting for i in call], self._buckets(key))
         except Exception as error:
             self._retry(call, error)
             return
