@@ -121,10 +121,11 @@ class Denoiser:
         finally:
             if drawn is not None:
                 drawn.result()
-        model_output = _guided(paintings, output[first], output[first + rows - 1])
+        if len(output) > len(paintings):  # two rows of some, or padding
+            output = _guided(paintings, output[first], output[first + rows - 1])
         table = np.stack([p.trajectory.table[p.calls] for p in paintings])
         latents = [painting.latent for painting in paintings]
-        advance(latents, table, x, model_output, lambda i: paintings[i].draw())
+        advance(latents, table, x, output, lambda i: paintings[i].draw())
         for painting in paintings:
             painting.calls += 1
 
@@ -139,7 +140,7 @@ class Denoiser:
         size = next((size for size in buckets if size >= count), count)
         times = [painting.trajectory.timesteps[painting.calls] for painting in paintings]
         moving = {
-            "sample": np.repeat(x, rows, axis=0),
+            "sample": x if count == len(x) else np.repeat(x, rows, axis=0),
             "timestep": np.repeat(np.array(times, np.float32), rows),
         }
         moving = {name: _padded(tensor, size) for name, tensor in moving.items()}
