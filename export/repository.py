@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import time
 from collections.abc import Callable, Container, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,20 +14,24 @@ from typing import Any
 from export import bert, clip_text, clip_text_2, fusion, pipeline, unet, vqgan_decoder
 from export.checkpoint import Checkpoint
 from export.convert import OPSET, parity_error, to_onnx
-from export.macs import count_macs
+from export.macs import attention_pairs, count_macs
+from export.memory import Growth, MeasureError, fit, measure
 from export.part import Part
 from export.precision import Precision
 from export.resources import check_resources
+from export.sizes import side_multiple
 from export.staging import put_in_place, staging
 from export.tensorrt import Wanted, stage_plan, wanted_by_engine
 from export.triton_config import with_tensors
 from networks.loading import CheckpointError
 from networks.pruned import Pruning, pruning_of
 from twinbrush.engine.config import ENGINE
+from twinbrush.engine.memory import DECODER, UNET
 from twinbrush.server.manifest import NAME as MANIFEST
 from twinbrush.server.manifest import sha256_of
 from twinbrush.server.plans import PLAN
 
+log = logging.getLogger(__name__)
 MODELS = ("clip_text", "bert", "fusion", "unet", "vqgan_decoder")
 ALL_MODELS = ("clip_text", "clip_text_2", *MODELS[1:])
 # The part of a checkpoint that each model is made of.
@@ -174,6 +179,7 @@ def build(
         pipeline.write(checkpoint, parts, stage / ENGINE)
         _check_tokenizers(kept, repository, stage)
         _check_loras(kept, repository, checkpoint)
+        growths = {name: _growth(checkpoint, parts[name]) for name in (UNET, DECODER)}
         profiles = wanted_by_engine(repository, stage / ENGINE / "pipeline.json") if trt else None
         target = Build(repository, stage, precision, trt, profiles)
         parts = {name: parts[name] for name in only}
@@ -182,9 +188,42 @@ def build(
             progress(name)
             # A finished part leaves its memory to the next.
             reports.append(_build_model(checkpoint, parts.pop(name), target))
+        progress("memory")
+        others = sum(r.bytes for r in reports if r.model not in growths)
+        others += sum(line["bytes"] for name, line in kept.items() if name not in growths)
+        pipeline.add_memory(stage / ENGINE, _memory(target, growths, others))
         _write_manifest(stage, checkpoint, kept, reports, check(stage) if check else None)
         put_in_place(stage, repository, _absent(present))
     return reports
+
+
+def _growth(checkpoint: Checkpoint, part: Part) -> Growth:
+    weights, pairs = attention_pairs(part)
+    multiple = side_multiple(checkpoint.config("unet"))
+    return Growth(part.side or (1, 1), multiple, count_macs(part), weights, pairs)
+
+
+def _memory(target: Build, growths: dict[str, Growth], others: float) -> dict[str, Any] | None:
+    """`memory` of `pipeline.json`; a model that stays keeps what an earlier export measured.
+
+    None where it cannot be measured; calls then have rows by their size alone.
+    """
+    earlier = pipeline.memory_of(target.repository / ENGINE)
+    found: dict[str, Any] = {"others": others}
+    for name, growth in growths.items():
+        root = target.stage if (target.stage / name / "1").is_dir() else target.repository
+        if root is target.repository and name in earlier:
+            found[name] = earlier[name]
+            continue
+        config = target.stage / name / "config.pbtxt"
+        config = config if config.is_file() else target.repository / name / "config.pbtxt"
+        try:
+            measured = measure(root / name / "1" / "model.onnx", config, growth.sides())
+        except MeasureError as error:
+            log.error("memory was not measured, and does not bound calls: %s", error)
+            return None
+        found[name] = fit(measured, growth)
+    return found
 
 
 def _absent(present: Container[str]) -> list[Path]:

@@ -1,7 +1,8 @@
 """The UNet: `sample` (B, C, h, w) at `timestep` (B) to `model_output` (B, C, h, w).
 
-Besides the text tokens it takes what its family adds: `timestep_cond` (B, E) of distilled
-UNets, and SDXL's `text_embeds` (B, Dp) and `time_ids` (B, 6).
+The text tokens (B, T, D) are those of one chunk of text or of a few. Besides them the UNet takes
+what its family adds: `timestep_cond` (B, E) of distilled UNets, and SDXL's `text_embeds` (B, Dp)
+and `time_ids` (B, 6).
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from export.checkpoint import Checkpoint
 from export.part import Part, TensorSpec, integers, normal
 from export.sizes import native_size, side_multiple
 from networks.loading import CheckpointError
+from twinbrush.engine.config import TOKENS
 
+MAX_CHUNKS = 8  # of a prompt
 TIME_IDS = 6  # original height and width, top and left of the crop, target height and width
 
 
@@ -115,10 +118,11 @@ def part(checkpoint: Checkpoint, fusion: Part, pooled: TensorSpec | None = None)
         if isinstance(module, Attention) and module.upcast_attention and not module.group_norm:
             module.set_processor(UpcastAttention())
     latent = TensorSpec(torch.float32, (unet.config.in_channels, "height", "width"))
+    length, width = hidden.axes
     inputs = {
         "sample": latent,
         "timestep": TensorSpec(torch.float32, ()),
-        "encoder_hidden_states": hidden,
+        TOKENS: TensorSpec(torch.float32, ("tokens", width)),
     }
     if unet.config.addition_embed_type:
         inputs |= {"text_embeds": pooled, "time_ids": TensorSpec(torch.float32, (TIME_IDS,))}
@@ -127,7 +131,9 @@ def part(checkpoint: Checkpoint, fusion: Part, pooled: TensorSpec | None = None)
     multiple = side_multiple(unet.config)
 
     def example(batch: int, size: int) -> dict[str, Tensor]:
+        chunks = 1 + size % 2  # so that sizes 2 and 3 try both
         sides = {"height": multiple * size, "width": multiple * (size + 1)}
+        sides["tokens"] = chunks * length
         tensors = {
             name: normal((batch, *(sides.get(axis, axis) for axis in spec.axes)))
             for name, spec in inputs.items()
@@ -139,7 +145,8 @@ def part(checkpoint: Checkpoint, fusion: Part, pooled: TensorSpec | None = None)
 
     wrapped = UNetXL(unet) if "time_ids" in inputs else UNet(unet)
     side = native_size(checkpoint)
-    return Part("unet", wrapped, inputs, {"model_output": latent}, example, side=side)
+    outputs = {"model_output": latent}
+    return Part("unet", wrapped, inputs, outputs, example, side=side, tokens=length)
 
 
 def check_inputs(config, pooled: int | None) -> None:

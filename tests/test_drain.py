@@ -130,9 +130,8 @@ def test_a_drain_is_not_ready_refuses_new_requests_and_a_second_signal_ends_it(
     time.sleep(1)  # the engine looks twice a second
     with Client(server.address, max_retries=0) as client, pytest.raises(TwinbrushError) as refused:
         client.generate("a red circle")
-    assert (refused.value.code, str(refused.value)) == (
-        "UNAVAILABLE", "the server is shutting down",
-    )  # fmt: skip
+    assert refused.value.code == "UNAVAILABLE"
+    assert str(refused.value).startswith("the server is shutting down")
     assert server.process.poll() is None
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(10) == 0

@@ -32,8 +32,9 @@ class Relay:
         self.client = RelayClient(address)
 
     def serve(self) -> RelayServer:
-        def submit(given, reply):
-            return self.engine.submit(GenerationRequest.parse(given, self.engine.config), reply)
+        def submit(given, reply, request_id):
+            request = GenerationRequest.parse(given, self.engine.config)
+            return self.engine.submit(request, reply, request_id)
 
         return RelayServer(self.address, submit)
 

@@ -389,6 +389,30 @@ def test_metrics_tell_how_requests_ended_and_how_many_live(server):
     assert becomes(expected, ended)
 
 
+def test_metrics_of_the_engine_and_errors_with_their_request_id(server):
+    def counted():
+        found = metrics(server)
+        return [found.get(f"twinbrush_{name}", 0) for name in (
+            "images_total{size=\"native\"}", "refusals_total{reason=\"invalid\"}",
+            "unet_call_rows_count{size=\"native\"}", "tick_seconds_bucket{le=\"+Inf\"}",
+            "stage_seconds_count{size=\"native\",stage=\"encode_image\"}",
+        )]  # fmt: skip
+
+    def wait_until_counted(expected):
+        until = time.monotonic() + 30
+        while counted() != expected and time.monotonic() < until:
+            time.sleep(0.05)
+        assert counted() == expected
+
+    before = counted()
+    infer(server, steps=2)
+    wait_until_counted([then + more for then, more in zip(before, [1, 0, 2, 2, 1], strict=True)])
+    assert stream(server, request_id="mine", steps=0)[1].endswith("(request id mine)")
+    with pytest.raises(InferenceServerException, match=r"\(request id \w+\)"):
+        infer(server, steps=0)
+    wait_until_counted([then + more for then, more in zip(before, [1, 2, 2, 2, 1], strict=True)])
+
+
 def answer_module(monkeypatch, **backend):
     """`twinbrush.triton.answer`, where the server's own module is not there."""
     backend = types.SimpleNamespace(TRITONSERVER_RESPONSE_COMPLETE_FINAL=1, **backend)
@@ -420,9 +444,9 @@ def test_a_status_that_triton_cannot_send_stands_before_the_message(
     module = answer_module(monkeypatch, TritonError=error, InferenceResponse=lambda error: error)
     sender = types.SimpleNamespace(send=lambda response, flags: sent.append(response))
     metrics = types.SimpleNamespace(began=lambda: None, ended=lambda code: None)
-    request = types.SimpleNamespace(get_response_sender=lambda: sender)
+    request = types.SimpleNamespace(get_response_sender=lambda: sender, request_id=lambda: "a")
     module.Answer(request, metrics, streams).fail(EngineError(code, "full"))
-    assert sent == [(message, status)]
+    assert sent == [(f"{message} (request id a)", status)]
 
 
 def test_an_answer_that_cannot_be_sent_is_counted_once(monkeypatch):
@@ -435,7 +459,8 @@ def test_an_answer_that_cannot_be_sent_is_counted_once(monkeypatch):
     codes: list[str] = []
     metrics = types.SimpleNamespace(began=lambda: None, ended=codes.append)
     sender = types.SimpleNamespace(send=send)
-    answer = module.Answer(types.SimpleNamespace(get_response_sender=lambda: sender), metrics)
+    request = types.SimpleNamespace(get_response_sender=lambda: sender, request_id=lambda: "")
+    answer = module.Answer(request, metrics)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="no room"):
             answer.end()
@@ -457,7 +482,7 @@ def test_a_live_request_can_be_cancelled_by_its_id(server):
     events, error = cancel(server, "mine")
     assert (events, error) == ([{"event": b"cancelled"}], None)
     start.join(10)
-    assert answers[0][1] == "CANCELLED: the request was cancelled"
+    assert answers[0][1].startswith("CANCELLED: the request was cancelled (request id ")
 
 
 def test_a_live_request_over_http_can_be_cancelled_by_its_id(server):
@@ -495,7 +520,9 @@ def test_an_id_stops_all_live_requests_that_bear_it(server):
     assert cancel(server, "ours") == ([{"event": b"cancelled"}], None)
     for thread in threads:
         thread.join(10)
-    assert [error for _, error in answers] == ["CANCELLED: the request was cancelled"] * 2
+    assert [error for _, error in answers] == [
+        "CANCELLED: the request was cancelled (request id ours)"
+    ] * 2
 
 
 def test_cancelling_what_does_not_live_says_so(server):
@@ -506,7 +533,7 @@ def test_a_full_queue_refuses_and_recovers(repository, start_server, tmp_path):
     copy = shutil.copytree(repository, tmp_path / "copy")
     config = copy / STREAM / "config.pbtxt"
     text = config.read_text()
-    assert 'key: "queue_size" value: { string_value: "128" }' in text
+    assert 'key: "queue_size" value: { string_value: "512" }' in text
     config.write_text(text.replace('"queue_size" value: { string_value: "128"',
                                    '"queue_size" value: { string_value: "2"'))  # fmt: skip
     server = start_server(copy)

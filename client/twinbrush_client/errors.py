@@ -6,6 +6,7 @@ import re
 
 SHOWN = 60  # characters of a value in a message
 RETRY_AFTER = re.compile(r"(?:try again|retry) (?:in|after) ([0-9]+(?:\.[0-9]+)?) ?(ms|s)\b")
+REQUEST_ID = re.compile(r"\(request id ([\w.-]+)\)$")
 # Triton's streams carry messages without a status, and its models cannot set every status, so a
 # server puts the status before its message.
 PREFIX = re.compile(r"([A-Z]+(?:_[A-Z]+)*): ")
@@ -17,11 +18,14 @@ class TwinbrushError(Exception):
     Attributes:
         code: gRPC's status name, such as `INVALID_ARGUMENT`, `UNAVAILABLE` or `INTERNAL`.
         retry_after: seconds after which the server suggests to try again, or None.
+        request_id: by which the server's log names the request, or None.
     """
 
     def __init__(self, code: str, message: str, retry_after: float | None = None):
         super().__init__(message)
         self.code, self.retry_after = code, retry_after
+        named = REQUEST_ID.search(message)
+        self.request_id = named[1] if named else None
 
 
 class InvalidRequest(TwinbrushError, ValueError):

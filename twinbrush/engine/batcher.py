@@ -74,6 +74,11 @@ class StepBatcher:
         """Live claims that are in no running call."""
         return len(self._places) - self._running
 
+    @property
+    def waiting_rows(self) -> int:
+        """Rows of the next call of each waiting claim."""
+        return sum(lane.rows for lane in self._all_lanes())
+
     def add(self, claim: Claim) -> None:
         """Adds a claim; it may take part in the next call.
 

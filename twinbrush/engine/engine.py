@@ -30,10 +30,14 @@ from twinbrush.engine.decode import Decoder, LiveImage, batches
 from twinbrush.engine.denoise import denoise_step
 from twinbrush.engine.generation import End, EngineError, Event, Finished, Generation, Progress
 from twinbrush.engine.limits import Limits
+from twinbrush.engine.memory import DeviceMemory
+from twinbrush.engine.metrics import Observer, Unobserved
 from twinbrush.engine.models import Models
 from twinbrush.engine.plan import Planner
 from twinbrush.engine.prompt import PromptTokenizer
 from twinbrush.engine.request import GenerationRequest
+from twinbrush.engine.request_ids import named
+from twinbrush.engine.telemetry import Marks, ObservedModels, Telemetry
 from twinbrush.engine.threads import Watchdog, start_guarded
 
 log = logging.getLogger(__name__)
@@ -53,6 +57,7 @@ class Engine:
         fail: called with a sentence when the engine cannot go on, because a thread died or a
             model call does not return; by default every request ends with INTERNAL.
         beat: called about twice a second while the engine is well.
+        observer: takes the values of the metrics.
     """
 
     def __init__(
@@ -63,17 +68,22 @@ class Engine:
         limits: Limits | None = None,
         fail: Callable[[str], None] | None = None,
         beat: Callable[[], None] = lambda: None,
+        observer: Observer | None = None,
     ):
         limits = limits or Limits()
-        self.config = config
+        self.config = config = limits.bounded(config)
         self._limits, self._tokenizer = limits, tokenizer
-        self._plan = Planner(config, limits.max_rows)
+        self._plan = Planner(config, limits.max_rows, limits.memory)
+        if (memory := self._plan.memory) is not None:
+            log.info("calls are bounded by memory: %s", memory.describe())
         self._fail = fail or self._give_up
         self._latent_to_rgb = np.array(config.latent_to_rgb, np.float32)
         self._costs = Costs()
+        self._telemetry = Telemetry(observer or Unobserved(), config)
+        models = ObservedModels(models, self._telemetry)
         self._work = threading.Condition()  # guards what follows, and every `ended`
         self._batcher = StepBatcher(self._call_rows, self._costs.seconds)
-        self._admission = Admission(limits.queue_size, limits.queue_work)
+        self._admission = Admission(limits.queue_size, limits.queue_work, limits.client_work / 100)
         self._images: dict[Claim, LiveImage] = {}
         self._reduced: dict[CallKey, int] = {}  # rows a call, since memory was exhausted
         self._closed: EngineError | None = None
@@ -81,21 +91,29 @@ class Engine:
         self._watchdog = Watchdog(
             models, limits.call_seconds, self._fail, partial(self._tick, beat)
         )
-        self._conditioner = Conditioner(self._watchdog, config, tokenizer, limits.max_rows)
+        self._conditioner = Conditioner(
+            self._watchdog, config, tokenizer, limits.max_rows, self._telemetry
+        )
         self._to_encode: queue.SimpleQueue = queue.SimpleQueue()
         self._to_reply: queue.SimpleQueue = queue.SimpleQueue()
         self._decoder = Decoder(
-            self._watchdog, self.config, self._rows, self._finish, self._end_failed
+            self._watchdog, config, self._pictures, self._finish, self._end_failed
         )
         loops = (self._encode_loop, self._denoise_loop, self._decoder.loop, self._reply_loop)
         self._threads = [start_guarded(loop.__qualname__, loop, self._fail) for loop in loops]
 
     @classmethod
     def of_model(
-        cls, folder: Path, config: Mapping[str, Any], models: Models, **options: Any
+        cls,
+        folder: Path,
+        config: Mapping[str, Any],
+        models: Models,
+        device: DeviceMemory | None = None,
+        **options: Any,
     ) -> Engine:
         """The engine of a served model: its version folder, and its `config.pbtxt` as JSON.
 
+        `device` says what the networks may take of memory, where the configuration does not;
         `options` are those of the class.
 
         Raises:
@@ -103,30 +121,39 @@ class Engine:
         """
         pipeline = PipelineConfig.load(folder / "pipeline.json")
         tokenizer = PromptTokenizer(folder, pipeline)
-        return cls(models, pipeline, tokenizer, Limits.of_config(config), **options)
+        return cls(models, pipeline, tokenizer, Limits.of_config(config, device), **options)
 
-    def submit(self, request: GenerationRequest, reply: Callable[[Event], None]) -> Generation:
+    def submit(
+        self, request: GenerationRequest, reply: Callable[[Event], None], request_id: str = ""
+    ) -> Generation:
         """Takes a request and returns at once.
 
-        `reply` receives its events in order from one thread, `End` last and exactly once.
+        `reply` receives its events in order from one thread, `End` last and exactly once. Logs
+        name it by `request_id`, or by a new one where that is empty.
 
         Raises:
+            InvalidArgument: its pictures do not fit into memory.
             EngineError: UNAVAILABLE when the engine drains or has closed, RESOURCE_EXHAUSTED when
                 its queue is full, DEADLINE_EXCEEDED when the deadline cannot be met.
         """
+        self._plan.check_memory(request)
         warnings = (
-            *self._tokenizer.warnings("prompt", request.prompt),
-            *self._tokenizer.warnings("negative_prompt", request.negative_prompt),
+            *self._tokenizer.warnings("prompt", request.prompt, request.syntax),
+            *self._tokenizer.warnings("negative_prompt", request.negative_prompt, request.syntax),
             *self._plan.warnings(request),
         )
-        generation = Generation(request, self._plan.work(request), warnings, reply, self._end)
-        now = time.monotonic()
+        work = self._plan.work(request)
+        generation = Generation(request, work, warnings, reply, self._end, request_id)
         if request.deadline_ms:
-            generation.deadline = now + request.deadline_ms / 1000
-        with self._work:
-            if self._closed or self._draining:
-                raise self._closed or EngineError.of_shutdown()
-            self._admission.add(generation, now)
+            generation.deadline = generation.submitted + request.deadline_ms / 1000
+        try:
+            with self._work:
+                if self._closed or self._draining:
+                    raise self._closed or EngineError.of_shutdown()
+                self._admission.add(generation, generation.submitted)
+        except EngineError as error:
+            self._telemetry.refused(error.reason)
+            raise
         self._to_encode.put(generation)
         return generation
 
@@ -160,9 +187,13 @@ class Engine:
             self._end(generation, error)
 
     def _tick(self, beat: Callable[[], None]) -> None:
-        """Ends requests that are past their deadline."""
+        """Ends requests that are past their deadline, and records what waits."""
         with self._work:
             overdue = self._admission.overdue(time.monotonic())
+            self._telemetry.waiting(self._batcher.waiting, self._batcher.waiting_rows)
+            self._telemetry.work(
+                self._admission.outstanding, self._limits.queue_work, len(self._reduced)
+            )
         for generation in overdue:
             text = f"deadline_ms={generation.request.deadline_ms} has passed"
             self._end(generation, EngineError("DEADLINE_EXCEEDED", text))
@@ -175,16 +206,27 @@ class Engine:
             self._encode([generation for generation in batch if not generation.ended])
 
     def _encode(self, generations: Sequence[Generation]) -> None:
+        began = time.monotonic()
         try:
             encoded = self._conditioner([self._plan.texts(g.request) for g in generations])
+            now = time.monotonic()
             made = [
-                LiveImage(g, index, painting, self._plan.claim(g.request, painting))
+                LiveImage(
+                    g,
+                    index,
+                    painting,
+                    self._plan.claim(g.request, painting),
+                    Marks(g.submitted, began, now),
+                )
                 for g, tensors in zip(generations, encoded, strict=True)
                 for index, painting in enumerate(self._plan.paintings(g.request, tensors))
             ]
         except Exception as error:
             if len(generations) > 1 and not isinstance(error, EngineError):
-                log.warning("encoding %d prompts at once failed", len(generations), exc_info=True)
+                log.warning(
+                    "encoding %d prompts at once failed: %s",
+                    len(generations), _named(generations), exc_info=True,
+                )  # fmt: skip
                 for generation in generations:  # only those that fail alone are at fault
                     if not generation.ended:
                         self._encode([generation])
@@ -208,8 +250,10 @@ class Engine:
                 self._work.wait_for(lambda: self._closed or len(self._batcher))
                 if self._closed:
                     return
-                call = [self._images[claim] for claim in self._batcher.schedule(time.monotonic())]
+                began = time.monotonic()
+                call = [self._images[claim] for claim in self._batcher.schedule(began)]
             self._denoise(call)
+            self._telemetry.tick(time.monotonic() - began)
 
     def _denoise(self, call: Sequence[LiveImage]) -> None:
         """One UNet call."""
@@ -221,14 +265,18 @@ class Engine:
             self._retry(call, error)
             return
         with self._work:
-            seconds = time.monotonic() - started
+            ended = time.monotonic()
+            seconds = ended - started
             self._admission.observe(self._plan.call_work(key, sum(counts)), seconds)
             self._costs.observe(key, sum(counts), seconds)
             self._batcher.advance([image.claim for image in call])
             for image, count in zip(call, counts, strict=True):
+                image.marks.denoising = image.marks.denoising or started
+                image.marks.denoised = ended
                 self._admission.complete(image.generation, self._plan.call_work(key, count))
                 if image.painting.finished:
                     self._images.pop(image.claim, None)
+        self._telemetry.unet_call(key, sum(counts), self._rows(key))
         for image in call:
             if not image.generation.ended:
                 self._report(image)
@@ -243,7 +291,11 @@ class Engine:
         if len(call) == 1 or isinstance(error, EngineError):
             self._end_failed([image.generation for image in call], "denoising")
             return
-        log.warning("a UNet call of %d images failed: trying halves", len(call), exc_info=True)
+        self._telemetry.call_retried()
+        log.warning(
+            "a UNet call of %d images failed: trying halves: %s",
+            len(call), _named(image.generation for image in call), exc_info=True,
+        )  # fmt: skip
         for half in (call[: len(call) // 2], call[len(call) // 2 :]):
             if left := [image for image in half if not image.generation.ended]:
                 self._denoise(left)
@@ -253,7 +305,11 @@ class Engine:
         return self._costs.enough_rows(key, self._rows(key))
 
     def _rows(self, key: CallKey) -> int:
-        return self._reduced.get(key, self._plan.capacity(key).rows)
+        most = self._plan.rows(key)
+        return min(most, self._reduced.get(key, most))
+
+    def _pictures(self, key: CallKey) -> int:
+        return self._plan.pictures(key, self._rows(key))
 
     def _reduce_rows(self, key: CallKey, failed: int) -> None:
         """Later calls have at most half of the rows of one that ran out of memory."""
@@ -265,7 +321,7 @@ class Engine:
         )  # fmt: skip
 
     def _buckets(self, key: CallKey) -> Sequence[int]:
-        most = self._plan.capacity(key).rows
+        most = self._rows(key)
         buckets = self._limits.row_buckets
         return (*(size for size in buckets if size < most), most) if buckets else ()
 
@@ -292,6 +348,7 @@ class Engine:
     # Reply ------------------------------------------------------------------------------
 
     def _finish(self, image: LiveImage, data: bytes) -> None:
+        self._telemetry.image_finished(image.claim.key, image.marks)
         generation = image.generation
         seed = generation.request.seed + image.index
         event = Finished(image.index, seed, data, generation.warnings)
@@ -325,6 +382,8 @@ class Engine:
             generation.claims.clear()
             self._to_reply.put((generation, partial(End, error)))  # before `close` stops the queue
             self._work.notify_all()
+        seconds = time.monotonic() - generation.submitted
+        self._telemetry.request_ended(seconds, error.code if error else "OK", generation.work)
 
     def _end_failed(
         self,
@@ -333,9 +392,13 @@ class Engine:
         reason: str = "the server's log says why",
     ) -> None:
         """Ends requests with the exception that is being handled; clients see the reason."""
-        error = sys.exception()
+        error, generations = sys.exception(), list(generations)
         if not isinstance(error, EngineError):
-            log.exception("%s failed", stage)
+            log.exception("%s failed: %s", stage, _named(generations))
             error = EngineError("INTERNAL", f"{stage} failed: {reason}")
         for generation in generations:
             self._end(generation, error)
+
+
+def _named(generations: Iterable[Generation]) -> str:
+    return named(generation.request_id for generation in generations)

@@ -1,4 +1,4 @@
-"""Writes the copies of the request table: `python -m twinbrush.engine.field_tables`.
+"""Writes the copies of the tables of fields and metrics: `python -m twinbrush.engine.field_tables`.
 
 Triton reads the front doors' inputs from `config.pbtxt`, the client stands alone, and the document
 is for people: each keeps a copy, between two marks where the file has other contents too.
@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from twinbrush.engine.fields import Field, FromConfig
+from twinbrush.engine.metrics import METRICS
 from twinbrush.engine.request import COMMANDS, FIELDS
 
 ROOT = Path(__file__).parents[2]
 PBTXT_MARKS = ("# Inputs, written by `python -m twinbrush.engine.field_tables`.\n",
                "# End of inputs.\n")  # fmt: skip
+METRIC_MARKS = ("<!-- metrics -->\n", "<!-- end of metrics -->\n")
 DOCUMENT_MARKS = ("<!-- fields -->\n", "<!-- end of fields -->\n")
 PYTHON_TYPES = {"STRING": "str", "BOOL": "bool", "INT32": "int", "INT64": "int", "FP32": "float"}
 
@@ -47,6 +49,18 @@ def markdown() -> str:
         cells = (f"`{field.name}`", field.data_type.lower(), _default(field),
                  field.rule.allowed(), door + field.help)  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def metrics_markdown() -> str:
+    """The table of `docs/metrics.md`."""
+    lines = ["| metric | kind | labels | |", "|---|---|---|---|"]
+    for metric in METRICS:
+        labels = (
+            f"`{name}`: {', '.join(f'`{value}`' for value in values) or 'the served models'}"
+            for name, values in metric.labels.items()
+        )
+        lines.append(f"| `{metric.name}` | {metric.kind} | {'; '.join(labels)} | {metric.help}. |")
     return "\n".join(lines) + "\n"
 
 
@@ -150,6 +164,7 @@ COPIES: dict[str, Render] = {  # what each file has to be, from what it is
         text, PBTXT_MARKS, stream_inputs()
     ),
     "client/twinbrush_client/fields.py": lambda text: client_module(),
+    "docs/metrics.md": lambda text: replaced(text, METRIC_MARKS, metrics_markdown()),
     "docs/requests.md": lambda text: replaced(text, DOCUMENT_MARKS, markdown()),
 }
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from twinbrush.engine.batcher import Claim
 from twinbrush.engine.request import GenerationRequest, InvalidArgument
+from twinbrush.engine.request_ids import named, request_id_of
 
 log = logging.getLogger(__name__)
 
@@ -19,26 +21,29 @@ class EngineError(Exception):
         code: a gRPC status name: INVALID_ARG, NOT_FOUND, UNAVAILABLE, RESOURCE_EXHAUSTED,
             DEADLINE_EXCEEDED, CANCELLED or INTERNAL.
         retry_after: seconds after which a retry makes sense, None where it never does.
+        reason: one of `metrics.REASONS` where a request was refused.
     """
 
-    def __init__(self, code: str, message: str, retry_after: float | None = None):
+    def __init__(
+        self, code: str, message: str, retry_after: float | None = None, reason: str = "other"
+    ):
         super().__init__(message)
-        self.code, self.retry_after = code, retry_after
+        self.code, self.retry_after, self.reason = code, retry_after, reason
 
     @classmethod
-    def of(cls, error: Exception) -> EngineError:
+    def of(cls, error: Exception, request_id: str) -> EngineError:
         """The error that a client sees; an unforeseen one goes to the log."""
         if isinstance(error, EngineError):
             return error
         if isinstance(error, InvalidArgument):
-            return cls("INVALID_ARG", str(error))
-        log.error("taking a request failed", exc_info=error)
+            return cls("INVALID_ARG", str(error), reason="invalid")
+        log.error("taking a request failed: %s", named([request_id]), exc_info=error)
         return cls("INTERNAL", "the server's log says why")
 
     @classmethod
     def of_shutdown(cls) -> EngineError:
         """A retry reaches another server, or this one after its restart."""
-        return cls("UNAVAILABLE", "the server is shutting down", retry_after=1.0)
+        return cls("UNAVAILABLE", "the server is shutting down", 1.0, "draining")
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,9 @@ class Generation:
 
     Attributes:
         request: the validated fields.
+        request_id: by which logs, errors and traces name it.
         work: its cost that is still ahead, see `Planner.work`.
+        submitted: absolute seconds of the monotonic clock.
         deadline: absolute seconds of the monotonic clock, or None.
         claims: the claims of its images that are being denoised.
         images_left: images that are not yet sent.
@@ -90,8 +97,11 @@ class Generation:
         warnings: tuple[str, ...],
         reply: Callable[[Event], None],
         end: Callable[[Generation, EngineError | None], None],
+        request_id: str = "",
     ):
         self.request, self.work, self.warnings, self.reply = request, work, warnings, reply
+        self.request_id = request_id_of(request_id)
+        self.submitted = time.monotonic()
         self.deadline: float | None = None
         self.claims: list[Claim] = []
         self.images_left = request.num_images

@@ -28,6 +28,7 @@ from twinbrush.engine.fields import (
     InvalidArgument,
     Number,
     Pair,
+    Rule,
     Side,
     Text,
     row,
@@ -35,10 +36,12 @@ from twinbrush.engine.fields import (
     table,
 )
 from twinbrush.engine.images import IMAGE_FORMATS
+from twinbrush.engine.prompt_syntax import PLAIN, SYNTAXES, parse
 from twinbrush.engine.samplers import MAX_STEPS, SAMPLERS, SIGMA_SCHEDULES, trajectory
 
 MAX_PROMPT_CHARACTERS = 2000
 MAX_ID_CHARACTERS = 256
+MAX_CLIENT_CHARACTERS = 64
 MAX_GUIDANCE_SCALE = 50.0
 MAX_IMAGES = 16
 MAX_SEED = 2**63 - 1
@@ -52,8 +55,8 @@ INPUT_FILE_HINT = (
 )
 # What says how a picture is delivered, not how it looks.
 NOT_IN_METADATA = frozenset({
-    "num_images", "image_format", "metadata", "priority", "deadline_ms", "progress",
-    "preview_every",
+    "num_images", "image_format", "image_quality", "metadata", "priority", "deadline_ms", "client",
+    "progress", "preview_every",
 })  # fmt: skip
 
 _NATIVE_WIDTH = FromConfig("checkpoint's", lambda config: config.native_width)
@@ -72,6 +75,11 @@ class GenerationRequest:
     negative_prompt: str = row(
         "STRING", "", Text(MAX_PROMPT_CHARACTERS), "What guidance leads away from."
     )
+    prompt_syntax: str | None = row(
+        "STRING", FromConfig(f"`{PLAIN}`", lambda config: None), Choice(SYNTAXES),
+        "How both prompts are read: `a1111` takes weights as `(word:1.2)` and `[word]`, `BREAK`, "
+        "and prompts of several chunks of tokens.",
+    )  # fmt: skip
     seed: int = row(
         "INT64", FromConfig("random", lambda config: secrets.randbelow(2**32)),
         Integer(0, MAX_SEED), "Image `k` is drawn from `seed + k`. Always returned.",
@@ -126,6 +134,10 @@ class GenerationRequest:
         "File format. The default is valid in JSON; over gRPC, formats without `_base64` save a "
         "quarter of the bytes, and the Python client sends `png`. `raw` is RGB rows from the top.",
     )  # fmt: skip
+    image_quality: int | None = row(
+        "INT32", FromConfig("format's", lambda config: None), Integer(1, 100),
+        "Quality of jpeg, webp and avif files; other formats lose nothing.",
+    )  # fmt: skip
     deterministic: bool = row(
         "BOOL", False, Flag(),
         "Same bytes however busy the server is; the request's UNet calls are not shared.",
@@ -140,6 +152,11 @@ class GenerationRequest:
     deadline_ms: int = row(
         "INT32", 0, Integer(0, MAX_DEADLINE_MS),
         "Milliseconds after which the request is ended with `DEADLINE_EXCEEDED`; 0 sets none.",
+    )  # fmt: skip
+    client: str = row(
+        "STRING", "", Text(MAX_CLIENT_CHARACTERS),
+        "Who asks. The live requests of one client have at most a share of the queue; those "
+        "without a name are not counted together.",
     )  # fmt: skip
     progress: bool = row(
         "BOOL", True, Flag(), "Send a `progress` event for every step.", stream_only=True
@@ -172,6 +189,14 @@ class GenerationRequest:
         if values["seed"] > last_seed:
             allowed = f"must be between 0 and {last_seed} with {values['num_images']} images"
             raise InvalidArgument("seed", values["seed"], allowed)
+        if values["prompt_syntax"] not in (None, PLAIN):
+            _check_syntax(values)
+        pixels = values["width"] * values["height"]
+        if config.max_pixels is not None and pixels > config.max_pixels:
+            allowed = f"with height={values['height']} it makes {pixels} pixels, at most"
+            raise InvalidArgument(
+                "width", values["width"], f"{allowed} {config.max_pixels} are allowed"
+            )
         start, end = values["guidance_start"], values["guidance_end"]
         if start > end:
             allowed = f"must be at most guidance_end, which is {end:g}"
@@ -185,6 +210,11 @@ class GenerationRequest:
         except ValueError as error:
             raise InvalidArgument.worded(str(error)) from error
         return request
+
+    @property
+    def syntax(self) -> str:
+        """That the prompts are read in."""
+        return self.prompt_syntax or PLAIN
 
     @property
     def time_ids(self) -> tuple[int, ...]:
@@ -220,6 +250,14 @@ class GenerationRequest:
         if checkpoint_hash:
             values["checkpoint_hash"] = checkpoint_hash
         return values | {"version": f"Twinbrush {twinbrush.__version__}"}
+
+
+def _check_syntax(values: Mapping[str, Any]) -> None:
+    for name in ("prompt", "negative_prompt"):
+        try:
+            parse(values[name])
+        except ValueError as error:
+            raise InvalidArgument(name, values[name], str(error)) from None
 
 
 FIELDS: Mapping[str, Field] = table(GenerationRequest)
@@ -293,6 +331,7 @@ def describe_server(config: PipelineConfig) -> dict[str, Any]:
             "native": config.native_side,
             "multiple_of": config.side_multiple,
             "largest": config.max_side,
+            "max_pixels": config.max_pixels,
         },
         "fields": [
             {
@@ -302,7 +341,19 @@ def describe_server(config: PipelineConfig) -> dict[str, Any]:
                 "allowed": field.rule.allowed(),
                 "help": field.help,
                 "stream_only": field.stream_only,
+                **_limits(field.rule),
             }
             for name, field in FIELDS.items()
         ],
     }
+
+
+def _limits(rule: Rule) -> dict[str, Any]:
+    """What a form needs to offer a field's values."""
+    match rule:
+        case Integer(low, high) | Number(low, high):
+            return {"minimum": low, "maximum": high}
+        case Choice(names):
+            return {"choices": list(names)}
+        case _:
+            return {}

@@ -22,7 +22,7 @@ TABLE = re.compile(r"[+|]|$")
 CHATTER = re.compile(r"[IW]\d{4} |Signal \(|[+|]|$")
 TRITON = re.compile(r"([IWEF])\d{4} [\d:.]+ \d+ (.*)")
 MODEL = re.compile(r"([\w.-]+): (DEBUG|INFO|WARNING|ERROR|CRITICAL) (.*)")
-REQUEST_ID = re.compile(r"request[ _]id[:= ]+['\"<]?([\w.-]+)")
+REQUEST_ID = re.compile(r"request[ _]ids?[:= ]+['\"<]?([\w.,-]+)")
 LEVELS = {"I": "info", "W": "warning", "E": "error", "F": "critical"}
 TAIL_LINES = 200
 
@@ -31,7 +31,7 @@ class Log:
     """Writes lines as text, or each as one JSON object.
 
     An object has `time` (UTC), `level`, `source` (launcher, triton or a model), `message` and,
-    where the message names one, `request_id`.
+    where the message names one, `request_id`; several are joined by commas.
     """
 
     def __init__(self, form: LogFormat = "text"):
@@ -63,7 +63,7 @@ class Log:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         entry = {"time": now, "level": level, "source": source, "message": message}
         if found := REQUEST_ID.search(message):
-            entry["request_id"] = found[1]
+            entry["request_id"] = found[1].strip(",.")
         print(json.dumps(entry), file=stream, flush=True)
 
 

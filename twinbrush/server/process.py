@@ -15,8 +15,9 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from twinbrush import doors
+from twinbrush import doors, runtime_choice
 from twinbrush.control import VARIABLE, Control
+from twinbrush.runtime_choice import Runtime
 from twinbrush.server import checks, scratch
 from twinbrush.server.addresses import check_ports, for_grpc, for_http, host_port, local
 from twinbrush.server.errors import ServerError
@@ -39,6 +40,7 @@ class ServerOptions:
     Attributes:
         insecure: allows an old server on another address than loopback.
         expose_networks: lets clients call the networks, not only the two front doors.
+        runtime: where the networks run; None is what the engine's `config.pbtxt` says.
         flags: of Triton, as they are.
     """
 
@@ -54,6 +56,7 @@ class ServerOptions:
     verbose: bool = False
     insecure: bool = False
     expose_networks: bool = False
+    runtime: Runtime | None = None
     flags: tuple[str, ...] = ()
 
 
@@ -68,6 +71,7 @@ class TritonProcess:
         self._triton, self._options, self._log = triton, options, log or Log()
         self._served = options.repository  # the path that Triton knows
         self._output = ServerOutput(self._with_real_path)
+        self._runtime = Runtime.SERVED  # until the options are checked
         self._was_ready = self._now = False
         self._silent_since: float | None = None
 
@@ -78,7 +82,7 @@ class TritonProcess:
         self._region = scratch.new_region()
         self._started = time.monotonic()
         try:
-            self._served = scratch.safe_repository(self._options.repository, self._scratch)
+            self._served = self._served_repository()
             self._start()
         except BaseException:
             scratch.remove(self._scratch, self._region)
@@ -88,12 +92,19 @@ class TritonProcess:
         self._reader.start()
         return self
 
+    def _served_repository(self) -> Path:
+        """What Triton loads; the front doors alone where the engine runs the networks."""
+        if self._runtime == Runtime.IN_PROCESS:
+            return scratch.overlay(self._options.repository, self._scratch, FRONT_DOORS)
+        return scratch.safe_repository(self._options.repository, self._scratch)
+
     def _start(self) -> None:
         backends, control = self._scratch / "backends", self._scratch / "control"
         backends.mkdir()
         control.mkdir()
         self._control = Control(control)
         environment = os.environ | self._triton.environment | {VARIABLE: str(control)}
+        environment[runtime_choice.VARIABLE] = self._runtime
         if not self._options.expose_networks:
             environment[doors.VARIABLE] = secrets.token_hex(16)
         self._process = subprocess.Popen(
@@ -117,6 +128,11 @@ class TritonProcess:
         self._process.wait()
         self._reader.join(timeout=2)
         scratch.remove(self._scratch, self._region)
+
+    @property
+    def pid(self) -> int:
+        """Of the server, not of this launcher."""
+        return self._process.pid
 
     @property
     def age(self) -> float:
@@ -220,6 +236,9 @@ class TritonProcess:
         if not models:
             text = f"{options.repository} holds no models: run `python -m export CHECKPOINT`"
             raise ServerError(text, worth_another_try=False)
+        self._runtime = checks.check_runtime(
+            options.repository, options.config_name, options.runtime, options.expose_networks
+        )
         checks.check_door(options.address, triton.development, options.insecure)
         names = ("http_port", "grpc_port", "metrics_port")
         ports = {"--" + name.replace("_", "-"): getattr(options, name) for name in names}
@@ -227,7 +246,8 @@ class TritonProcess:
         checks.check_temporary_folder()
         if triton.development:
             checks.check_libpython(triton.environment["LD_LIBRARY_PATH"])
-        stubs = models if triton.development else len(FRONT_DOORS)
+        every_model = triton.development and self._runtime == Runtime.SERVED
+        stubs = models if every_model else len(FRONT_DOORS)
         if warning := checks.check_shared_memory(options.repository, stubs):
             self._log.complain(warning)
 

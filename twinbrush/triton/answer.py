@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import logging
-import queue
 import shutil
 import threading
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
 
 from twinbrush.engine.generation import EngineError
-from twinbrush.engine.threads import Fail, start_guarded
+from twinbrush.engine.metrics import REQUESTS_ENDED, REQUESTS_LIVE, Observer
+from twinbrush.engine.request_ids import request_id_of
 
 log = logging.getLogger(__name__)
 SHARED_MEMORY = "/dev/shm"
@@ -26,51 +25,31 @@ DTYPES = {"index": np.int32, "step": np.int32, "total_steps": np.int32, "seed": 
 
 
 class RequestMetrics:
-    """Request counters of `/metrics`; Triton itself counts every request as a success.
+    """Counts the requests of one front door; Triton itself counts every one as a success."""
 
-    One thread makes all changes, beside the requests, because the server dies of two at once. A
-    server without metrics counts nothing.
-    """
-
-    def __init__(self, model: str, fail: Fail):
-        self._model = model
-        self._changes: queue.SimpleQueue[str | None] | None = None  # None: a request begins
-        kinds = pb_utils.MetricFamily
-        try:
-            self._live = kinds(
-                "twinbrush_requests_live", "Requests that have no end yet", kinds.GAUGE
-            )
-            self._ended = kinds(
-                "twinbrush_requests_ended_total", "Requests by how they ended", kinds.COUNTER
-            )
-        except pb_utils.TritonModelException:
-            log.warning("the server has no metrics: requests are not counted")
-            return
-        self._changes = queue.SimpleQueue()
-        start_guarded("metrics", partial(self._count, self._changes), fail)
+    def __init__(self, observer: Observer, model: str):
+        self._observer, self._model = observer, model
+        self._live = 0
+        self._lock = threading.Lock()
 
     def began(self) -> None:
-        if self._changes is not None:
-            self._changes.put(None)
+        self._change(1)
 
     def ended(self, code: str) -> None:
-        if self._changes is not None:
-            self._changes.put(code)
+        self._observer.record(REQUESTS_ENDED, 1, self._model, code)
+        self._change(-1)
 
-    def _count(self, changes: queue.SimpleQueue) -> None:
-        live, ended = self._live.Metric({"model": self._model}), {}
-        while True:
-            if (code := changes.get()) is None:
-                live.increment(1)
-                continue
-            if code not in ended:
-                ended[code] = self._ended.Metric({"model": self._model, "code": code})
-            ended[code].increment(1)
-            live.increment(-1)
+    def _change(self, count: int) -> None:
+        with self._lock:
+            self._live += count
+            self._observer.record(REQUESTS_LIVE, self._live, self._model)
 
 
 class Answer:
     """The responses of one request, and exactly one end.
+
+    Attributes:
+        request_id: the client's, or one that is made here; logs and errors name it.
 
     Args:
         request: Triton's.
@@ -80,6 +59,7 @@ class Answer:
     """
 
     def __init__(self, request: Any, metrics: RequestMetrics, streams: bool = False):
+        self.request_id = request_id_of(request.request_id())
         self._streams = streams
         self._sender = request.get_response_sender()
         self._open = True
@@ -110,6 +90,7 @@ class Answer:
         status = STATUS_NAMES.get(error.code, error.code)
         shown = self._streams or code != error.code
         text = f"{status}: {error}" if shown else str(error)
+        text += f" (request id {self.request_id})"
         failure = pb_utils.TritonError(text, getattr(pb_utils.TritonError, code))
         self._respond(pb_utils.InferenceResponse(error=failure), error.code)
 

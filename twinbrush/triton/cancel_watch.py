@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from twinbrush.engine.request_ids import named
 from twinbrush.engine.threads import Fail, start_guarded
 
 log = logging.getLogger(__name__)
@@ -15,6 +16,8 @@ log = logging.getLogger(__name__)
 
 class Watched(Protocol):
     """A request that knows, at some cost, whether its client has cancelled it."""
+
+    request_id: str
 
     def cancelled(self) -> bool: ...
 
@@ -67,7 +70,7 @@ class CancelWatch:
                     if answer.cancelled():
                         on_cancel()
                 except Exception:  # of one request; the others are polled further
-                    log.exception("polling a request for a cancel failed")
+                    log.exception("polling for a cancel failed: %s", named([answer.request_id]))
                     self.discard(answer)
             polled = time.monotonic() - started
             pause = max(self.SHORTEST_PAUSE, polled * self.PAUSE_PER_SECOND_POLLED)

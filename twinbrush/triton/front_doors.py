@@ -6,17 +6,25 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
 
 from twinbrush.control import Control
 from twinbrush.engine.engine import Engine
 from twinbrush.engine.fields import InvalidArgument, shortened
 from twinbrush.engine.generation import End, EngineError, Event, Finished, Generation, Progress
+from twinbrush.engine.metrics import (
+    METRICS,
+    REFUSALS,
+    REQUESTS_ENDED,
+    REQUESTS_LIVE,
+    Observer,
+)
+from twinbrush.engine.models import Models
 from twinbrush.engine.request import (
     GenerationRequest,
     check_sizes,
@@ -24,13 +32,20 @@ from twinbrush.engine.request import (
     explaining_generated_inputs,
     unknown_input,
 )
+from twinbrush.engine.request_ids import LineFormatter
+from twinbrush.memory import device_memory
 from twinbrush.triton.answer import Answer, RequestMetrics
 from twinbrush.triton.cancel_watch import CancelWatch
-from twinbrush.triton.models import TritonModels
+from twinbrush.triton.metrics import TritonMetrics
+from twinbrush.triton.networks import open_models
 from twinbrush.triton.relay import RelayClient, RelayServer, relay_address
 
 log = logging.getLogger(__name__)
+UNARY_METRICS = (REQUESTS_LIVE, REQUESTS_ENDED, REFUSALS)
 MAX_PARAMETERS = 1 << 16  # bytes of a request's parameters, as JSON
+# What Triton makes of a header of this name where --grpc-header-forward-pattern or
+# --http-header-forward-pattern let it through: a proxy's word on who asks.
+CLIENT_HEADER = "twinbrush-client"
 
 
 class StreamModel:
@@ -38,17 +53,23 @@ class StreamModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         _log_to_the_server(args["model_name"])
-        self._metrics = RequestMetrics(args["model_name"], _end_process)
+        self._observer = TritonMetrics(METRICS, _end_process)
+        self._metrics = RequestMetrics(self._observer, args["model_name"])
         folder = Path(args["model_repository"]) / args["model_version"]
         config = json.loads(args["model_config"])
         self._inputs = _input_names(config)
         self._control = Control.from_environment()
         self._engine = Engine.of_model(
-            folder, config, TritonModels(), fail=_end_process, beat=self._beat
-        )
+            folder, config, self.open_models(folder, config), device_memory(),
+            fail=_end_process, beat=self._beat, observer=self._observer,
+        )  # fmt: skip
         self._relay = RelayServer(relay_address(), self._submit)
         self._watch = CancelWatch(_end_process)
         self._live: dict[Answer, tuple[str, Generation]] = {}  # and the id that the client gave
+
+    def open_models(self, folder: Path, config: Mapping[str, Any]) -> Models:
+        """The networks behind the engine in `folder`, by the parameter `runtime`."""
+        return open_models(folder.parent, config)
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
@@ -56,7 +77,7 @@ class StreamModel:
             try:
                 self._start(request, answer)
             except Exception as error:
-                answer.fail(EngineError.of(error))
+                answer.fail(EngineError.of(error, answer.request_id))
 
     def _beat(self) -> None:
         if self._control is None:
@@ -72,9 +93,10 @@ class StreamModel:
         self._relay.close()
         self._engine.close()
         self._watch.close()
+        self._observer.close()
 
     def _start(self, request: Any, answer: Answer) -> None:
-        fields = _fields(request, self._inputs)
+        fields = _fields(request, self._inputs, self._observer)
         if (target := fields.pop("cancel", None)) is not None:
             self._cancel(target, fields, answer)
             return
@@ -92,16 +114,19 @@ class StreamModel:
                 forget()
             _tell(answer, event)
 
-        generation = self._submit(fields, reply)
+        generation = self._submit(fields, reply, answer.request_id)
         if request_id:
             self._live[answer] = request_id, generation
         self._watch.add(answer, generation.cancel)
         if generation.ended:  # before it was known here
             forget()
 
-    def _submit(self, fields: dict[str, np.ndarray], reply: Callable[[Event], None]) -> Generation:
-        request = GenerationRequest.parse(fields, self._engine.config)
-        return self._engine.submit(request, reply)
+    def _submit(
+        self, fields: dict[str, np.ndarray], reply: Callable[[Event], None], request_id: str
+    ) -> Generation:
+        with _refusals(self._observer):
+            request = GenerationRequest.parse(fields, self._engine.config)
+        return self._engine.submit(request, reply, request_id)
 
     def _cancel(self, target: np.ndarray, others: dict[str, Any], answer: Answer) -> None:
         name = target.reshape(-1)[0].decode("utf-8", "replace")
@@ -127,7 +152,8 @@ class UnaryModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         _log_to_the_server(args["model_name"])
-        self._metrics = RequestMetrics(args["model_name"], _end_process)
+        self._observer = TritonMetrics(UNARY_METRICS, _end_process)
+        self._metrics = RequestMetrics(self._observer, args["model_name"])
         self._inputs = _input_names(json.loads(args["model_config"]))
         self._relay = RelayClient(relay_address())
         self._watch = CancelWatch(_end_process)
@@ -136,14 +162,15 @@ class UnaryModel:
         for request in requests:
             answer = Answer(request, self._metrics)
             try:
-                self._start(_fields(request, self._inputs), answer)
+                self._start(_fields(request, self._inputs, self._observer), answer)
             except Exception as error:
                 self._watch.discard(answer)
-                answer.fail(EngineError.of(error))
+                answer.fail(EngineError.of(error, answer.request_id))
 
     def finalize(self) -> None:
         self._relay.close()
         self._watch.close()
+        self._observer.close()
 
     def _start(self, fields: dict[str, np.ndarray], answer: Answer) -> None:
         def done(outcome: list[Finished] | EngineError) -> None:
@@ -157,7 +184,8 @@ class UnaryModel:
 
         ticket = self._relay.new_ticket()
         self._watch.add(answer, lambda: self._relay.cancel(ticket))
-        self._relay.submit(ticket, fields | {"progress": np.array([False])}, done)
+        fields |= {"progress": np.array([False])}
+        self._relay.submit(ticket, fields, done, answer.request_id)
 
 
 def _stacked(images: list[Finished]) -> dict[str, Any]:
@@ -172,8 +200,30 @@ def _input_names(config: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(tensor["name"] for tensor in config["input"])
 
 
-def _fields(request: Any, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+@contextmanager
+def _refusals(observer: Observer) -> Iterator[None]:
+    """Counts an invalid request as refused."""
+    try:
+        yield
+    except InvalidArgument:
+        observer.record(REFUSALS, 1, "invalid")
+        raise
+
+
+def _fields(request: Any, names: tuple[str, ...], observer: Observer) -> dict[str, np.ndarray]:
     """Copies of the inputs that a request brings: the server takes back its memory.
+
+    An invalid request is counted as refused.
+
+    Raises:
+        InvalidArgument: see `_copied`.
+    """
+    with _refusals(observer):
+        return _copied(request, names)
+
+
+def _copied(request: Any, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """The inputs of a request, copied.
 
     Raises:
         InvalidArgument: an input is too large; or a JSON body had a member that is no input:
@@ -184,13 +234,18 @@ def _fields(request: Any, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     if len(parameters) > MAX_PARAMETERS:
         allowed = f"must have at most {MAX_PARAMETERS} bytes; it has {len(parameters)}"
         raise InvalidArgument("parameters", shortened(parameters), allowed)
-    for name, value in json.loads(parameters).items():
+    given = json.loads(parameters)
+    client = given.pop(CLIENT_HEADER, None)
+    for name, value in given.items():
         if name != "id" and not name.startswith("triton_"):
             raise unknown_input(name, value, names)
-    inputs = ((name, pb_utils.get_input_tensor_by_name(request, name)) for name in names)
-    tensors = {name: tensor.as_numpy() for name, tensor in inputs if tensor is not None}
+    tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
     check_sizes(tensors)
-    return {name: tensor.copy() for name, tensor in tensors.items()}
+    fields = {name: tensor.copy() for name, tensor in tensors.items()}
+    if client is not None:
+        fields["client"] = np.array([str(client).encode()], object)
+        check_sizes({"client": fields["client"]})
+    return fields
 
 
 def _tell(answer: Answer, event: Event) -> None:
@@ -219,6 +274,6 @@ def _end_process(reason: str) -> None:
 
 
 def _log_to_the_server(name: str) -> None:
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format=f"{name}: %(levelname)s %(message)s"
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LineFormatter(name))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
