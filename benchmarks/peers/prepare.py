@@ -40,7 +40,10 @@ def prepare(folder: Path, size: str) -> None:
     in_process(make_checkpoint, checkpoint, size)
     ignore = shutil.ignore_patterns("*.onnx*", "*.json", "*.plan", "configs", "__pycache__")
     shutil.copytree("model_repository", repository, ignore=ignore)
-    export = [sys.executable, "-m", "export", str(checkpoint), "--repository", str(repository)]
+    export = [
+        sys.executable, "-m", "export", str(checkpoint), "--repository", str(repository),
+        "--cpu-runtime", "auto",
+    ]  # fmt: skip
     if subprocess.run(export).returncode:
         raise RuntimeError("the export failed")
     in_process(make_openvino, checkpoint, openvino)
@@ -113,7 +116,8 @@ def make_openvino(checkpoint: Path, folder: Path) -> None:
     pipeline.tokenizer.save_pretrained(folder / "tokenizer")
     _save_tokenizer(ov, pipeline.tokenizer, folder / "tokenizer")
     index = {
-        "_class_name": "LatentConsistencyModelPipeline", "tokenizer": ["transformers", "CLIPTokenizer"],
+        "_class_name": "LatentConsistencyModelPipeline",
+        "tokenizer": ["transformers", "CLIPTokenizer"],
         "text_encoder": ["optimum", "OVModelTextEncoder"], "unet": ["optimum", "OVModelUnet"],
         "vae_decoder": ["optimum", "OVModelVaeDecoder"], "scheduler": ["diffusers", "LCMScheduler"],
     }  # fmt: skip
