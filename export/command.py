@@ -23,7 +23,7 @@ from rich.table import Table
 from export import pipeline
 from export.checkpoint import Checkpoint, Serving, open_checkpoint
 from export.convert import ConversionError, ParityError
-from export.cpu_runtime import CpuRuntime, CpuRuntimeError
+from export.cpu_runtime import MEASURED, CpuRuntime, CpuRuntimeError
 from export.cpu_runtime import check as check_cpu_runtime
 from export.gate import Gate, GateError, MakeMeasure
 from export.lora import read_lora
@@ -205,7 +205,7 @@ def export_checkpoint(options: Options, report: Path | None = None) -> None:
             )  # fmt: skip
         gate = None
         if options.gate:
-            optimised = _optimised(original, opened, models, options.precision)
+            optimised = _optimised(original, opened, models, options)
             gate = Gate(original, optimised, options.repository, options.gate.measure)
         reports = build(
             opened, options.repository, lambda model: status.update(f"exporting {model}"),
@@ -284,19 +284,23 @@ def _check_same_loras(opened: Checkpoint, original: Checkpoint) -> None:
 
 
 def _optimised(
-    original: Checkpoint, opened: Checkpoint, models: Sequence[str], precision: Precision
+    original: Checkpoint, opened: Checkpoint, models: Sequence[str], options: Options
 ) -> Sequence[str]:
     """Models that are not what a plain export of `original` makes.
 
     Raises:
         CheckpointError: there is none.
     """
-    if precision is not Precision.FP32:
+    if options.precision is not Precision.FP32:
         return models
+    rerun = MEASURED if options.cpu_runtime is not CpuRuntime.ONNXRUNTIME else ()
     optimised = [
         name
         for name, part in SOURCE.items()
-        if name in models and pruning_of(opened.folders[part]) != pruning_of(original.folders[part])
+        if name in models
+        and (
+            name in rerun or pruning_of(opened.folders[part]) != pruning_of(original.folders[part])
+        )
     ]
     if not optimised:
         raise CheckpointError(
