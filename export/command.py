@@ -23,6 +23,8 @@ from rich.table import Table
 from export import pipeline
 from export.checkpoint import Checkpoint, Serving, open_checkpoint
 from export.convert import ConversionError, ParityError
+from export.cpu_runtime import MEASURED, CpuRuntime, CpuRuntimeError
+from export.cpu_runtime import check as check_cpu_runtime
 from export.gate import Gate, GateError, MakeMeasure
 from export.lora import read_lora
 from export.precision import Precision
@@ -45,7 +47,7 @@ from networks.pruned import pruning_of
 
 FAILURES = (
     CheckpointError, ConversionError, ParityError, GateError, RepositoryError, ResourceError,
-    TensorRTError,
+    TensorRTError, CpuRuntimeError,
 )  # fmt: skip
 console = Console()
 
@@ -83,6 +85,7 @@ class Options:
         prune: None exports the checkpoint as it is.
         gate: None accepts every export that passes parity.
         serving: what changes of the checkpoint.
+        cpu_runtime: how the runtime of the CPU is chosen.
     """
 
     source: Source
@@ -93,6 +96,7 @@ class Options:
     prune: PruneOptions | None = None
     gate: GateOptions | None = None
     serving: Serving = field(default_factory=Serving)
+    cpu_runtime: CpuRuntime = CpuRuntime.ONNXRUNTIME
 
 
 def parse_models(only: str | None) -> list[str] | None:
@@ -185,6 +189,7 @@ def export_checkpoint(options: Options, report: Path | None = None) -> None:
         Each of `FAILURES`, and OSError where the repository cannot be written.
     """
     check_report(report)
+    check_cpu_runtime(options.cpu_runtime)
     trt = load_tensorrt() if options.tensorrt else None
     with ExitStack() as stack:
         status = stack.enter_context(console.status("opening the checkpoint"))
@@ -200,16 +205,20 @@ def export_checkpoint(options: Options, report: Path | None = None) -> None:
             )  # fmt: skip
         gate = None
         if options.gate:
-            optimised = _optimised(original, opened, models, options.precision)
+            optimised = _optimised(original, opened, models, options)
             gate = Gate(original, optimised, options.repository, options.gate.measure)
         reports = build(
             opened, options.repository, lambda model: status.update(f"exporting {model}"),
-            models, options.precision, trt, gate,
+            models, options.precision, trt, gate, options.cpu_runtime,
         )  # fmt: skip
     if report is not None:
         lines = [asdict(line) for line in reports]
         report.write_text(json.dumps(lines, indent=2) + "\n")
     console.print(_table(opened.name, reports))
+    for line in reports:
+        if line.cpu_runtime is not None:
+            text = line.cpu_runtime.describe(line.model)
+            console.print(text, highlight=False, soft_wrap=True, markup=False)
     if gate is not None:
         console.print(f"the gate passes: {gate.summary}", highlight=False, soft_wrap=True)
     console.print(f"{options.repository} serves {opened.name} now")
@@ -275,19 +284,23 @@ def _check_same_loras(opened: Checkpoint, original: Checkpoint) -> None:
 
 
 def _optimised(
-    original: Checkpoint, opened: Checkpoint, models: Sequence[str], precision: Precision
+    original: Checkpoint, opened: Checkpoint, models: Sequence[str], options: Options
 ) -> Sequence[str]:
     """Models that are not what a plain export of `original` makes.
 
     Raises:
         CheckpointError: there is none.
     """
-    if precision is not Precision.FP32:
+    if options.precision is not Precision.FP32:
         return models
+    rerun = MEASURED if options.cpu_runtime is not CpuRuntime.ONNXRUNTIME else ()
     optimised = [
         name
         for name, part in SOURCE.items()
-        if name in models and pruning_of(opened.folders[part]) != pruning_of(original.folders[part])
+        if name in models
+        and (
+            name in rerun or pruning_of(opened.folders[part]) != pruning_of(original.folders[part])
+        )
     ]
     if not optimised:
         raise CheckpointError(
