@@ -71,6 +71,7 @@ class ServerInfo:
         defaults: values of the fields that a request leaves out.
         sizes: `native`, `multiple_of` and `largest` side, in pixels.
         fields: name, type, allowed values and help of each request field.
+        loras: names that a request's `lora` may use; empty from a server that has none.
     """
 
     version: str
@@ -80,11 +81,12 @@ class ServerInfo:
     defaults: dict[str, Any]
     sizes: dict[str, int]
     fields: list[dict[str, Any]]
+    loras: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, text: bytes) -> ServerInfo:
         known = json.loads(text)  # a newer server may say more
-        return cls(**{each.name: known[each.name] for each in fields(cls)})
+        return cls(**{e.name: known[e.name] for e in fields(cls) if e.name in known})
 
 
 Event = Progress | Picture

@@ -15,6 +15,7 @@ from typing import Any
 from twinbrush.engine.samplers import NoiseSchedule
 
 TOKENS = "encoder_hidden_states"  # UNet input: text tokens, a tower's length or a few times that
+LORA_SCALE = "lora_scale"  # input of the UNet and of text encoders: a scale for each LoRA
 TIME_IDS = "time_ids"  # UNet input: original size, top and left of the crop, target size
 ENGINE = Path("text_to_image_stream/1")  # of a repository: where pipeline.json and tokenizers are
 MAX_SIDE_FACTOR = 4  # a side may be this many times the side that the model was trained on
@@ -40,6 +41,7 @@ class EncoderConfig:
         length: tokens that texts are padded or truncated to, L.
         pad: id of the padding token.
         mask: whether the model takes `attention_mask`.
+        takes_loras: whether the model takes `lora_scale`.
     """
 
     model: str
@@ -47,6 +49,7 @@ class EncoderConfig:
     length: int
     pad: int
     mask: bool = False
+    takes_loras: bool = False
 
     @property
     def is_tower(self) -> bool:
@@ -74,6 +77,7 @@ class PipelineConfig:
         latent_to_rgb: the linear map of previews, see `images.preview`.
         zeros_for_empty_negative: whether an empty negative prompt is conditioned on zeros.
         max_chunks: how many times a tower's length the UNet's token axis may be.
+        loras: names of the LoRAs that requests can switch on, in the order of their scales.
     """
 
     checkpoint: str
@@ -91,6 +95,7 @@ class PipelineConfig:
     latent_to_rgb: tuple[tuple[float, float, float], ...]
     zeros_for_empty_negative: bool = False
     max_chunks: int = 1
+    loras: tuple[str, ...] = ()
 
     @property
     def chunk_length(self) -> int:
@@ -126,6 +131,7 @@ class PipelineConfig:
             fields["encoders"] = tuple(EncoderConfig(**entry) for entry in fields["encoders"])
             for name in ("fusion_inputs", "unet_inputs"):
                 fields[name] = tuple(fields[name])
+            fields["loras"] = tuple(fields.get("loras", ()))
             return cls(
                 schedule=NoiseSchedule(**schedule),
                 defaults=Defaults(**fields.pop("defaults")),
