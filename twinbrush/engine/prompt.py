@@ -153,7 +153,7 @@ def fill_chunks(tokenizer: Tokenizer, text: str, length: int) -> list[list[Token
         text: in A1111's syntax.
         length: of the tower's inputs, with its start and end tokens.
     """
-    commas = tokenizer.encode(",", add_special_tokens=False).ids[-1:]
+    commas = tokenizer.encode(",", add_special_tokens=False).ids
     chunks: list[list[Token]] = []
     for section in parse(text):
         tokens = [
