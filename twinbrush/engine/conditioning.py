@@ -34,12 +34,14 @@ class Text:
 
     Attributes:
         syntax: that it is read in.
+        loras: the scale of each LoRA, where encoders take them.
         chunks: that it is encoded in; the conditioner sets it to the most of a request's texts.
     """
 
     text: str
     alone: bool = False
     syntax: str = PLAIN
+    loras: tuple[float, ...] = ()
     chunks: int = 1
 
 
@@ -111,7 +113,7 @@ class Conditioner:
         return [replace(text, chunks=max(counts)) for text in texts]
 
     def _encode(self, texts: Sequence[Text]) -> list[Conditioning]:
-        prompts = [self._tokenizer.chunks(t.text, t.syntax, t.chunks) for t in texts]
+        prompts = [self._tokenizer.chunks(t.text, t.syntax, t.chunks, t.loras) for t in texts]
         first, *others = prompts[0].inputs
         running = [self._others.submit(self._run_encoder, name, prompts) for name in others]
         encoded = self._run_encoder(first, prompts)
