@@ -57,13 +57,13 @@ def main(
         models = LocalModels(repository)
         engine = stack.enter_context(local_engine(repository, models))
         client = stack.enter_context(_server(repository))
-        sides = {"in_process": _in_process(engine), "server": _through(client)}
-        points = {f"c{c}": _compare(sides, c, turns, max(requests, 2 * c)) for c in CONCURRENCY}
+        sides = {"in_process": in_process(engine), "server": _through(client)}
+        points = {f"c{c}": compare(sides, c, turns, max(requests, 2 * c)) for c in CONCURRENCY}
         sides = {
-            "unshared": _in_process(engine, deterministic=True),
-            "shared": _in_process(engine),
+            "unshared": in_process(engine, deterministic=True),
+            "shared": in_process(engine),
         }
-        batching = _compare(sides, 16, turns, 32)
+        batching = compare(sides, 16, turns, 32)
         profile = _profile(client, requests)
     summary = {f"ratio_{name}": point["ratio"] for name, point in points.items()}
     summary["step_batching_c16"] = batching["ratio"]
@@ -102,7 +102,7 @@ def _prompt(number: int) -> str:
     return f"a large {a} circle left of a small {b} square {next(_COUNTER)}"
 
 
-def _in_process(engine: Engine, deterministic: bool = False) -> Send:
+def in_process(engine: Engine, deterministic: bool = False) -> Send:
     def send(number: int, done: Callable[[str | None], None]) -> None:
         fields = {
             "prompt": np.array([_prompt(number).encode()], object),
@@ -134,7 +134,7 @@ def _through(client: grpc.InferenceServerClient) -> Send:
     return send
 
 
-def _compare(sides: dict[str, Send], concurrency: int, turns: int, requests: int) -> dict:
+def compare(sides: dict[str, Send], concurrency: int, turns: int, requests: int) -> dict:
     """Both sides in turn; the ratio is the second over the first, in images a second."""
     loads: dict[str, list[Load]] = {name: [] for name in sides}
     for send in sides.values():  # warm up
