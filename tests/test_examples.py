@@ -49,10 +49,11 @@ def run(server, gateway, tmp_path) -> Run:
 
 
 @pytest.fixture
-def node() -> str:
+def node(tmp_path) -> str:
     program = shutil.which("node")
     if program is None or not (EXAMPLES / "node_modules" / "openai").is_dir():
         pytest.skip("needs Node.js and `npm ci --prefix examples/clients`")
+    (tmp_path / "node_modules").symlink_to(EXAMPLES / "node_modules")
     return program
 
 
@@ -103,7 +104,4 @@ def test_snippets_of_the_documents_run(run, server, gateway, request, language, 
     elif language == "python":
         run(sys.executable, "-c", text)
     else:
-        folder = EXAMPLES / "node_modules"
-        run(
-            request.getfixturevalue("node"), f"--import={folder}", "--input-type=module", "-e", text
-        )
+        run(request.getfixturevalue("node"), "--input-type=module", "-e", text)
