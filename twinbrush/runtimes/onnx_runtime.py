@@ -160,19 +160,24 @@ class LocalModels:
         files: ONNX files by model, to run in place of the repository's.
         on_gpu: whether models run on the GPU of their `instance_group` where ONNX Runtime has
             CUDA, as Triton would place them.
+        configs: files by model, to read in place of the repository's `config.pbtxt`.
 
     Raises:
         RuntimeError: a network cannot be loaded.
     """
 
     def __init__(
-        self, repository: Path, files: Mapping[str, Path] | None = None, on_gpu: bool = False
+        self,
+        repository: Path,
+        files: Mapping[str, Path] | None = None,
+        on_gpu: bool = False,
+        configs: Mapping[str, Path] | None = None,
     ):
         self._networks: dict[str, Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]] = {}
         for path in sorted(repository.glob("*/config.pbtxt")):
             model = (files or {}).get(path.parent.name, path.parent / "1" / "model.onnx")
             if model.exists():
-                config = read_config(path)
+                config = read_config((configs or {}).get(path.parent.name, path))
                 device_id = _gpu_of(config) if on_gpu else None
                 session = open_session(model, config, device_id)
                 self._networks[path.parent.name] = _runner(session, device_id)
