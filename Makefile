@@ -25,6 +25,10 @@ test: $(EXPORTED) $(DEVELOPED)
 serve: $(EXPORTED)
 	@python -m twinbrush.server --then 'exec python -m gateway'
 
+# The documents as a site, in site/.
+docs: $(DEVELOPED)
+	mkdocs build --strict --quiet
+
 bench: $(EXPORTED) $(DEVELOPED)
 	python -m benchmarks.overhead
 
