@@ -72,7 +72,7 @@ class Admission:
         if work + generation.work > most:
             has = f"{work:.0f} of {most:.0f} units of work, the request needs {generation.work:.0f}"
         elif len(theirs) + 1 > requests:
-            has = f"{len(theirs)} of {requests} requests"
+            has = f"{len(theirs)} of {requests:g} requests"
         else:
             return
         after = self._seconds(work)

@@ -44,7 +44,6 @@ from twinbrush.engine.threads import Watchdog, start_guarded
 log = logging.getLogger(__name__)
 
 MEGABYTE = 2**20
-FIRST_NOISES = 256  # live images up to which noise is drawn before the first call
 # How runtimes word that memory is exhausted.
 OUT_OF_MEMORY = ("out of memory", "failed to allocate memory", "bad_alloc", "memoryerror")
 
@@ -263,10 +262,9 @@ class Engine:
             self._work.notify_all()
 
     def _draw_first_noise(self, made: Sequence[LiveImage]) -> None:
-        """Draws it beside UNet calls, where few images live: one that waits should stay small."""
-        if len(self._images) < FIRST_NOISES:
-            for image in made:
-                image.painting.begin()
+        """Draws it beside UNet calls, for as many as one holds: what waits longer stays small."""
+        for image in made[: max(0, self._limits.max_rows - len(self._images))]:
+            image.painting.begin()
 
     # Denoise ----------------------------------------------------------------------------
 
