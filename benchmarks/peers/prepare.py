@@ -92,7 +92,7 @@ def make_openvino(checkpoint: Path, folder: Path) -> None:
     side, width = unet.config.sample_size, unet.config.cross_attention_dim
     latents = torch.randn(2, unet.config.in_channels, 16, 16)
     steps = {
-        "sample": latents, "timestep": torch.tensor([1.0, 2.0]),
+        "sample": latents, "timestep": torch.tensor([1, 2]),
         "encoder_hidden_states": torch.randn(2, ids.shape[1], width),
         "timestep_cond": torch.randn(2, unet.config.time_cond_proj_dim),
     }  # fmt: skip
@@ -119,8 +119,9 @@ def make_openvino(checkpoint: Path, folder: Path) -> None:
     index = {
         "_class_name": "LatentConsistencyModelPipeline",
         "tokenizer": ["transformers", "CLIPTokenizer"],
-        "text_encoder": ["optimum", "OVModelTextEncoder"], "unet": ["optimum", "OVModelUnet"],
-        "vae_decoder": ["optimum", "OVModelVaeDecoder"], "scheduler": ["diffusers", "LCMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+        "scheduler": ["diffusers", "LCMScheduler"],
     }  # fmt: skip
     (folder / "model_index.json").write_text(json.dumps(index))
 
