@@ -7,18 +7,22 @@ difference is made of: time without a call, calls of fewer rows, and the host's 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import tritonclient.grpc as grpc
 import typer
+from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -27,9 +31,10 @@ from benchmarks.load import Load, Send, closed_loop
 from benchmarks.machine import write_result
 from benchmarks.overhead import new_prompt, running_server
 from benchmarks.process_time import process_seconds
-from benchmarks.waiting import FOLDER, WAITS, Accelerator
+from benchmarks.waiting import FOLDER, WAITS, Accelerator, photographs
 from benchmarks.waiting_repository import write_repository
 from twinbrush.engine.capacity import decoder_pictures
+from twinbrush.engine.images import encode, to_pixels
 from twinbrush.runtime_choice import Runtime
 from twinbrush_client.wire import inputs
 
@@ -64,7 +69,8 @@ def main(
     waits = {model: {k: 1000 * v for k, v in asdict(wait).items()} for model, wait in WAITS.items()}
     write_result(
         out, "python -m benchmarks.host",
-        waits_ms=waits, steps=STEPS, goals=GOALS, summary=summary, points=points,
+        waits_ms=waits, steps=STEPS, goals=GOALS, summary=summary, files=file_times(),
+        points=points,
     )  # fmt: skip
     show(points)
     print(json.dumps(summary))
@@ -78,6 +84,27 @@ def limit(clients: int) -> float:
     seconds += WAITS["vqgan_decoder"].seconds(pictures) / pictures
     texts = sum(WAITS[model].seconds(rows) for model in ("clip_text", "bert", "fusion"))
     return 1 / (seconds + texts / rows)
+
+
+def file_times() -> dict[str, dict[str, float]]:
+    """CPU time and size of the file of a picture, and of a PNG as Pillow writes it."""
+    pixels = to_pixels(photographs(1)[0])
+
+    def by_pillow() -> bytes:
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "png", compress_level=1)
+        return file.getvalue()
+
+    writers = {name: partial(encode, pixels, name) for name in FORMATS}
+    found = {}
+    for name, write in {**writers, "png by Pillow, level 1": by_pillow}.items():
+        times = []
+        for _ in range(15):
+            started = time.thread_time()
+            size = len(write())
+            times.append(1000 * (time.thread_time() - started))
+        found[name] = {"cpu_ms": round(statistics.median(times), 2), "kb": round(size / 1000, 1)}
+    return found
 
 
 class Side:

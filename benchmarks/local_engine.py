@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -18,14 +19,14 @@ console = Console()
 
 
 @contextmanager
-def local_engine(repository: Path, models: Models) -> Iterator[Engine]:
-    """An engine that is closed on leaving.
+def local_engine(repository: Path, models: Models, **options: Any) -> Iterator[Engine]:
+    """An engine that is closed on leaving; `options` are those of its class.
 
     Ends the command with a sentence where the repository is not exported.
     """
     try:
         config = read_config(repository / ENGINE.parent / "config.pbtxt")
-        engine = Engine.of_model(repository / ENGINE, config, models)
+        engine = Engine.of_model(repository / ENGINE, config, models, **options)
     except (OSError, ValueError) as error:
         sys.exit(f"error: --repository: {error}")
     try:

@@ -66,13 +66,13 @@ def main(
             for runtime in Runtime
         }
         servers = {runtime: _through(client) for runtime, client in clients.items()}
-        sides = {"engine": _engine_alone(engine), **servers}
-        points = {f"c{c}": _compare(sides, c, turns, max(requests, 2 * c)) for c in CONCURRENCY}
+        sides = {"engine": in_process(engine), **servers}
+        points = {f"c{c}": compare(sides, c, turns, max(requests, 2 * c)) for c in CONCURRENCY}
         sides = {
-            "unshared": _engine_alone(engine, deterministic=True),
-            "shared": _engine_alone(engine),
+            "unshared": in_process(engine, deterministic=True),
+            "shared": in_process(engine),
         }
-        batching = _compare(sides, 16, turns, 32)
+        batching = compare(sides, 16, turns, 32)
         profile = _profile(clients[Runtime.SERVED], requests)
     summary = {
         f"{side}_{name}": ratio
@@ -118,7 +118,7 @@ def new_prompt(number: int) -> str:
     return f"a large {a} circle left of a small {b} square {next(_COUNTER)}"
 
 
-def _engine_alone(engine: Engine, deterministic: bool = False) -> Send:
+def in_process(engine: Engine, deterministic: bool = False) -> Send:
     def send(number: int, done: Callable[[str | None], None]) -> None:
         fields = {
             "prompt": np.array([new_prompt(number).encode()], object),
@@ -150,7 +150,7 @@ def _through(client: grpc.InferenceServerClient) -> Send:
     return send
 
 
-def _compare(sides: dict[str, Send], concurrency: int, turns: int, requests: int) -> dict:
+def compare(sides: dict[str, Send], concurrency: int, turns: int, requests: int) -> dict:
     """All sides in turn; the ratios are over the first side, in images a second."""
     loads: dict[str, list[Load]] = {name: [] for name in sides}
     for send in sides.values():  # warm up

@@ -67,6 +67,10 @@ def main(
         list[str] | None,
         typer.Option(help="LoRA to fuse, FILE or FILE:SCALE in safetensors; can be repeated."),
     ] = None,
+    lora_set: Annotated[
+        list[str] | None,
+        typer.Option(help="LoRA that requests switch on, NAME=FILE; can be repeated."),
+    ] = None,
     sampler: Annotated[
         str | None, typer.Option(help="Sampler in place of the checkpoint's scheduler.")
     ] = None,
@@ -148,7 +152,7 @@ def main(
             tensorrt,
             parse_prune(prune, models, save_pruned),
             GateOptions(psnr(gate_psnr, gate_prompts), gate_against) if gate else None,
-            parse_serving(sampler, default, lora or []),
+            parse_serving(sampler, default, lora or [], lora_set or []),
             cpu_runtime,
         )
         export_checkpoint(options, report)

@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from export.convert import ConversionError, ParityError
 from export.cpu_runtime import MEASURED, CpuRuntime, CpuRuntimeError
 from export.cpu_runtime import check as check_cpu_runtime
 from export.gate import Gate, GateError, MakeMeasure
-from export.lora import read_lora
+from export.lora import Lora, read_lora
 from export.precision import Precision
 from export.prune import parse_ratios, prune_checkpoint
 from export.repository import (
@@ -49,6 +50,8 @@ FAILURES = (
     CheckpointError, ConversionError, ParityError, GateError, RepositoryError, ResourceError,
     TensorRTError, CpuRuntimeError,
 )  # fmt: skip
+LORA_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+MAX_LORAS = 32  # that requests can switch on
 console = Console()
 
 
@@ -134,8 +137,13 @@ def parse_prune(
     return PruneOptions(ratios, folder)
 
 
-def parse_serving(sampler: str | None, defaults: str | None, loras: Sequence[str]) -> Serving:
-    """`--sampler`, `--default` and `--lora`; the LoRA files are read as far as their keys.
+def parse_serving(
+    sampler: str | None,
+    defaults: str | None,
+    loras: Sequence[str] = (),
+    lora_set: Sequence[str] = (),
+) -> Serving:
+    """`--sampler`, `--default`, `--lora` and `--lora-set`; of LoRA files only the keys are read.
 
     Raises:
         CheckpointError: a value or a file cannot be used.
@@ -150,7 +158,30 @@ def parse_serving(sampler: str | None, defaults: str | None, loras: Sequence[str
             both = f"{first[lora.sha256]} and {lora.file}"
             raise OptionError(f"--lora is given twice for one content, {both}: add the scales")
         first[lora.sha256] = lora.file
-    return Serving(sampler, given, tuple(read))
+    return Serving(sampler, given, tuple(read), _parse_lora_set(lora_set, first))
+
+
+def _parse_lora_set(entries: Sequence[str], fused: Mapping[str, Path]) -> dict[str, Lora]:
+    """LoRAs by name; none of them is among those that are fused."""
+    named: dict[str, Lora] = {}
+    for entry in entries:
+        name, equals, file = entry.partition("=")
+        if not equals or not LORA_NAME.fullmatch(name):
+            raise OptionError(
+                f"--lora-set {entry} is invalid: must be NAME=FILE, with a name of up to 64"
+                " letters, digits, dots, - and _"
+            )
+        if name in named:
+            raise OptionError(f"--lora-set {name} is named twice")
+        lora = read_lora(file)
+        if lora.scale != 1:
+            raise OptionError(f"--lora-set {entry}: requests give the scale, as in {name}:0.8")
+        if lora.sha256 in fused:
+            raise OptionError(f"--lora-set {entry}: --lora fuses {fused[lora.sha256]}, the same")
+        named[name] = lora
+    if len(named) > MAX_LORAS:
+        raise OptionError(f"--lora-set is given {len(named)} times: must be at most {MAX_LORAS}")
+    return named
 
 
 def check_report(report: Path | None) -> None:
@@ -190,6 +221,11 @@ def export_checkpoint(options: Options, report: Path | None = None) -> None:
     """
     check_report(report)
     check_cpu_runtime(options.cpu_runtime)
+    if options.prune and options.serving.lora_set:
+        raise OptionError(
+            "--lora-set cannot be combined with --prune: its factors have the shapes of layers"
+            " that are not pruned; --lora fuses a LoRA before pruning"
+        )
     trt = load_tensorrt() if options.tensorrt else None
     with ExitStack() as stack:
         status = stack.enter_context(console.status("opening the checkpoint"))
@@ -235,6 +271,8 @@ def _print_changes(opened: Checkpoint) -> None:
     for lora in serving.loras:
         parts = " and ".join(lora.parts)
         lines.append(f"{lora.file.name} is fused into {parts} with scale {lora.scale:g}")
+    for name, lora in serving.lora_set.items():
+        lines.append(f"{lora.file.name} is {name!r} of requests' lora")
     if guessed := pipeline.guessed_defaults(opened):
         words = {"steps": "{} steps", "guidance_scale": "guidance_scale {}"}
         listed = ", ".join(words[name].format(value) for name, value in guessed.items())

@@ -24,7 +24,7 @@ from export.tokenizer import check_ids, load_tokenizer
 from export.unet import MAX_CHUNKS
 from export.vqgan_decoder import latent_to_rgb
 from networks.loading import CheckpointError
-from twinbrush.engine.config import PipelineConfig
+from twinbrush.engine.config import LORA_SCALE, PipelineConfig
 from twinbrush.engine.prompt import PromptTokenizer
 from twinbrush.engine.request import FIELDS, GenerationRequest
 
@@ -70,6 +70,7 @@ def write(checkpoint: Checkpoint, parts: dict[str, Part], folder: Path) -> None:
         "unet_inputs": [n for n in parts["unet"].inputs if n not in ("sample", "timestep")],
         "timestep_cond": unet.config.time_cond_proj_dim,
         "max_chunks": MAX_CHUNKS,
+        "loras": list(checkpoint.serving.lora_set),
         "zeros_for_empty_negative": _zeros_for_empty_negative(checkpoint),
         "latent_to_rgb": index.get("latent_to_rgb") or latent_to_rgb(parts["vqgan_decoder"]),
     }
@@ -185,6 +186,7 @@ def _encoder(checkpoint: Checkpoint, part: Part, source: str, folder: Path) -> d
         "length": part.inputs["input_ids"].axes[0],
         "pad": pad if pad is not None else tokenizer.eos_token_id or 0,
         "mask": "attention_mask" in part.inputs,
+        "takes_loras": LORA_SCALE in part.inputs,
     }
 
 

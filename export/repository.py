@@ -68,6 +68,7 @@ class ModelReport:
         macs: multiply-accumulates of one row at the size that it was trained on.
         pruning: what was removed from it, None where nothing was.
         loras: name, SHA-256 and scale of each LoRA file fused into it.
+        lora_set: the same of each LoRA that requests can switch on in it.
         bytes: of the ONNX file and its external data.
         sha256: of each file, by name.
         precision: that it computes in.
@@ -86,6 +87,7 @@ class ModelReport:
     macs: int
     pruning: Pruning | None
     loras: list[dict[str, Any]]
+    lora_set: list[dict[str, Any]]
     bytes: int
     sha256: dict[str, str]
     precision: str
@@ -325,8 +327,11 @@ def _check_tokenizers(kept: Container[str], repository: Path, stage: Path) -> No
 
 
 def _check_loras(kept: dict[str, dict], repository: Path, checkpoint: Checkpoint) -> None:
-    """Refuses to keep a model without a LoRA that changes it."""
+    """Refuses to keep a model without a LoRA that changes it, or with others to switch on."""
     for name, line in kept.items():
+        if line.get("lora_set", []) != checkpoint.lora_set_of(PART_OF[name]):
+            text = f"the {name} in {repository} has another --lora-set, and --only leaves it out"
+            raise CheckpointError(f"{text}: export everything")
         fused = {(record["sha256"], record["scale"]) for record in line.get("loras", [])}
         for lora in checkpoint.serving.loras:
             if PART_OF[name] in lora.parts and (lora.sha256, lora.scale) not in fused:
@@ -354,6 +359,7 @@ def _build_model(checkpoint: Checkpoint, part: Part, target: Build) -> ModelRepo
         macs=count_macs(part),
         pruning=pruning_of(checkpoint.folders[source]) if source in SOURCE.values() else None,
         loras=checkpoint.loras_of(source),
+        lora_set=checkpoint.lora_set_of(source),
         bytes=sum(file.stat().st_size for file in files),
         sha256={file.name: sha256_of(file) for file in files},
         precision=target.precision.value,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from export.checkpoint import Checkpoint
+from export.lora_set import LoraScales, attach_loras, with_scales
 from export.part import Part, TensorSpec, integers, normal
 from export.sizes import native_size, side_multiple
 from networks.loading import CheckpointError
@@ -24,9 +25,9 @@ TIME_IDS = 6  # original height and width, top and left of the crop, target heig
 
 
 class UNet(nn.Module):
-    def __init__(self, unet: UNet2DConditionModel):
+    def __init__(self, unet: UNet2DConditionModel, scales: LoraScales | None = None):
         super().__init__()
-        self.unet = unet
+        self.unet, self.scales = unet, scales or LoraScales(0)
 
     def forward(
         self,
@@ -34,16 +35,18 @@ class UNet(nn.Module):
         timestep: Tensor,
         encoder_hidden_states: Tensor,
         timestep_cond: Tensor | None = None,
+        lora_scale: Tensor | None = None,
     ) -> Tensor:
-        return _predict(self.unet, sample, timestep, encoder_hidden_states, timestep_cond)
+        with self.scales.of(lora_scale):
+            return _predict(self.unet, sample, timestep, encoder_hidden_states, timestep_cond)
 
 
 class UNetXL(nn.Module):
     """A UNet with SDXL's pooled text and sizes beside the tokens."""
 
-    def __init__(self, unet: UNet2DConditionModel):
+    def __init__(self, unet: UNet2DConditionModel, scales: LoraScales | None = None):
         super().__init__()
-        self.unet = unet
+        self.unet, self.scales = unet, scales or LoraScales(0)
 
     def forward(
         self,
@@ -53,9 +56,13 @@ class UNetXL(nn.Module):
         text_embeds: Tensor,
         time_ids: Tensor,
         timestep_cond: Tensor | None = None,
+        lora_scale: Tensor | None = None,
     ) -> Tensor:
         added = {"text_embeds": text_embeds.to(self.unet.dtype), "time_ids": time_ids}
-        return _predict(self.unet, sample, timestep, encoder_hidden_states, timestep_cond, added)
+        with self.scales.of(lora_scale):
+            return _predict(
+                self.unet, sample, timestep, encoder_hidden_states, timestep_cond, added
+            )
 
 
 def _predict(
@@ -143,10 +150,12 @@ def part(checkpoint: Checkpoint, fusion: Part, pooled: TensorSpec | None = None)
             tensors["time_ids"] = integers((batch, TIME_IDS), 1024).float()
         return tensors
 
-    wrapped = UNetXL(unet) if "time_ids" in inputs else UNet(unet)
+    scales = attach_loras(unet, "unet", checkpoint.serving.lora_set)
+    wrapped = (UNetXL if "time_ids" in inputs else UNet)(unet, scales)
     side = native_size(checkpoint)
     outputs = {"model_output": latent}
-    return Part("unet", wrapped, inputs, outputs, example, side=side, tokens=length)
+    plain = Part("unet", wrapped, inputs, outputs, example, side=side, tokens=length)
+    return with_scales(plain, scales)
 
 
 def check_inputs(config, pooled: int | None) -> None:

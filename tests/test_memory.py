@@ -195,8 +195,7 @@ def test_a_gpu_bounds_memory_by_what_it_has_free(tmp_path, monkeypatch):
     tool.write_text("#!/bin/sh\necho 40000\necho 30000\n")
     tool.chmod(0o755)
     assert memory.gpu_memory(device) == 30000 * 2**20
-    monkeypatch.setattr(memory, "GPU", device)
-    found = memory.device_memory()
+    found = memory.device_memory(device)
     assert (found.blocks, found.chosen) == (False, False)
 
 

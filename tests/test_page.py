@@ -31,7 +31,7 @@ FLAGS = [
 ]  # fmt: skip
 # The most previews that one image had, and the most progress bars, noted while a page paints.
 NOTE = """() => {
-  const seen = {};
+  const seen = {}, options = {subtree: true, childList: true, attributes: true};
   window.noted = {previews: 0, bars: 0};
   new MutationObserver(() => {
     const bars = document.querySelectorAll('#tb-now progress');
@@ -40,7 +40,7 @@ NOTE = """() => {
       const sources = (seen[image.alt] ??= new Set()).add(image.src);
       noted.previews = Math.max(noted.previews, sources.size);
     }
-  }).observe(document.getElementById('tb-result'), {subtree: true, childList: true});
+  }).observe(document.getElementById('tb-result'), options);
 }"""
 SEED = "#tb-seed textarea, #tb-seed input"
 

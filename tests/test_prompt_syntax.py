@@ -12,6 +12,9 @@ from families import FAMILIES, Family
 from harness import open_engine
 from test_engine import Client, Watched, pixels, request
 from test_families import draws, options_of
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import BertModel, BertTokenizer, CLIPTextModel, CLIPTokenizer
 
 from checkpoints import TOKENS
@@ -206,23 +209,22 @@ def test_weights_that_cannot_be_are_refused(engine, fields, message):
         request(engine, **{"prompt": "a", "prompt_syntax": "a1111"} | fields)
 
 
-def test_full_chunks_end_at_a_near_comma(engine):
-    tokenizer = engine._tokenizer._encoders[0][1]
+def test_full_chunks_end_at_a_near_comma():
+    words = ["red", "circle", "two", "stars", "on", "white", "a", "b", ","]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}))
+    tokenizer.pre_tokenizer = Whitespace()
 
-    def words(text, length):
+    def filled(text, length):
         chunks = fill_chunks(tokenizer, text, length)
-        return [tokenizer.decode([token for token, _ in chunk]).strip() for chunk in chunks]
+        return [" ".join(words[token] for token, _ in chunk) for chunk in chunks]
 
-    many = ["red"] * 30
-    assert words("red circle, two stars on white", 6) == ["red circle,", "two stars on white"]
-    assert words("red circle two stars on white", 6) == ["red circle two stars", "on white"]
-    assert words("red circle two stars, white", 6) == ["red circle two stars", ", white"]
-    assert words(" ".join(["red,", *many]), 24) == [
-        "red, " + " ".join(many[:20]),
-        "red " * 9 + "red",
-    ]
-    assert words("a BREAK BREAK b BREAK", 6) == ["a", "", "b"]
-    assert words("", 6) == [""]
+    assert filled("red circle, two stars on white", 6) == ["red circle ,", "two stars on white"]
+    assert filled("red circle two stars on white", 6) == ["red circle two stars", "on white"]
+    assert filled("red circle two stars, white", 6) == ["red circle two stars", ", white"]
+    far = filled("red, " + "red " * 30, 24)  # the comma is 21 tokens away
+    assert far == ["red , " + " ".join(["red"] * 20), " ".join(["red"] * 10)]
+    assert filled("a BREAK BREAK b BREAK", 6) == ["a", "", "b"]
+    assert filled("", 6) == [""]
 
 
 def test_tokens_without_a_mean_are_weighted_alone():
@@ -259,9 +261,9 @@ def test_warnings_tell_literal_syntax_and_truncated_chunks(engine):
 def test_the_server_takes_the_syntax_and_warns_where_it_is_off(server):
     with RemoteClient(server.address) as client:
         weighted, plain = (
-            client.generate(LONG, seed=1, steps=2, prompt_syntax=syntax)[0]
+            [*client.stream(LONG, seed=1, steps=2, prompt_syntax=syntax)][-1]
             for syntax in ("a1111", None)
         )
     assert "read literally" in plain.warning
     assert "literally" not in weighted.warning
-    assert np.abs(np.asarray(weighted, int) - np.asarray(plain, int)).max() > 2
+    assert np.abs(np.asarray(weighted.image, int) - np.asarray(plain.image, int)).max() > 2

@@ -63,7 +63,7 @@ def test_options_of_served_networks_are_refused_in_process(repository, options, 
 
 
 def paint(address: str) -> list[bytes]:
-    """Files of deterministic requests, through both front doors."""
+    """Pixels and files of deterministic requests, through both front doors."""
     fields = {"deterministic": True, "sampler": "euler_a"}
     painted = []
     with Client(address) as client:
@@ -72,7 +72,7 @@ def paint(address: str) -> list[bytes]:
                 "a red ring", negative_prompt="a star", guidance_scale=3.0, num_images=2,
                 seed=seed, steps=steps, **fields,
             )  # fmt: skip
-            painted += [picture.data for picture in pictures]
+            painted += [picture.tobytes() for picture in pictures]
         events = list(client.stream("a blue star", seed=3, steps=3, **fields))
         assert [type(event).__name__ for event in events] == ["Progress"] * 3 + ["Picture"]
         painted.append(events[-1].data)

@@ -20,12 +20,12 @@ SHARE = 0.8  # the rest is for the server, its front doors and what a fit does n
 LIMITS = ("memory.max", "memory.limit_in_bytes")  # of version 2 and 1
 
 
-def device_memory() -> DeviceMemory:
+def device_memory(gpu: Path = GPU) -> DeviceMemory:
     """What the networks of the server that this process is a part of may take.
 
     On a GPU where there is one, else in main memory.
     """
-    if (free := gpu_memory()) is not None:
+    if (free := gpu_memory(gpu)) is not None:
         return DeviceMemory(SHARE * free, blocks=False, chosen=False)
     return DeviceMemory(SHARE * available_memory(os.getppid()), chosen=False)
 
@@ -61,7 +61,7 @@ def tree_bytes(pid: int) -> int:
     return total + sum(tree_bytes(int(child)) for child in children)
 
 
-def gpu_memory(device: Path = GPU) -> float | None:
+def gpu_memory(device: Path) -> float | None:
     """Free bytes of the GPU with the least; None where there is none, or nobody says."""
     if not device.exists():
         return None

@@ -12,6 +12,7 @@ DATA_TYPES = {
     "prompt": "BYTES",
     "negative_prompt": "BYTES",
     "prompt_syntax": "BYTES",
+    "lora": "BYTES",
     "seed": "INT64",
     "steps": "INT32",
     "guidance_scale": "FP32",
@@ -47,6 +48,10 @@ HELP = {
     "prompt_syntax": (
         "How both prompts are read: a1111 takes weights as (word:1.2) and [word], BREAK, and "
         "prompts of several chunks of tokens."
+    ),
+    "lora": (
+        "LoRAs that the server's checkpoint was exported with, and their scales: ink:0.8,film. "
+        "info lists them."
     ),
     "seed": "Image k is drawn from seed + k. Always returned.",
     "steps": "Denoising steps.",
@@ -94,6 +99,7 @@ ALLOWED = {
     "prompt": "1 to 2000 characters",
     "negative_prompt": "up to 2000 characters",
     "prompt_syntax": "plain, a1111",
+    "lora": "NAME:SCALE, with commas; scales of -10 to 10",
     "seed": "0 to 2⁶³−1",
     "steps": "1 to 50",
     "guidance_scale": "0 to 50",
@@ -139,6 +145,7 @@ class RequestFields(TypedDict, total=False):
 
     negative_prompt: str | None
     prompt_syntax: str | None
+    lora: str | None
     seed: int | None
     steps: int | None
     guidance_scale: float | None

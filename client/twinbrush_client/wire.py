@@ -74,6 +74,7 @@ class ServerInfo:
         fields: name, type, allowed values and help of each request field; `minimum` and
             `maximum` of numbers, and `choices` of names.
         device: `CPU` or `GPU`: where Triton has placed the UNet; empty where that is not known.
+        loras: names that a request's `lora` may use; empty from a server that has none.
     """
 
     version: str
@@ -84,12 +85,12 @@ class ServerInfo:
     sizes: dict[str, int]
     fields: list[dict[str, Any]]
     device: str = ""
+    loras: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, text: bytes) -> ServerInfo:
         known = json.loads(text)  # a newer server may say more
-        names = [each.name for each in fields(cls) if each.name != "device"]
-        return cls(**{name: known[name] for name in names})
+        return cls(**{e.name: known[e.name] for e in fields(cls) if e.name in known})
 
 
 Event = Progress | Picture

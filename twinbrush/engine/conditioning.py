@@ -21,7 +21,6 @@ from twinbrush.engine.prompt import Chunks, PromptTokenizer
 from twinbrush.engine.prompt_syntax import PLAIN
 from twinbrush.engine.telemetry import Telemetry
 
-CACHE_BYTES = 256 * 2**20
 LEAST_MEAN = 1e-3  # of tokens, as a share of their deviation; a smaller one is rounding error
 FUSION = "fusion"
 
@@ -35,12 +34,14 @@ class Text:
 
     Attributes:
         syntax: that it is read in.
+        loras: the scale of each LoRA, where encoders take them.
         chunks: that it is encoded in; the conditioner sets it to the most of a request's texts.
     """
 
     text: str
     alone: bool = False
     syntax: str = PLAIN
+    loras: tuple[float, ...] = ()
     chunks: int = 1
 
 
@@ -53,6 +54,7 @@ class Conditioner:
         tokenizer: of the encoders.
         max_rows: texts a call.
         telemetry: is told of hits and misses of the cache.
+        cache_bytes: that the kept conditioning may have.
     """
 
     def __init__(
@@ -62,10 +64,11 @@ class Conditioner:
         tokenizer: PromptTokenizer,
         max_rows: int,
         telemetry: Telemetry,
+        cache_bytes: int,
     ):
         self._models, self._config = models, config
         self._tokenizer, self._max_rows = tokenizer, max_rows
-        self._telemetry = telemetry
+        self._telemetry, self._cache_bytes = telemetry, cache_bytes
         self._cache: OrderedDict[Text, Conditioning] = OrderedDict()  # without the batch axis
         self._cached_bytes = 0
         self._others = ThreadPoolExecutor(max(1, len(config.encoders) - 1), "encoders")
@@ -85,7 +88,7 @@ class Conditioner:
         for text in distinct:
             self._cache.move_to_end(text)
         stacked = [self._stacked(texts) for texts in wanted]
-        while self._cached_bytes > CACHE_BYTES:
+        while self._cached_bytes > self._cache_bytes:
             self._cached_bytes -= _bytes(self._cache.popitem(last=False)[1])
         hits = sum(map(len, wanted)) - len(missing)
         self._telemetry.texts(hits, len(missing), self._cached_bytes)
@@ -110,7 +113,7 @@ class Conditioner:
         return [replace(text, chunks=max(counts)) for text in texts]
 
     def _encode(self, texts: Sequence[Text]) -> list[Conditioning]:
-        prompts = [self._tokenizer.chunks(t.text, t.syntax, t.chunks) for t in texts]
+        prompts = [self._tokenizer.chunks(t.text, t.syntax, t.chunks, t.loras) for t in texts]
         first, *others = prompts[0].inputs
         running = [self._others.submit(self._run_encoder, name, prompts) for name in others]
         encoded = self._run_encoder(first, prompts)

@@ -16,6 +16,7 @@ from twinbrush.engine.memory import NetworkMemory
 from twinbrush.engine.samplers import NoiseSchedule
 
 TOKENS = "encoder_hidden_states"  # UNet input: text tokens, a tower's length or a few times that
+LORA_SCALE = "lora_scale"  # input of the UNet and of text encoders: a scale for each LoRA
 TIME_IDS = "time_ids"  # UNet input: original size, top and left of the crop, target size
 ENGINE = Path("text_to_image_stream/1")  # of a repository: where pipeline.json and tokenizers are
 MAX_SIDE_FACTOR = 4  # a side may be this many times the side that the model was trained on
@@ -41,6 +42,7 @@ class EncoderConfig:
         length: tokens that texts are padded or truncated to, L.
         pad: id of the padding token.
         mask: whether the model takes `attention_mask`.
+        takes_loras: whether the model takes `lora_scale`.
     """
 
     model: str
@@ -48,6 +50,7 @@ class EncoderConfig:
     length: int
     pad: int
     mask: bool = False
+    takes_loras: bool = False
 
     @property
     def is_tower(self) -> bool:
@@ -78,6 +81,7 @@ class PipelineConfig:
         memory: what calls take, or None where no export has measured it.
         side_limit: pixels of a side that the operator allows, or None for the checkpoint's own.
         max_pixels: width × height that the operator allows, or None for any.
+        loras: names of the LoRAs that requests can switch on, in the order of their scales.
     """
 
     checkpoint: str
@@ -98,6 +102,7 @@ class PipelineConfig:
     memory: NetworkMemory | None = None
     side_limit: int | None = None
     max_pixels: int | None = None
+    loras: tuple[str, ...] = ()
 
     @property
     def chunk_length(self) -> int:
@@ -141,6 +146,7 @@ class PipelineConfig:
                 fields[name] = tuple(fields[name])
             if fields.get("memory") is not None:
                 fields["memory"] = NetworkMemory.of_json(fields["memory"])
+            fields["loras"] = tuple(fields.get("loras", ()))
             return cls(
                 schedule=NoiseSchedule(**schedule),
                 defaults=Defaults(**fields.pop("defaults")),

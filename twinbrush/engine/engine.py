@@ -27,8 +27,9 @@ from twinbrush.engine.conditioning import Conditioner
 from twinbrush.engine.config import PipelineConfig
 from twinbrush.engine.costs import Costs
 from twinbrush.engine.decode import Decoder, LiveImage, batches
-from twinbrush.engine.denoise import denoise_step
+from twinbrush.engine.denoise import Denoiser
 from twinbrush.engine.generation import End, EngineError, Event, Finished, Generation, Progress
+from twinbrush.engine.image_cache import ImageCache
 from twinbrush.engine.limits import Limits
 from twinbrush.engine.memory import DeviceMemory
 from twinbrush.engine.metrics import Observer, Unobserved
@@ -42,6 +43,8 @@ from twinbrush.engine.threads import Watchdog, start_guarded
 
 log = logging.getLogger(__name__)
 
+MEGABYTE = 2**20
+FIRST_NOISES = 256  # live images up to which noise is drawn before the first call
 # How runtimes word that memory is exhausted.
 OUT_OF_MEMORY = ("out of memory", "failed to allocate memory", "bad_alloc", "memoryerror")
 
@@ -92,8 +95,11 @@ class Engine:
             models, limits.call_seconds, self._fail, partial(self._tick, beat)
         )
         self._conditioner = Conditioner(
-            self._watchdog, config, tokenizer, limits.max_rows, self._telemetry
-        )
+            self._watchdog, config, tokenizer, limits.max_rows, self._telemetry,
+            limits.prompt_cache_mb * MEGABYTE,
+        )  # fmt: skip
+        self._image_cache = ImageCache(limits.image_cache_mb * MEGABYTE)
+        self._denoiser = Denoiser(self._watchdog)
         self._to_encode: queue.SimpleQueue = queue.SimpleQueue()
         self._to_reply: queue.SimpleQueue = queue.SimpleQueue()
         self._decoder = Decoder(
@@ -142,7 +148,8 @@ class Engine:
             *self._tokenizer.warnings("negative_prompt", request.negative_prompt, request.syntax),
             *self._plan.warnings(request),
         )
-        work = self._plan.work(request)
+        files = self._cached_files(request)
+        work = 0.0 if files else self._plan.work(request)
         generation = Generation(request, work, warnings, reply, self._end, request_id)
         if request.deadline_ms:
             generation.deadline = generation.submitted + request.deadline_ms / 1000
@@ -154,8 +161,19 @@ class Engine:
         except EngineError as error:
             self._telemetry.refused(error.reason)
             raise
-        self._to_encode.put(generation)
+        for index, file in enumerate(files):
+            self._send(generation, index, file)
+        if not files:
+            self._to_encode.put(generation)
         return generation
+
+    def _cached_files(self, request: GenerationRequest) -> list[bytes]:
+        """The files of a deterministic request that was answered before, where they are kept."""
+        if not self._image_cache.holds(request):
+            return []
+        files = self._image_cache.get(request)
+        self._telemetry.image_cache(request.num_images, hit=bool(files))
+        return files
 
     def drain(self, seconds: float) -> bool:
         """Refuses new requests and waits for the live ones; returns whether all have ended."""
@@ -173,6 +191,7 @@ class Engine:
         self._to_reply.put(None)
         self._threads[-1].join()
         self._conditioner.close()
+        self._denoiser.close()
         self._watchdog.close()
 
     def _give_up(self, reason: str) -> None:
@@ -233,6 +252,7 @@ class Engine:
             else:
                 self._end_failed(generations, "encoding the prompt")
             return
+        self._draw_first_noise(made)
         with self._work:
             for image in made:
                 if not image.generation.ended:
@@ -241,6 +261,12 @@ class Engine:
                     self._images[image.claim] = image
                     self._batcher.add(image.claim)
             self._work.notify_all()
+
+    def _draw_first_noise(self, made: Sequence[LiveImage]) -> None:
+        """Draws it beside UNet calls, where few images live: one that waits should stay small."""
+        if len(self._images) < FIRST_NOISES:
+            for image in made:
+                image.painting.begin()
 
     # Denoise ----------------------------------------------------------------------------
 
@@ -260,7 +286,7 @@ class Engine:
         key, counts = call[0].claim.key, [image.painting.rows for image in call]
         started = time.monotonic()
         try:
-            denoise_step(self._watchdog, key.model, [i.painting for i in call], self._buckets(key))
+            self._denoiser.step(key.model, [i.painting for i in call], self._buckets(key))
         except Exception as error:
             self._retry(call, error)
             return
@@ -349,9 +375,11 @@ class Engine:
 
     def _finish(self, image: LiveImage, data: bytes) -> None:
         self._telemetry.image_finished(image.claim.key, image.marks)
-        generation = image.generation
-        seed = generation.request.seed + image.index
-        event = Finished(image.index, seed, data, generation.warnings)
+        self._image_cache.add(image.generation.request, image.index, data)
+        self._send(image.generation, image.index, data)
+
+    def _send(self, generation: Generation, index: int, file: bytes) -> None:
+        event = Finished(index, generation.request.seed + index, file, generation.warnings)
         self._to_reply.put((generation, lambda: event))
 
     def _reply_loop(self) -> None:

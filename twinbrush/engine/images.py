@@ -16,6 +16,7 @@ from PIL import ExifTags, Image, PngImagePlugin, features
 
 from twinbrush.engine import png
 
+BLOCK = 64  # rows of pixels that are converted at a time
 JSON_CHUNK = "twinbrush"  # the PNG text chunk with everything that `metadata` holds
 _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "jpeg": {"quality": 92},
@@ -47,11 +48,12 @@ def to_pixels(image: np.ndarray) -> np.ndarray:
     if not np.isfinite(image).all():
         raise ValueError("the picture has numbers that are not finite")
     pixels = np.empty((*image.shape[1:], 3), np.uint8)
-    for channel, plane in enumerate(image):  # which fits a core's cache, as all three do not
-        scaled = np.clip(plane, -1, 1)
-        scaled += 1
-        scaled *= 127.5
-        pixels[:, :, channel] = np.rint(scaled, out=scaled)
+    for top in range(0, len(pixels), BLOCK):  # whose temporaries stay in a core's cache
+        for channel, plane in enumerate(image[:, top : top + BLOCK]):
+            scaled = np.clip(plane, -1, 1)
+            scaled += 1
+            scaled *= 127.5
+            pixels[top : top + BLOCK, :, channel] = np.rint(scaled, out=scaled)
     return pixels
 
 

@@ -24,6 +24,8 @@ class Limits:
         max_side: pixels that a side may have, or None for the checkpoint's own bound.
         max_pixels: pixels that a picture may have, or None for any.
         memory: what the networks may take, or None where that is not bounded.
+        prompt_cache_mb: of conditioning that is kept for prompts that come again, in MB.
+        image_cache_mb: of files that are kept for deterministic requests that come again, in MB.
     """
 
     max_rows: int = 32
@@ -35,6 +37,8 @@ class Limits:
     max_side: int | None = None
     max_pixels: int | None = None
     memory: DeviceMemory | None = None
+    prompt_cache_mb: int = 256
+    image_cache_mb: int = 0
 
     @classmethod
     def of_config(cls, config: Mapping[str, Any], device: DeviceMemory | None = None) -> Limits:
@@ -57,6 +61,8 @@ class Limits:
             max_side=optional_number(config, "max_side"),
             max_pixels=optional_number(config, "max_pixels"),
             memory=device,
+            prompt_cache_mb=optional_number(config, "prompt_cache_mb") or cls.prompt_cache_mb,
+            image_cache_mb=optional_number(config, "image_cache_mb") or cls.image_cache_mb,
             **single,
         )
 

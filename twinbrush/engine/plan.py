@@ -13,9 +13,10 @@ import numpy as np
 from twinbrush.engine.batcher import CallKey, Claim
 from twinbrush.engine.capacity import LEAST_ROWS, capacities, decoder_pictures
 from twinbrush.engine.conditioning import Text
-from twinbrush.engine.config import TIME_IDS, TOKENS, PipelineConfig
+from twinbrush.engine.config import LORA_SCALE, TIME_IDS, TOKENS, PipelineConfig
 from twinbrush.engine.denoise import Painting
 from twinbrush.engine.guidance import Guidance, guidance_embedding, needs_negative
+from twinbrush.engine.loras import parse_loras
 from twinbrush.engine.memory import DeviceMemory, MemoryBudget
 from twinbrush.engine.request import FIELDS, GenerationRequest, InvalidArgument
 from twinbrush.engine.samplers import Trajectory, trajectory
@@ -45,12 +46,14 @@ class Planner:
             largest = max(native, min(side**2, pixels // config.scale_factor**2))
             least = 1 if config.timestep_cond else LEAST_ROWS
             self._memory = MemoryBudget(config.memory, device, native, largest, least)
+        self._encoders_take_loras = any(encoder.takes_loras for encoder in config.encoders)
 
     def texts(self, request: GenerationRequest) -> list[Text]:
         """The prompt and, where guidance takes two rows, the negative prompt."""
         both = [request.prompt, request.negative_prompt]
         texts = both if self._is_guided(request) else both[:1]
-        return [Text(text, request.deterministic, request.syntax) for text in texts]
+        scales = self._lora_scales(request) if self._encoders_take_loras else ()
+        return [Text(text, request.deterministic, request.syntax, scales) for text in texts]
 
     def key(self, request: GenerationRequest) -> CallKey:
         """What a request's images share calls by, as far as its fields say it."""
@@ -76,6 +79,9 @@ class Planner:
         if config.takes_sizes:
             sizes = np.array(request.time_ids, np.float32)
             conditioning[TIME_IDS] = np.tile(sizes, (rows, 1))
+        if LORA_SCALE in config.unet_inputs:
+            scales = np.array(self._lora_scales(request), np.float32)
+            conditioning[LORA_SCALE] = np.tile(scales, (rows, 1))
         return [
             Painting(
                 trajectory=self._trajectory(request),
@@ -144,6 +150,9 @@ class Planner:
             for name in ("guidance_rescale", "guidance_start", "guidance_end"):
                 if getattr(request, name) != FIELDS[name].default:
                     yield f"{name} has no effect without a negative prompt's row"
+
+    def _lora_scales(self, request: GenerationRequest) -> tuple[float, ...]:
+        return parse_loras(request.lora or "", self._config.loras)
 
     @staticmethod
     def _guidance(request: GenerationRequest) -> Guidance:

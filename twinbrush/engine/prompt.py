@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from twinbrush.engine.config import EncoderConfig, PipelineConfig
+from twinbrush.engine.config import LORA_SCALE, EncoderConfig, PipelineConfig
 from twinbrush.engine.prompt_syntax import A1111, PLAIN, has_syntax, parse, without_syntax
 
 COMMA_REACH = 20  # tokens before the end of a full chunk in which it prefers to end at a comma
@@ -25,7 +25,8 @@ class Chunks:
     """A text as its encoders take it.
 
     Attributes:
-        inputs: by model; a row a chunk for CLIP's towers, one row for other encoders.
+        inputs: by model; a row a chunk for CLIP's towers, one row for other encoders. Those that
+            take LoRAs have `lora_scale` (rows, K) float32.
         weights: of the tokens, (chunks, L) float32, by tower.
     """
 
@@ -65,8 +66,21 @@ class PromptTokenizer:
             for encoder, tokenizer in self._encoders
         }
 
-    def chunks(self, text: str, syntax: str, count: int = 1) -> Chunks:
-        """A text in `count` chunks; a shorter one is filled up with those of an empty text."""
+    def chunks(self, text: str, syntax: str, count: int = 1, loras: Sequence[float] = ()) -> Chunks:
+        """A text in `count` chunks; a shorter one is filled up with those of an empty text.
+
+        Args:
+            loras: the scale of each LoRA, K of them.
+        """
+        made = self._chunks(text, syntax, count)
+        for encoder, _ in self._encoders:
+            if encoder.takes_loras:
+                inputs = made.inputs[encoder.model]
+                rows = len(inputs["input_ids"])
+                inputs[LORA_SCALE] = np.tile(np.array(loras, np.float32), (rows, 1))
+        return made
+
+    def _chunks(self, text: str, syntax: str, count: int) -> Chunks:
         if syntax == PLAIN:
             inputs = self([text])
             shapes = {e.model: (1, e.length) for e, _ in self._encoders if e.is_tower}
@@ -139,7 +153,7 @@ def fill_chunks(tokenizer: Tokenizer, text: str, length: int) -> list[list[Token
         text: in A1111's syntax.
         length: of the tower's inputs, with its start and end tokens.
     """
-    commas = tokenizer.encode(",", add_special_tokens=False).ids[-1:]
+    commas = tokenizer.encode(",", add_special_tokens=False).ids
     chunks: list[list[Token]] = []
     for section in parse(text):
         tokens = [

@@ -36,6 +36,7 @@ from twinbrush.engine.fields import (
     table,
 )
 from twinbrush.engine.images import IMAGE_FORMATS
+from twinbrush.engine.loras import LoraChoice
 from twinbrush.engine.prompt_syntax import PLAIN, SYNTAXES, parse
 from twinbrush.engine.samplers import MAX_STEPS, SAMPLERS, SIGMA_SCHEDULES, trajectory
 
@@ -79,6 +80,11 @@ class GenerationRequest:
         "STRING", FromConfig(f"`{PLAIN}`", lambda config: None), Choice(SYNTAXES),
         "How both prompts are read: `a1111` takes weights as `(word:1.2)` and `[word]`, `BREAK`, "
         "and prompts of several chunks of tokens.",
+    )  # fmt: skip
+    lora: str | None = row(
+        "STRING", FromConfig("none", lambda config: None), LoraChoice(),
+        "LoRAs that the server's checkpoint was exported with, and their scales: `ink:0.8,film`. "
+        "`info` lists them.",
     )  # fmt: skip
     seed: int = row(
         "INT64", FromConfig("random", lambda config: secrets.randbelow(2**32)),
@@ -193,10 +199,9 @@ class GenerationRequest:
             _check_syntax(values)
         pixels = values["width"] * values["height"]
         if config.max_pixels is not None and pixels > config.max_pixels:
-            allowed = f"with height={values['height']} it makes {pixels} pixels, at most"
-            raise InvalidArgument(
-                "width", values["width"], f"{allowed} {config.max_pixels} are allowed"
-            )
+            allowed = f"must make at most {config.max_pixels} pixels; with height="
+            allowed += f"{values['height']} it makes {pixels}"
+            raise InvalidArgument("width", values["width"], allowed)
         start, end = values["guidance_start"], values["guidance_end"]
         if start > end:
             allowed = f"must be at most guidance_end, which is {end:g}"
@@ -325,6 +330,7 @@ def describe_server(config: PipelineConfig) -> dict[str, Any]:
         "version": twinbrush.__version__,
         "checkpoint": config.checkpoint,
         "samplers": list(SAMPLERS),
+        "loras": list(config.loras),
         "image_formats": list(IMAGE_FORMATS),
         "defaults": defaults,
         "sizes": {

@@ -28,6 +28,8 @@ from twinbrush.server.stubs import STUB, Stubs
 NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 # A stub that ends while models load may have been ended by the server, whose reason follows.
 REASON_SECONDS = 1.5
+# Triton's protocols that change the server or map memory of its machine.
+CLOSED = ("shared-memory", "model-repository", "trace", "logging")
 FRONT_DOORS = ("text_to_image", "text_to_image_stream")
 # A silent engine is given this much longer, because a step of the clock looks like silence.
 SILENCE_SECONDS = 1.5
@@ -276,6 +278,8 @@ class TritonProcess:
         if options.config_name:
             command.append(f"--model-config-name={options.config_name}")
         _check_flags(options.flags, command)
+        if not options.expose_networks:
+            command += _restrictions(options.flags)
         return command + list(options.flags)
 
     def _read_log(self) -> None:
@@ -302,6 +306,19 @@ def _check_flags(flags: tuple[str, ...], own: list[str]) -> None:
         if name in taken:
             text = f"{name} is set by the launcher and cannot be passed on to Triton"
             raise ServerError(text, worth_another_try=False)
+
+
+def _restrictions(flags: tuple[str, ...]) -> list[str]:
+    """Flags that close what no client needs, unless an operator restricts by flags of their own.
+
+    A client that may register shared memory could name the regions of the server's own stubs.
+    """
+    restricted = {
+        "--grpc-restricted-protocol": f"{','.join(CLOSED)}:closed={secrets.token_hex(16)}",
+        "--http-restricted-api": f"{','.join(CLOSED)}:closed={secrets.token_hex(16)}",
+    }
+    given = {flag.partition("=")[0] for flag in flags}
+    return [f"{name}={value}" for name, value in restricted.items() if name not in given]
 
 
 def _end_with_parent() -> None:

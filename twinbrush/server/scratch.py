@@ -22,7 +22,7 @@ from twinbrush.server.processes import start_time
 SHARED_MEMORY = Path("/dev/shm")
 FALLBACKS = (Path("/tmp"), Path("/var/tmp"), Path("/run"), SHARED_MEMORY)
 NAMESPACE = Path("/proc/self/ns/pid")
-OWNER = re.compile(r"twinbrush[-_](\d+)[-_](\d+)[-_](\d+)[-_]")
+OWNER = re.compile(r"twinbrush[-_]ns(\d+)[-_](\d+)[-_](\d+)[-_]")
 # Triton 24.10 starts its Python stubs by an unquoted shell line, in the C locale.
 SAFE_PATH = re.compile(r"[A-Za-z0-9/._+,@%=-]+")
 
@@ -97,7 +97,7 @@ def sweep() -> list[Path]:
 
 def _this_process() -> tuple[str, str, str]:
     """Namespace, process id and start time."""
-    return _namespace(), str(os.getpid()), start_time(os.getpid()) or ""
+    return f"ns{_namespace()}", str(os.getpid()), start_time(os.getpid()) or ""
 
 
 def _namespace() -> str:

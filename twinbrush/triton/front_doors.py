@@ -43,8 +43,8 @@ from twinbrush.triton.relay import RelayClient, RelayServer, relay_address
 log = logging.getLogger(__name__)
 UNARY_METRICS = (REQUESTS_LIVE, REQUESTS_ENDED, REFUSALS)
 MAX_PARAMETERS = 1 << 16  # bytes of a request's parameters, as JSON
-# What Triton makes of a header of this name where --grpc-header-forward-pattern or
-# --http-header-forward-pattern let it through: a proxy's word on who asks.
+# The parameter that Triton makes of a header which --grpc-header-forward-pattern lets through: a
+# proxy's word on who asks.
 CLIENT_HEADER = "twinbrush-client"
 
 

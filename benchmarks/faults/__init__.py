@@ -1,0 +1,1 @@
+"""What faults, overload and bad clients do to a running server."""
