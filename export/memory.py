@@ -1,9 +1,8 @@
 """What calls of the UNet and the decoder take of memory, measured on ONNX Runtime as it is served.
 
-`export.memory_probe` measures, in a process of its own, because what a process has freed it may still
-hold. Larger sizes than can be
-tried follow from them: convolutions take memory by cells, attention whose weights are held at
-once by their square. Knows no weights.
+`export.memory_probe` measures, in a process of its own, because what a process has freed it may
+still hold. Larger sizes than can be tried follow from them: convolutions take memory by cells,
+attention whose weights are held at once by their square. Knows no weights.
 """
 
 from __future__ import annotations
