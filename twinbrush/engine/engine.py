@@ -36,8 +36,9 @@ from twinbrush.engine.plan import Planner
 from twinbrush.engine.prompt import PromptTokenizer
 from twinbrush.engine.request import GenerationRequest
 from twinbrush.engine.request_ids import named
-from twinbrush.engine.telemetry import Marks, ObservedModels, Telemetry
+from twinbrush.engine.telemetry import ObservedModels, Telemetry
 from twinbrush.engine.threads import Watchdog, start_guarded
+from twinbrush.engine.tracing import Marks, Origin, Tracer
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class Engine:
             model call does not return; by default every request ends with INTERNAL.
         beat: called about twice a second while the engine is well.
         observer: takes the values of the metrics.
+        tracer: takes the spans of traces.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Engine:
         fail: Callable[[str], None] | None = None,
         beat: Callable[[], None] = lambda: None,
         observer: Observer | None = None,
+        tracer: Tracer | None = None,
     ):
         limits = limits or Limits()
         self.config = config
@@ -76,7 +79,7 @@ class Engine:
         self._fail = fail or self._give_up
         self._latent_to_rgb = np.array(config.latent_to_rgb, np.float32)
         self._costs = Costs()
-        self._telemetry = Telemetry(observer or Unobserved(), config)
+        self._telemetry = Telemetry(observer or Unobserved(), config, tracer)
         models = ObservedModels(models, self._telemetry)
         self._work = threading.Condition()  # guards what follows, and every `ended`
         self._batcher = StepBatcher(self._call_rows, self._costs.seconds)
@@ -115,12 +118,15 @@ class Engine:
         return cls(models, pipeline, tokenizer, Limits.of_config(config), **options)
 
     def submit(
-        self, request: GenerationRequest, reply: Callable[[Event], None], request_id: str = ""
+        self,
+        request: GenerationRequest,
+        reply: Callable[[Event], None],
+        origin: Origin = Origin(),  # noqa: B008 (it is frozen)
     ) -> Generation:
         """Takes a request and returns at once.
 
         `reply` receives its events in order from one thread, `End` last and exactly once. Logs
-        name it by `request_id`, or by a new one where that is empty.
+        and traces name it by its `origin`.
 
         Raises:
             EngineError: UNAVAILABLE when the engine drains or has closed, RESOURCE_EXHAUSTED when
@@ -132,7 +138,7 @@ class Engine:
             *self._plan.warnings(request),
         )
         work = self._plan.work(request)
-        generation = Generation(request, work, warnings, reply, self._end, request_id)
+        generation = Generation(request, work, warnings, reply, self._end, origin)
         if request.deadline_ms:
             generation.deadline = generation.submitted + request.deadline_ms / 1000
         try:
@@ -261,11 +267,14 @@ class Engine:
             self._batcher.advance([image.claim for image in call])
             for image, count in zip(call, counts, strict=True):
                 image.marks.denoising = image.marks.denoising or started
-                image.marks.denoised = ended
+                image.marks.call_began, image.marks.denoised = started, ended
                 self._admission.complete(image.generation, self._plan.call_work(key, count))
                 if image.painting.finished:
                     self._images.pop(image.claim, None)
-        self._telemetry.unet_call(key, sum(counts), self._rows(key))
+        self._telemetry.unet_call(
+            key, sum(counts), self._rows(key),
+            [image.marks for image in call], [image.generation.request_id for image in call],
+        )  # fmt: skip
         for image in call:
             if not image.generation.ended:
                 self._report(image)
@@ -333,8 +342,10 @@ class Engine:
     # Reply ------------------------------------------------------------------------------
 
     def _finish(self, image: LiveImage, data: bytes) -> None:
-        self._telemetry.image_finished(image.claim.key, image.marks)
         generation = image.generation
+        image.marks.finished = time.monotonic()
+        generation.finished[image.index] = image.marks
+        self._telemetry.image_finished(image.claim.key, image.marks)
         seed = generation.request.seed + image.index
         event = Finished(image.index, seed, data, generation.warnings)
         self._to_reply.put((generation, lambda: event))
@@ -367,8 +378,7 @@ class Engine:
             generation.claims.clear()
             self._to_reply.put((generation, partial(End, error)))  # before `close` stops the queue
             self._work.notify_all()
-        seconds = time.monotonic() - generation.submitted
-        self._telemetry.request_ended(seconds, error.code if error else "OK", generation.work)
+        self._telemetry.request_ended(generation.trace(error), generation.work)
 
     def _end_failed(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,6 +33,8 @@ from twinbrush.engine.request import (
     unknown_input,
 )
 from twinbrush.engine.request_ids import LineFormatter
+from twinbrush.engine.tracing import Origin
+from twinbrush.otlp import open_tracer
 from twinbrush.triton.answer import Answer, RequestMetrics
 from twinbrush.triton.cancel_watch import CancelWatch
 from twinbrush.triton.metrics import TritonMetrics
@@ -40,6 +43,8 @@ from twinbrush.triton.relay import RelayClient, RelayServer, relay_address
 
 log = logging.getLogger(__name__)
 UNARY_METRICS = (REQUESTS_LIVE, REQUESTS_ENDED, REFUSALS)
+TRACE_PARENT = "traceparent"  # a header that the launcher has forwarded, or a parameter
+TRACE_PARENT_FORM = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 MAX_PARAMETERS = 1 << 16  # bytes of a request's parameters, as JSON
 
 
@@ -54,9 +59,10 @@ class StreamModel:
         config = json.loads(args["model_config"])
         self._inputs = _input_names(config)
         self._control = Control.from_environment()
+        self._tracer = open_tracer(config)
         self._engine = Engine.of_model(
             folder, config, TritonModels(),
-            fail=_end_process, beat=self._beat, observer=self._observer,
+            fail=_end_process, beat=self._beat, observer=self._observer, tracer=self._tracer,
         )  # fmt: skip
         self._relay = RelayServer(relay_address(), self._submit)
         self._watch = CancelWatch(_end_process)
@@ -85,6 +91,8 @@ class StreamModel:
         self._engine.close()
         self._watch.close()
         self._observer.close()
+        if self._tracer is not None:
+            self._tracer.close()
 
     def _start(self, request: Any, answer: Answer) -> None:
         fields = _fields(request, self._inputs, self._observer)
@@ -105,7 +113,7 @@ class StreamModel:
                 forget()
             _tell(answer, event)
 
-        generation = self._submit(fields, reply, answer.request_id)
+        generation = self._submit(fields, reply, _origin(request, answer))
         if request_id:
             self._live[answer] = request_id, generation
         self._watch.add(answer, generation.cancel)
@@ -113,11 +121,11 @@ class StreamModel:
             forget()
 
     def _submit(
-        self, fields: dict[str, np.ndarray], reply: Callable[[Event], None], request_id: str
+        self, fields: dict[str, np.ndarray], reply: Callable[[Event], None], origin: Origin
     ) -> Generation:
         with _refusals(self._observer):
             request = GenerationRequest.parse(fields, self._engine.config)
-        return self._engine.submit(request, reply, request_id)
+        return self._engine.submit(request, reply, origin)
 
     def _cancel(self, target: np.ndarray, others: dict[str, Any], answer: Answer) -> None:
         name = target.reshape(-1)[0].decode("utf-8", "replace")
@@ -152,7 +160,7 @@ class UnaryModel:
         for request in requests:
             answer = Answer(request, self._metrics)
             try:
-                self._start(_fields(request, self._inputs, self._observer), answer)
+                self._start(request, answer)
             except Exception as error:
                 self._watch.discard(answer)
                 answer.fail(EngineError.of(error, answer.request_id))
@@ -162,7 +170,9 @@ class UnaryModel:
         self._watch.close()
         self._observer.close()
 
-    def _start(self, fields: dict[str, np.ndarray], answer: Answer) -> None:
+    def _start(self, request: Any, answer: Answer) -> None:
+        fields = _fields(request, self._inputs, self._observer)
+
         def done(outcome: list[Finished] | EngineError) -> None:
             self._watch.discard(answer)
             try:
@@ -175,7 +185,7 @@ class UnaryModel:
         ticket = self._relay.new_ticket()
         self._watch.add(answer, lambda: self._relay.cancel(ticket))
         fields |= {"progress": np.array([False])}
-        self._relay.submit(ticket, fields, done, answer.request_id)
+        self._relay.submit(ticket, fields, done, _origin(request, answer))
 
 
 def _stacked(images: list[Finished]) -> dict[str, Any]:
@@ -184,6 +194,13 @@ def _stacked(images: list[Finished]) -> dict[str, Any]:
         "seed": [image.seed for image in images],
         "warning": "; ".join(images[0].warnings).encode(),
     }
+
+
+def _origin(request: Any, answer: Answer) -> Origin:
+    """A request's id, and the client's span where it names one that W3C's form allows."""
+    parent = json.loads(request.parameters() or "{}").get(TRACE_PARENT, "")
+    valid = isinstance(parent, str) and TRACE_PARENT_FORM.fullmatch(parent)
+    return Origin(answer.request_id, parent if valid else "")
 
 
 def _input_names(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -225,7 +242,7 @@ def _copied(request: Any, names: tuple[str, ...]) -> dict[str, np.ndarray]:
         allowed = f"must have at most {MAX_PARAMETERS} bytes; it has {len(parameters)}"
         raise InvalidArgument("parameters", shortened(parameters), allowed)
     for name, value in json.loads(parameters).items():
-        if name != "id" and not name.startswith("triton_"):
+        if name not in ("id", TRACE_PARENT) and not name.startswith("triton_"):
             raise unknown_input(name, value, names)
     inputs = ((name, pb_utils.get_input_tensor_by_name(request, name)) for name in names)
     tensors = {name: tensor.as_numpy() for name, tensor in inputs if tensor is not None}
