@@ -61,7 +61,7 @@ class StreamModel:
         self._control = Control.from_environment()
         self._tracer = open_tracer(config)
         self._engine = Engine.of_model(
-            folder, config, TritonModels(),
+            folder, config, TritonModels(_end_process),
             fail=_end_process, beat=self._beat, observer=self._observer, tracer=self._tracer,
         )  # fmt: skip
         self._relay = RelayServer(relay_address(), self._submit)
