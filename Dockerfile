@@ -13,8 +13,9 @@ COPY export/__init__.py export/staging.py export/tensorrt.py export/triton_confi
 COPY --chown=10001 model_repository ./model_repository
 
 USER 10001
-EXPOSE 8000 8001 8002
+# HTTP, gRPC, metrics; 8003 answers probes, and knows of restarts and the drain.
+EXPOSE 8000 8001 8002 8003
 HEALTHCHECK --interval=10s --timeout=3s --start-period=300s \
-    CMD ["python3", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/v2/health/ready', timeout=2)"]
+    CMD ["python3", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8003/ready', timeout=2)"]
 # What follows the image's name is added: `--config-name tensorrt`.
-ENTRYPOINT ["python3", "-m", "twinbrush.server", "--repository", "/opt/twinbrush/model_repository", "--address", "0.0.0.0", "--restart"]
+ENTRYPOINT ["python3", "-m", "twinbrush.server", "--repository", "/opt/twinbrush/model_repository", "--address", "0.0.0.0", "--health-port", "8003", "--restart"]

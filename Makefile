@@ -5,13 +5,13 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 export PROMPT ?= a large blue ring on a brown background
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 CHECKPOINT := checkpoints/scenes-64
-# `make demo` and `make serve` need the server and the export alone.
+# `make demo` and `make serve` need the server, the gateway and the export alone.
 INSTALLED := .venv/.installed
 DEVELOPED := .venv/.developed
 EXPORTED := model_repository/MANIFEST.json
-CHECKED := twinbrush networks export training client benchmarks examples tests backends model_repository
+CHECKED := twinbrush networks export training client gateway benchmarks examples tests backends model_repository
 
-.PHONY: demo test serve bench lint clean
+.PHONY: demo test serve bench perf-analyzer lint clean
 
 demo: $(EXPORTED)
 	@python -m twinbrush.server --http-port 0 --grpc-port 0 --metrics-port 0 \
@@ -21,11 +21,19 @@ demo: $(EXPORTED)
 test: $(EXPORTED) $(DEVELOPED)
 	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile
 
+# Triton and, beside it, the gateway on http://127.0.0.1:8080; Ctrl-C ends both.
 serve: $(EXPORTED)
-	@python -m twinbrush.server
+	@python -m twinbrush.server --then 'exec python -m gateway'
+
+# The documents as a site, in site/.
+docs: $(DEVELOPED)
+	mkdocs build --strict --quiet
 
 bench: $(EXPORTED) $(DEVELOPED)
 	python -m benchmarks.overhead
+
+perf-analyzer: $(INSTALLED)
+	python -m benchmarks.perf_analyzer.binary
 
 lint: $(DEVELOPED)
 	ruff check $(CHECKED)
@@ -39,16 +47,17 @@ clean:
 	git clean -fdXq model_repository
 
 # Byte code is made on all cores, which pip does on one; templates of Python files fail, as they may.
-$(INSTALLED): requirements/serve.txt requirements/export.txt pyproject.toml client/pyproject.toml
+$(INSTALLED): requirements/serve.txt requirements/export.txt requirements/gateway.txt pyproject.toml client/pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed: make PYTHON=/path/to/it"; exit 1; }
 	$(PYTHON) -m venv .venv
-	pip install --quiet --no-compile --requirement requirements/export.txt
+	pip install --quiet --no-compile --requirement requirements/export.txt --requirement requirements/gateway.txt
 	pip install --quiet --no-deps --editable . --editable client
 	python -m compileall -qq -j 0 .venv/lib || true
 	@touch $@
 
 $(DEVELOPED): $(INSTALLED) $(wildcard requirements/*.txt)
 	pip install --quiet --no-compile --requirement requirements/dev.txt
+	pip install --quiet --no-compile --no-deps --requirement requirements/page.txt
 	python -m compileall -qq -j 0 .venv/lib || true
 	@touch $@
 

@@ -1,3 +1,3 @@
-"""Makes the fixtures of `tests/harness.py` known to the tests of every room."""
+"""Makes the fixtures of `tests/harness.py` and `gateways.py` known to the tests of every room."""
 
-pytest_plugins = ["harness"]
+pytest_plugins = ["harness", "gateways"]

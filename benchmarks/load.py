@@ -18,12 +18,13 @@ class Load:
 
     Attributes:
         images_per_second: finished requests of one image over the whole time.
-        p50, p95: latency of a request in milliseconds.
+        p50, p95, p99: latency of a request in milliseconds.
     """
 
     images_per_second: float
     p50: float
     p95: float
+    p99: float
 
 
 def closed_loop(send: Send, concurrency: int, requests: int) -> Load:
@@ -66,5 +67,5 @@ def closed_loop(send: Send, concurrency: int, requests: int) -> Load:
     finished.wait()
     if errors:
         raise RuntimeError(errors[0])
-    p50, p95 = np.percentile(latencies, (50, 95)) * 1000
-    return Load(requests / (time.perf_counter() - began), float(p50), float(p95))
+    p50, p95, p99 = (float(value) * 1000 for value in np.percentile(latencies, (50, 95, 99)))
+    return Load(requests / (time.perf_counter() - began), p50, p95, p99)

@@ -1,8 +1,9 @@
 """`python -m benchmarks.overhead`: what the server costs, and what step batching brings.
 
-The same engine on the same ONNX files: in this process, against through the server and gRPC;
-and with calls shared between requests, against deterministic ones, each in calls of its own.
-Both sides of a comparison take turns, and ratios are medians over the turns.
+The same engine on the same ONNX files: alone in this process, against through a server and gRPC,
+with its networks served by Triton and with its networks in its own process; and with calls shared
+between requests, against deterministic ones, each in calls of its own. The sides of a comparison
+take turns, and ratios are medians over the turns.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from benchmarks.machine import write_result
 from twinbrush.engine.engine import Engine
 from twinbrush.engine.generation import End, Event
 from twinbrush.engine.request import GenerationRequest
+from twinbrush.runtime_choice import Runtime
 from twinbrush.runtimes.onnx_runtime import LocalModels
 from twinbrush.server.addresses import chosen_ports
 from twinbrush.server.install import find_triton
@@ -36,7 +38,10 @@ from twinbrush.server.process import ServerOptions, TritonProcess
 from twinbrush_client.wire import inputs
 
 CONCURRENCY = (1, 4, 16, 64)
-GOALS = {"ratio_c1": 0.90, "ratio_c16": 0.97, "ratio_c64": 0.97, "step_batching_c16": 1.8}
+GOALS = {
+    **{f"{Runtime.IN_PROCESS}_c{clients}": 0.97 for clients in CONCURRENCY},
+    "shared_c16": 1.8,
+}
 COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
 _COUNTER = itertools.count()
 console = Console()
@@ -52,21 +57,28 @@ def main(
         "benchmarks/results/overhead.json"
     ),
 ) -> None:
-    """Measures server against in-process, and shared against unshared UNet calls."""
+    """Measures servers against the engine alone, and shared against unshared UNet calls."""
     with ExitStack() as stack:
         models = LocalModels(repository)
         engine = stack.enter_context(local_engine(repository, models))
-        client = stack.enter_context(_server(repository))
-        sides = {"in_process": in_process(engine), "server": _through(client)}
+        clients = {
+            str(runtime): stack.enter_context(running_server(repository, runtime))[0]
+            for runtime in Runtime
+        }
+        servers = {runtime: through_grpc(client) for runtime, client in clients.items()}
+        sides = {"engine": in_process(engine), **servers}
         points = {f"c{c}": compare(sides, c, turns, max(requests, 2 * c)) for c in CONCURRENCY}
         sides = {
             "unshared": in_process(engine, deterministic=True),
             "shared": in_process(engine),
         }
         batching = compare(sides, 16, turns, 32)
-        profile = _profile(client, requests)
-    summary = {f"ratio_{name}": point["ratio"] for name, point in points.items()}
-    summary["step_batching_c16"] = batching["ratio"]
+        profile = _profile(clients[Runtime.SERVED], requests)
+    summary = {
+        f"{side}_{name}": ratio
+        for name, point in (*points.items(), ("c16", batching))
+        for side, ratio in point["ratio"].items()
+    }
     defaults = asdict(engine.config.defaults)
     write_result(
         out,
@@ -75,28 +87,32 @@ def main(
         request=defaults | {"width": engine.config.native_side, "prompts": "all different"},
         goals=GOALS,
         summary=summary,
-        server_over_in_process=points,
+        servers_over_engine=points,
         shared_over_unshared=batching,
-        profile_c1_ms_per_image=profile,
+        served_profile_c1_ms_per_image=profile,
     )
     _show(points, batching, profile)
     print(json.dumps(summary))
 
 
 @contextmanager
-def _server(repository: Path) -> Iterator[grpc.InferenceServerClient]:
-    """A client of a server of its own."""
-    http, grpc_port, metrics = chosen_ports("127.0.0.1", 0, 0, 0)
-    options = ServerOptions(repository, http_port=http, grpc_port=grpc_port, metrics_port=metrics)
+def running_server(
+    repository: Path, runtime: Runtime, grpc_port: int = 0
+) -> Iterator[tuple[grpc.InferenceServerClient, int]]:
+    """A server of its own: a client of it, and its process id. A port of 0 is chosen."""
+    http, grpc_port, metrics = chosen_ports("127.0.0.1", 0, grpc_port, 0)
+    options = ServerOptions(
+        repository, http_port=http, grpc_port=grpc_port, metrics_port=metrics, runtime=runtime
+    )
     with TritonProcess(find_triton(), options) as process:
         while not process.ready():
             process.check()
             time.sleep(0.1)
         with grpc.InferenceServerClient(f"127.0.0.1:{grpc_port}") as client:
-            yield client
+            yield client, process.pid
 
 
-def _prompt(number: int) -> str:
+def new_prompt(number: int) -> str:
     """Never the same twice, so that no prompt comes from the cache."""
     a, b = COLOURS[number % 8], COLOURS[number // 8 % 8]
     return f"a large {a} circle left of a small {b} square {next(_COUNTER)}"
@@ -105,7 +121,7 @@ def _prompt(number: int) -> str:
 def in_process(engine: Engine, deterministic: bool = False) -> Send:
     def send(number: int, done: Callable[[str | None], None]) -> None:
         fields = {
-            "prompt": np.array([_prompt(number).encode()], object),
+            "prompt": np.array([new_prompt(number).encode()], object),
             "seed": np.array([number]),
             "image_format": np.array([b"png"], object),
             "progress": np.array([False]),
@@ -121,9 +137,9 @@ def in_process(engine: Engine, deterministic: bool = False) -> Send:
     return send
 
 
-def _through(client: grpc.InferenceServerClient) -> Send:
+def through_grpc(client: grpc.InferenceServerClient) -> Send:
     def send(number: int, done: Callable[[str | None], None]) -> None:
-        fields = inputs({"prompt": _prompt(number), "seed": number, "image_format": "png"})
+        fields = inputs({"prompt": new_prompt(number), "seed": number, "image_format": "png"})
         client.async_infer(
             "text_to_image",
             fields,
@@ -135,20 +151,24 @@ def _through(client: grpc.InferenceServerClient) -> Send:
 
 
 def compare(sides: dict[str, Send], concurrency: int, turns: int, requests: int) -> dict:
-    """Both sides in turn; the ratio is the second over the first, in images a second."""
+    """All sides in turn; the ratios are over the first side, in images a second."""
     loads: dict[str, list[Load]] = {name: [] for name in sides}
     for send in sides.values():  # warm up
         closed_loop(send, concurrency, concurrency)
     for turn in range(turns):
-        order = list(sides) if turn % 2 == 0 else list(sides)[::-1]
+        order = list(sides)[:: 1 if turn % 2 == 0 else -1]
         for name in order:
             loads[name].append(closed_loop(sides[name], concurrency, requests))
-    first, second = loads.values()
-    ratios = [b.images_per_second / a.images_per_second for a, b in zip(first, second, strict=True)]
+    paces = {name: [load.images_per_second for load in side] for name, side in loads.items()}
+    base, *others = sides
+    ratios = {
+        name: [round(b / a, 3) for a, b in zip(paces[base], paces[name], strict=True)]
+        for name in others
+    }
     return {
-        "ratio": round(statistics.median(ratios), 3),
-        "ratios": [round(ratio, 3) for ratio in ratios],
-        **{name: _medians(side) for name, side in loads.items()},
+        "ratio": {name: statistics.median(side) for name, side in ratios.items()},
+        "ratios": ratios,
+        "sides": {name: _medians(side) for name, side in loads.items()},
     }
 
 
@@ -174,7 +194,7 @@ def _profile(client: grpc.InferenceServerClient, requests: int) -> dict[str, dic
         }
 
     before = counters()
-    load = closed_loop(_through(client), 1, requests)
+    load = closed_loop(through_grpc(client), 1, requests)
     profile = {"client": {"total": round(load.p50, 2)}}
     for model, after in counters().items():
         spent = {key: after[key] - before[model][key] for key in after}
@@ -185,16 +205,15 @@ def _profile(client: grpc.InferenceServerClient, requests: int) -> dict[str, dic
 
 
 def _show(points: dict, batching: dict, profile: dict) -> None:
-    table = Table(title="images a second, and p50 / p95 in ms", title_justify="left")
-    for heading in ("", "first", "second", "second over first", "goal"):
+    table = Table(title="images a second, p50 / p95 in ms", title_justify="left")
+    for heading in ("", "side", "images/s", "p50 / p95", "over the first", "goal"):
         table.add_column(heading)
-    rows = [(f"in-process, server: {name}", point, f"ratio_{name}") for name, point in
-            points.items()]  # fmt: skip
-    rows.append(("unshared, shared: c16", batching, "step_batching_c16"))
-    for name, point, key in rows:
-        sides = [v for v in point.values() if isinstance(v, dict)]
-        cells = [f"{s['images_per_second']:.1f}   {s['p50']:.0f} / {s['p95']:.0f}" for s in sides]
-        table.add_row(name, *cells, f"{point['ratio']:.2f}", str(GOALS.get(key, "")))
+    for name, point in (*points.items(), ("c16", batching)):
+        for side, load in point["sides"].items():
+            pace = f"{load['images_per_second']:.1f}"
+            latency = f"{load['p50']:.0f} / {load['p95']:.0f}"
+            ratio, goal = point["ratio"].get(side, ""), GOALS.get(f"{side}_{name}", "")
+            table.add_row(name, side, pace, latency, str(ratio), str(goal))
     console.print(table)
     console.print("ms an image at concurrency 1, from the server's counters:")
     for model, times in profile.items():

@@ -19,6 +19,7 @@ from export.command import (
     parse_serving,
     stop_on_error,
 )
+from export.cpu_runtime import CpuRuntime
 from export.gate import LEAST_PSNR, PROMPTS, psnr
 from export.precision import Precision
 from export.repository import ALL_MODELS
@@ -66,6 +67,10 @@ def main(
         list[str] | None,
         typer.Option(help="LoRA to fuse, FILE or FILE:SCALE in safetensors; can be repeated."),
     ] = None,
+    lora_set: Annotated[
+        list[str] | None,
+        typer.Option(help="LoRA that requests switch on, NAME=FILE; can be repeated."),
+    ] = None,
     sampler: Annotated[
         str | None, typer.Option(help="Sampler in place of the checkpoint's scheduler.")
     ] = None,
@@ -89,6 +94,10 @@ def main(
     tensorrt: Annotated[
         bool, typer.Option("--tensorrt", help="Build TensorRT plans too, for this machine.")
     ] = False,
+    cpu_runtime: Annotated[
+        CpuRuntime,
+        typer.Option(help="What computes unet and decoder on a CPU; auto measures it here."),
+    ] = CpuRuntime.ONNXRUNTIME,
     prune: Annotated[
         str | None,
         typer.Option(help="Share of MACs to remove by model, as in unet=0.3,clip_text=0.25."),
@@ -143,7 +152,8 @@ def main(
             tensorrt,
             parse_prune(prune, models, save_pruned),
             GateOptions(psnr(gate_psnr, gate_prompts), gate_against) if gate else None,
-            parse_serving(sampler, default, lora or []),
+            parse_serving(sampler, default, lora or [], lora_set or []),
+            cpu_runtime,
         )
         export_checkpoint(options, report)
 

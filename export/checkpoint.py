@@ -49,11 +49,13 @@ class Serving:
         sampler: in place of the checkpoint's scheduler; None keeps it.
         defaults: of requests, over those of the checkpoint.
         loras: fused into the networks as they are loaded.
+        lora_set: beside the networks, by the names with which requests switch them on.
     """
 
     sampler: str | None = None
     defaults: dict[str, Any] = field(default_factory=dict)
     loras: tuple[Lora, ...] = ()
+    lora_set: dict[str, Lora] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,11 @@ class Checkpoint:
         network = load_part(self.folders[part], model_class, **options)
         fuse(network, part, self.serving.loras)
         return network
+
+    def lora_set_of(self, part: str) -> list[dict[str, Any]]:
+        """Records of the LoRAs that requests can switch on in a part."""
+        loras = self.serving.lora_set.items()
+        return [{"name": name, **lora.record()} for name, lora in loras if part in lora.parts]
 
     def loras_of(self, part: str) -> list[dict[str, Any]]:
         """Records of the LoRAs in a part: fused before it was saved, and those of this export."""
@@ -139,7 +146,8 @@ def open_checkpoint(
             wanted.setdefault(id(tree), (tree, []))[1].extend(_join(name, f) for f in files)
     opened = replace(opened, weights=weights, serving=_to_fuse(serving or Serving(), opened))
     check_configs(opened)
-    check_loras(opened.serving.loras, lambda part: without_weights(opened, part))
+    loras = (*opened.serving.loras, *opened.serving.lora_set.values())
+    check_loras(loras, lambda part: without_weights(opened, part))
     for tree, names in wanted.values():
         tree.fetch(names)
     _check_weights(opened)

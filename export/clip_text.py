@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from export.checkpoint import Checkpoint
+from export.lora_set import LoraScales, attach_loras, with_scales
 from export.part import Part, TensorSpec, integers
 
 
@@ -21,13 +22,21 @@ class ClipText(nn.Module):
         encoder: the tower.
         skip: layers at the end whose results are not used.
         norm: whether the final norm is applied.
+        scales: of the LoRAs beside its layers, None where it has none.
     """
 
-    def __init__(self, encoder: CLIPTextModel, skip: int, norm: bool):
+    def __init__(
+        self, encoder: CLIPTextModel, skip: int, norm: bool, scales: LoraScales | None = None
+    ):
         super().__init__()
         self.encoder, self.skip, self.norm = encoder, skip, norm
+        self.scales = scales or LoraScales(0)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, lora_scale: Tensor | None = None) -> Tensor:
+        with self.scales.of(lora_scale):
+            return self._encode(input_ids)
+
+    def _encode(self, input_ids: Tensor) -> Tensor:
         if not self.skip and self.norm:
             return self.encoder(input_ids=input_ids).last_hidden_state.float()
         states = self.encoder(input_ids=input_ids, output_hidden_states=True).hidden_states
@@ -40,10 +49,12 @@ def part(checkpoint: Checkpoint) -> Part:
     config = encoder.config
     length, width = config.max_position_embeddings, config.hidden_size
     two_towers = "text_encoder_2" in checkpoint.folders
-    return Part(
+    scales = attach_loras(encoder, "text_encoder", checkpoint.serving.lora_set)
+    plain = Part(
         name="clip_text",
-        module=ClipText(encoder, checkpoint.clip_skip + two_towers, norm=not two_towers),
+        module=ClipText(encoder, checkpoint.clip_skip + two_towers, not two_towers, scales),
         inputs={"input_ids": TensorSpec(torch.int64, (length,))},
         outputs={"clip_tokens": TensorSpec(torch.float32, (length, width))},
         example=lambda batch, size: {"input_ids": integers((batch, length), config.vocab_size)},
     )
+    return with_scales(plain, scales)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection
 
 from export.checkpoint import Checkpoint
+from export.lora_set import LoraScales, attach_loras, with_scales
 from export.part import Part, TensorSpec, integers
 
 
@@ -21,12 +22,16 @@ class ClipText2(nn.Module):
     tokens, never of the projection.
     """
 
-    def __init__(self, encoder: CLIPTextModelWithProjection, skip: int):
+    def __init__(
+        self, encoder: CLIPTextModelWithProjection, skip: int, scales: LoraScales | None = None
+    ):
         super().__init__()
         self.encoder, self.skip = encoder, skip
+        self.scales = scales or LoraScales(0)
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        out = self.encoder(input_ids=input_ids, output_hidden_states=True)
+    def forward(self, input_ids: Tensor, lora_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        with self.scales.of(lora_scale):
+            out = self.encoder(input_ids=input_ids, output_hidden_states=True)
         return out.hidden_states[-(self.skip + 1)].float(), out.text_embeds.float()
 
 
@@ -34,9 +39,10 @@ def part(checkpoint: Checkpoint) -> Part:
     encoder = checkpoint.load("text_encoder_2", CLIPTextModelWithProjection)
     config = encoder.config
     length = config.max_position_embeddings
-    return Part(
+    scales = attach_loras(encoder, "text_encoder_2", checkpoint.serving.lora_set)
+    plain = Part(
         name="clip_text_2",
-        module=ClipText2(encoder, checkpoint.clip_skip + 1),
+        module=ClipText2(encoder, checkpoint.clip_skip + 1, scales),
         inputs={"input_ids": TensorSpec(torch.int64, (length,))},
         outputs={
             "clip_tokens_2": TensorSpec(torch.float32, (length, config.hidden_size)),
@@ -44,3 +50,4 @@ def part(checkpoint: Checkpoint) -> Part:
         },
         example=lambda batch, size: {"input_ids": integers((batch, length), config.vocab_size)},
     )
+    return with_scales(plain, scales)

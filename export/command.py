@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,8 +24,10 @@ from rich.table import Table
 from export import pipeline
 from export.checkpoint import Checkpoint, Serving, open_checkpoint
 from export.convert import ConversionError, ParityError
+from export.cpu_runtime import MEASURED, CpuRuntime, CpuRuntimeError
+from export.cpu_runtime import check as check_cpu_runtime
 from export.gate import Gate, GateError, MakeMeasure
-from export.lora import read_lora
+from export.lora import Lora, read_lora
 from export.precision import Precision
 from export.prune import parse_ratios, prune_checkpoint
 from export.repository import (
@@ -45,8 +48,10 @@ from networks.pruned import pruning_of
 
 FAILURES = (
     CheckpointError, ConversionError, ParityError, GateError, RepositoryError, ResourceError,
-    TensorRTError,
+    TensorRTError, CpuRuntimeError,
 )  # fmt: skip
+LORA_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+MAX_LORAS = 32  # that requests can switch on
 console = Console()
 
 
@@ -83,6 +88,7 @@ class Options:
         prune: None exports the checkpoint as it is.
         gate: None accepts every export that passes parity.
         serving: what changes of the checkpoint.
+        cpu_runtime: how the runtime of the CPU is chosen.
     """
 
     source: Source
@@ -93,6 +99,7 @@ class Options:
     prune: PruneOptions | None = None
     gate: GateOptions | None = None
     serving: Serving = field(default_factory=Serving)
+    cpu_runtime: CpuRuntime = CpuRuntime.ONNXRUNTIME
 
 
 def parse_models(only: str | None) -> list[str] | None:
@@ -130,8 +137,13 @@ def parse_prune(
     return PruneOptions(ratios, folder)
 
 
-def parse_serving(sampler: str | None, defaults: str | None, loras: Sequence[str]) -> Serving:
-    """`--sampler`, `--default` and `--lora`; the LoRA files are read as far as their keys.
+def parse_serving(
+    sampler: str | None,
+    defaults: str | None,
+    loras: Sequence[str] = (),
+    lora_set: Sequence[str] = (),
+) -> Serving:
+    """`--sampler`, `--default`, `--lora` and `--lora-set`; of LoRA files only the keys are read.
 
     Raises:
         CheckpointError: a value or a file cannot be used.
@@ -146,7 +158,30 @@ def parse_serving(sampler: str | None, defaults: str | None, loras: Sequence[str
             both = f"{first[lora.sha256]} and {lora.file}"
             raise OptionError(f"--lora is given twice for one content, {both}: add the scales")
         first[lora.sha256] = lora.file
-    return Serving(sampler, given, tuple(read))
+    return Serving(sampler, given, tuple(read), _parse_lora_set(lora_set, first))
+
+
+def _parse_lora_set(entries: Sequence[str], fused: Mapping[str, Path]) -> dict[str, Lora]:
+    """LoRAs by name; none of them is among those that are fused."""
+    named: dict[str, Lora] = {}
+    for entry in entries:
+        name, equals, file = entry.partition("=")
+        if not equals or not LORA_NAME.fullmatch(name):
+            raise OptionError(
+                f"--lora-set {entry} is invalid: must be NAME=FILE, with a name of up to 64"
+                " letters, digits, dots, - and _"
+            )
+        if name in named:
+            raise OptionError(f"--lora-set {name} is named twice")
+        lora = read_lora(file)
+        if lora.scale != 1:
+            raise OptionError(f"--lora-set {entry}: requests give the scale, as in {name}:0.8")
+        if lora.sha256 in fused:
+            raise OptionError(f"--lora-set {entry}: --lora fuses {fused[lora.sha256]}, the same")
+        named[name] = lora
+    if len(named) > MAX_LORAS:
+        raise OptionError(f"--lora-set is given {len(named)} times: must be at most {MAX_LORAS}")
+    return named
 
 
 def check_report(report: Path | None) -> None:
@@ -185,6 +220,12 @@ def export_checkpoint(options: Options, report: Path | None = None) -> None:
         Each of `FAILURES`, and OSError where the repository cannot be written.
     """
     check_report(report)
+    check_cpu_runtime(options.cpu_runtime)
+    if options.prune and options.serving.lora_set:
+        raise OptionError(
+            "--lora-set cannot be combined with --prune: its factors have the shapes of layers"
+            " that are not pruned; --lora fuses a LoRA before pruning"
+        )
     trt = load_tensorrt() if options.tensorrt else None
     with ExitStack() as stack:
         status = stack.enter_context(console.status("opening the checkpoint"))
@@ -200,16 +241,20 @@ def export_checkpoint(options: Options, report: Path | None = None) -> None:
             )  # fmt: skip
         gate = None
         if options.gate:
-            optimised = _optimised(original, opened, models, options.precision)
+            optimised = _optimised(original, opened, models, options)
             gate = Gate(original, optimised, options.repository, options.gate.measure)
         reports = build(
             opened, options.repository, lambda model: status.update(f"exporting {model}"),
-            models, options.precision, trt, gate,
+            models, options.precision, trt, gate, options.cpu_runtime,
         )  # fmt: skip
     if report is not None:
         lines = [asdict(line) for line in reports]
         report.write_text(json.dumps(lines, indent=2) + "\n")
     console.print(_table(opened.name, reports))
+    for line in reports:
+        if line.cpu_runtime is not None:
+            text = line.cpu_runtime.describe(line.model)
+            console.print(text, highlight=False, soft_wrap=True, markup=False)
     if gate is not None:
         console.print(f"the gate passes: {gate.summary}", highlight=False, soft_wrap=True)
     console.print(f"{options.repository} serves {opened.name} now")
@@ -226,6 +271,8 @@ def _print_changes(opened: Checkpoint) -> None:
     for lora in serving.loras:
         parts = " and ".join(lora.parts)
         lines.append(f"{lora.file.name} is fused into {parts} with scale {lora.scale:g}")
+    for name, lora in serving.lora_set.items():
+        lines.append(f"{lora.file.name} is {name!r} of requests' lora")
     if guessed := pipeline.guessed_defaults(opened):
         words = {"steps": "{} steps", "guidance_scale": "guidance_scale {}"}
         listed = ", ".join(words[name].format(value) for name, value in guessed.items())
@@ -275,19 +322,23 @@ def _check_same_loras(opened: Checkpoint, original: Checkpoint) -> None:
 
 
 def _optimised(
-    original: Checkpoint, opened: Checkpoint, models: Sequence[str], precision: Precision
+    original: Checkpoint, opened: Checkpoint, models: Sequence[str], options: Options
 ) -> Sequence[str]:
     """Models that are not what a plain export of `original` makes.
 
     Raises:
         CheckpointError: there is none.
     """
-    if precision is not Precision.FP32:
+    if options.precision is not Precision.FP32:
         return models
+    rerun = MEASURED if options.cpu_runtime is not CpuRuntime.ONNXRUNTIME else ()
     optimised = [
         name
         for name, part in SOURCE.items()
-        if name in models and pruning_of(opened.folders[part]) != pruning_of(original.folders[part])
+        if name in models
+        and (
+            name in rerun or pruning_of(opened.folders[part]) != pruning_of(original.folders[part])
+        )
     ]
     if not optimised:
         raise CheckpointError(

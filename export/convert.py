@@ -42,6 +42,22 @@ def to_onnx(
     Raises:
         ConversionError: PyTorch cannot trace the model, or has no ONNX operator for what it does.
     """
+    program = trace(part, precision, opset)
+    traced = len(program.model.graph)
+    program.optimize()
+    if rewrite:
+        join_heads(program.model)
+    normalise_in_one_type(program.model)
+    program.save(file)
+    return traced, len(program.model.graph)
+
+
+def trace(part: Part, precision: Precision, opset: int = OPSET) -> torch.onnx.ONNXProgram:
+    """The model's graph as PyTorch traces it, without optimisation.
+
+    Raises:
+        ConversionError: as `to_onnx`.
+    """
     shapes = {
         name: {
             i: Dim.DYNAMIC for i, axis in enumerate(("batch", *spec.axes)) if isinstance(axis, str)
@@ -49,7 +65,7 @@ def to_onnx(
         for name, spec in part.inputs.items()
     }
     try:
-        program = torch.onnx.export(
+        return torch.onnx.export(
             in_precision(part, precision),
             kwargs=part.example(2, 2),
             input_names=list(part.inputs),
@@ -64,13 +80,6 @@ def to_onnx(
         reason = str(error.__cause__ or error).strip().partition("\n")[0]
         text = f"{part.name} cannot be converted to ONNX: {reason}"
         raise ConversionError(text) from error
-    traced = len(program.model.graph)
-    program.optimize()
-    if rewrite:
-        join_heads(program.model)
-    normalise_in_one_type(program.model)
-    program.save(file)
-    return traced, len(program.model.graph)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ import numpy as np
 
 from export.checkpoint import Checkpoint
 from export.convert import to_onnx
+from export.cpu_runtime import without_accelerator
 from export.painting import paint
 from export.repository import ALL_MODELS, load_parts
 from twinbrush.engine.capacity import LEAST_ROWS
@@ -134,18 +135,24 @@ class Gate:
         """
         files = {name: stage / name / "1" / "model.onnx" for name in ALL_MODELS}
         staged = {name: file for name, file in files.items() if file.exists()}
+        configs = {name: stage / name / "config.pbtxt" for name in staged}
         with tempfile.TemporaryDirectory(dir=stage.parent) as scratch:
             plain = staged | self._export_plain(Path(scratch))
+            plain_configs = self._plain_configs(configs, Path(scratch))
             config = PipelineConfig.load(stage / ENGINE / "pipeline.json")
-            measure = self._make_measure(config, lambda texts: self._paint(stage, plain, texts))
-            after = measure.score(self._paint(stage, staged, measure.prompts))
+            measure = self._make_measure(
+                config, lambda texts: self._paint(stage, plain, plain_configs, texts)
+            )
+            after = measure.score(self._paint(stage, staged, configs, measure.prompts))
             verdict = Verdict(
                 measure.name, measure.before, after, measure.allowed, len(measure.prompts), {}
             )
             if not verdict.passed:
                 for name in self._optimised:
                     mixed = plain | {name: staged[name]}
-                    verdict.alone[name] = measure.score(self._paint(stage, mixed, measure.prompts))
+                    mixed_configs = plain_configs | {name: configs[name]}
+                    pictures = self._paint(stage, mixed, mixed_configs, measure.prompts)
+                    verdict.alone[name] = measure.score(pictures)
         self.summary = measure.describe(verdict)
         if not verdict.passed:
             raise GateError(f"the gate refuses: {self.summary}")
@@ -160,14 +167,27 @@ class Gate:
             to_onnx(parts[name], files[name])
         return files
 
-    def _paint(self, stage: Path, files: dict[str, Path], prompts: list[str]) -> list[np.ndarray]:
-        """Picture k has seed k; models that are not in `files` are the repository's."""
+    def _plain_configs(self, staged: dict[str, Path], folder: Path) -> dict[str, Path]:
+        """Configurations of all models without an accelerator of the CPU, in `folder`."""
+        own = {path.parent.name: path for path in self._repository.glob("*/config.pbtxt")}
+        written = {}
+        for name, path in (own | staged).items():
+            written[name] = folder / f"{name}.pbtxt"
+            written[name].write_text(without_accelerator(path.read_text()))
+        return written
+
+    def _paint(
+        self, stage: Path, files: dict[str, Path], configs: dict[str, Path], prompts: list[str]
+    ) -> list[np.ndarray]:
+        """Picture k has seed k; models that are in neither mapping are the repository's."""
         try:
             config = read_config(self._repository / ENGINE.parent / "config.pbtxt")
             large = PipelineConfig.load(stage / ENGINE / "pipeline.json").native_side > SHARED_SIDE
             if large and "max_rows" in config.get("parameters", {}):
                 config["parameters"]["max_rows"]["string_value"] = str(LEAST_ROWS)
-            engine = Engine.of_model(stage / ENGINE, config, LocalModels(self._repository, files))
+            engine = Engine.of_model(
+                stage / ENGINE, config, LocalModels(self._repository, files, configs=configs)
+            )
             with closing(engine):
                 return paint(engine, prompts)
         except (EngineError, RuntimeError, ValueError) as error:

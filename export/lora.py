@@ -1,7 +1,7 @@
 """LoRA files: read, matched with the layers of a checkpoint, fused into their weights.
 
 Keys of kohya's trainers, diffusers and PEFT are read, on UNet and text encoders. Every key of a
-file is fused or the file is refused. Fusing adds `scale * alpha / rank * up @ down` to a weight
+file is used or the file is refused. Fusing adds `scale * alpha / rank * up @ down` to a weight
 (arXiv:2106.09685, section 4.1). This module does not know how a checkpoint is opened or served.
 """
 
@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,18 +112,18 @@ def read_lora(text: str) -> Lora:
     file, scale = _parse(text)
     header = read_header(file)
     if not header:
-        raise CheckpointError(f"--lora {file} has no tensors: download it again")
+        raise CheckpointError(f"LoRA {file} has no tensors: download it again")
     found: dict[tuple[str, str], Factors] = {}
     for key in header:
         part, layer, role = _parse_key(key, file)
         factors = found.setdefault((part, layer), Factors(part, layer))
         if role in factors.keys:
-            raise CheckpointError(f"--lora {file}: {key} and {factors.keys[role]} are the same")
+            raise CheckpointError(f"LoRA {file}: {key} and {factors.keys[role]} are the same")
         factors.keys[role] = key
     for factors in found.values():
         if missing := {"down", "up"} - factors.keys.keys():
             key = next(iter(factors.keys.values()))
-            raise CheckpointError(f"--lora {file}: {key} has no {min(missing)} factor beside it")
+            raise CheckpointError(f"LoRA {file}: {key} has no {min(missing)} factor beside it")
     with file.open("rb") as stream:
         sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
     settings = _read_settings(file, header)
@@ -145,13 +145,13 @@ def _parse(text: str) -> tuple[Path, float]:
         )
     if path.suffix.lower() in PICKLES:
         raise CheckpointError(
-            f"--lora {path} is a pickle, which can run code and is not read:"
+            f"LoRA {path} is a pickle, which can run code and is not read:"
             " convert it to .safetensors"
         )
     if path.is_dir():
-        raise CheckpointError(f"--lora {path} is a folder: name the .safetensors file in it")
+        raise CheckpointError(f"LoRA {path} is a folder: name the .safetensors file in it")
     if not path.exists():
-        raise CheckpointError(f"--lora {path} is not there: must be a .safetensors file")
+        raise CheckpointError(f"LoRA {path} is not there: must be a .safetensors file")
     return path, scale
 
 
@@ -162,7 +162,7 @@ def _parse_key(key: str, file: Path) -> tuple[str, str, str]:
         kind = next((kind for sign, kind in OTHERS.items() if sign in key), None)
         reason = f"is of {kind}, which is not served" if kind else "is no key of a LoRA"
         raise CheckpointError(
-            f"--lora {file}: {key} {reason}: must be lora_down and lora_up, or lora_A and lora_B,"
+            f"LoRA {file}: {key} {reason}: must be lora_down and lora_up, or lora_A and lora_B,"
             " with alpha"
         )
     ((role, match),) = found.items()
@@ -192,12 +192,12 @@ def _read_settings(file: Path, header: dict[str, Any]) -> dict[str, dict[str, An
                 for prefix, part in DOTTED.items()
             }
         except (ValueError, AttributeError) as error:
-            raise CheckpointError(f"--lora {file}: its {METADATA} cannot be read") from error
+            raise CheckpointError(f"LoRA {file}: its {METADATA} cannot be read") from error
     elif any(key.startswith(PEFT) for key in header):
         beside = file.parent / "adapter_config.json"
         if not beside.exists():
             raise CheckpointError(
-                f"--lora {file}: {beside.name} must be beside it, with the alpha of the LoRA"
+                f"LoRA {file}: {beside.name} must be beside it, with the alpha of the LoRA"
             )
         by_part = dict.fromkeys(DOTTED.values(), read_json(beside))
     else:
@@ -205,7 +205,7 @@ def _read_settings(file: Path, header: dict[str, Any]) -> dict[str, dict[str, An
     for settings in by_part.values():
         for name in ("use_dora", "lora_bias"):
             if settings.get(name):
-                raise CheckpointError(f"--lora {file}: {name}={settings[name]!r} is not served")
+                raise CheckpointError(f"LoRA {file}: {name}={settings[name]!r} is not served")
     return by_part
 
 
@@ -224,7 +224,7 @@ def check_loras(loras: Iterable[Lora], build: Callable[[str], nn.Module | None])
             if network is None:
                 factors = next(f for f in lora.factors if f.part == part)
                 raise CheckpointError(
-                    f"--lora {lora.file}: {factors.keys['down']} is for {part}, which the"
+                    f"LoRA {lora.file}: {factors.keys['down']} is for {part}, which the"
                     " checkpoint does not have"
                 )
             _match(network, part, lora)
@@ -237,22 +237,34 @@ def fuse(network: nn.Module, part: str, loras: Iterable[Lora]) -> None:
         CheckpointError: a LoRA does not fit, or has values that are not finite.
     """
     for lora in loras:
-        matched = _match(network, part, lora)
-        if not matched:
-            continue
-        with safe_open(lora.file, "pt") as opened, torch.no_grad():
-            for factors, layer in matched:
-                tensors = {r: opened.get_tensor(k).float() for r, k in factors.keys.items()}
-                down, up = tensors["down"], tensors["up"]
+        for key, layer, down, up, multiplier in read_factors(network, part, lora):
+            with torch.no_grad():
                 change = up.flatten(1) @ down.flatten(1)
-                scale = lora.scale * _multiplier(lora, factors, len(down), tensors.get("alpha"))
-                weight = layer.weight + scale * change.view_as(layer.weight)
+                weight = layer.weight + lora.scale * multiplier * change.view_as(layer.weight)
                 if not weight.isfinite().all():
-                    key = factors.keys["down"]
                     raise CheckpointError(
-                        f"--lora {lora.file}: {key} makes weights that are not finite"
+                        f"LoRA {lora.file}: {key} makes weights that are not finite"
                     )
                 layer.weight.copy_(weight)
+
+
+def read_factors(
+    network: nn.Module, part: str, lora: Lora
+) -> Iterator[tuple[str, Any, Tensor, Tensor, float]]:
+    """What a LoRA holds for a part: a key, the layer, down, up, and alpha over rank.
+
+    Raises:
+        CheckpointError: the LoRA does not fit.
+    """
+    matched = _match(network, part, lora)
+    if not matched:
+        return
+    with safe_open(lora.file, "pt") as opened:
+        for factors, layer in matched:
+            tensors = {r: opened.get_tensor(k).float() for r, k in factors.keys.items()}
+            down, up = tensors["down"], tensors["up"]
+            multiplier = _multiplier(lora, factors, len(down), tensors.get("alpha"))
+            yield factors.keys["down"], layer, down, up, multiplier
 
 
 def _multiplier(lora: Lora, factors: Factors, rank: int, alpha: Tensor | None) -> float:
@@ -282,7 +294,7 @@ def _match(network: nn.Module, part: str, lora: Lora) -> list[tuple[Factors, Any
         layer = next((layers[n] for n in _names(factors.layer) if n in layers), None)
         if layer is None:
             raise CheckpointError(
-                f"--lora {lora.file}: {key} matches no layer of the checkpoint's {part}:"
+                f"LoRA {lora.file}: {key} matches no layer of the checkpoint's {part}:"
                 " the LoRA is for another family or has keys that are not served"
             )
         _check_shapes(lora.file, factors, header, layer)
@@ -308,13 +320,12 @@ def _check_shapes(file: Path, factors: Factors, header: dict[str, Any], layer: A
     for role, shape in (("down", down), ("up", up)):
         if rank == 0 or _without_ones(shape) != _without_ones(allowed[role]):
             raise CheckpointError(
-                f"--lora {file}: {factors.keys[role]} has shape {shape}, its layer has {weight}:"
+                f"LoRA {file}: {factors.keys[role]} has shape {shape}, its layer has {weight}:"
                 f" must be {allowed[role]}"
             )
     if math.prod(shapes.get("alpha", [])) != 1:
         raise CheckpointError(
-            f"--lora {file}: {factors.keys['alpha']} has shape {shapes['alpha']}:"
-            " must be one number"
+            f"LoRA {file}: {factors.keys['alpha']} has shape {shapes['alpha']}: must be one number"
         )
 
 

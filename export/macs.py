@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from export.part import Part
@@ -19,6 +22,37 @@ def count_macs(part: Part) -> int:
     with torch.no_grad(), shapes, counter, plain:
         part.module(**rows)  # by the plain kernel, whose products are counted
     return counter.get_total_flops() // 2
+
+
+def attention_pairs(part: Part) -> tuple[float, float]:
+    """How its largest self-attention grows with the square of the latent cells of a row.
+
+    Returns:
+        Weights, over all heads, and pairs of positions, both as shares of cells².
+    """
+    shapes = FakeTensorMode(allow_non_fake_inputs=True)
+    rows = {name: shapes.from_tensor(tensor) for name, tensor in native_rows(part, 1).items()}
+    with torch.no_grad(), shapes, _Attentions() as attentions:
+        part.module(**rows)
+    weights, pairs = max(attentions.found, default=(0, 0))
+    squared = math.prod(part.side or (1, 1)) ** 2
+    return weights / squared, pairs / squared
+
+
+class _Attentions(TorchFunctionMode):
+    """Collects how many weights and pairs of positions each self-attention has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[int, int]] = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is nn.functional.scaled_dot_product_attention:
+            query, key = args[:2]
+            if query.shape[-2] == key.shape[-2]:
+                weights = math.prod(query.shape[:-1]) * key.shape[-2]
+                self.found.append((weights, query.shape[-2] * key.shape[-2]))
+        return function(*args, **(kwargs or {}))
 
 
 def positions(part: Part) -> dict[nn.Module, int]:
@@ -38,9 +72,9 @@ def positions(part: Part) -> dict[nn.Module, int]:
 
 
 def native_rows(part: Part, count: int) -> dict[str, Tensor]:
-    """Example inputs of `count` rows; latents have the native size."""
+    """Example inputs of `count` rows; latents have the native size, texts one chunk."""
     height, width = part.side or (1, 1)
-    sides = {"height": height, "width": width}
+    sides = {"height": height, "width": width, "tokens": part.tokens}
     rows = part.example(count, max(height, width))
     for name, spec in part.inputs.items():
         for axis, size in enumerate(spec.axes, start=1):

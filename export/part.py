@@ -36,6 +36,7 @@ class Part:
         tolerance: highest error against PyTorch, as a share of the largest output, in FP32.
         full_precision: modules inside that also an FP16 model computes in FP32.
         side: height and width of the latents that it was trained on, where axes vary.
+        tokens: of one chunk of text, where their number varies.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Part:
     tolerance: float = 1e-4
     full_precision: tuple[nn.Module, ...] = ()
     side: tuple[int, int] | None = None
+    tokens: int | None = None
 
     def __post_init__(self) -> None:
         self.module.eval()

@@ -21,9 +21,10 @@ from export.scheduler import (
 )
 from export.sizes import native_size, scale_factor, side_multiple
 from export.tokenizer import check_ids, load_tokenizer
+from export.unet import MAX_CHUNKS
 from export.vqgan_decoder import latent_to_rgb
 from networks.loading import CheckpointError
-from twinbrush.engine.config import PipelineConfig
+from twinbrush.engine.config import LORA_SCALE, PipelineConfig
 from twinbrush.engine.prompt import PromptTokenizer
 from twinbrush.engine.request import FIELDS, GenerationRequest
 
@@ -33,6 +34,7 @@ TOKENIZER = {
     "clip_text_2": "clip_tokenizer_2.json",
     "bert": "bert_tokenizer.json",
 }
+PIPELINE = "pipeline.json"
 SOURCES = {"clip_text": "tokenizer", "clip_text_2": "tokenizer_2", "bert": "bert_tokenizer"}
 
 
@@ -67,11 +69,28 @@ def write(checkpoint: Checkpoint, parts: dict[str, Part], folder: Path) -> None:
         "fusion_inputs": list(parts["fusion"].inputs),
         "unet_inputs": [n for n in parts["unet"].inputs if n not in ("sample", "timestep")],
         "timestep_cond": unet.config.time_cond_proj_dim,
+        "max_chunks": MAX_CHUNKS,
+        "loras": list(checkpoint.serving.lora_set),
         "zeros_for_empty_negative": _zeros_for_empty_negative(checkpoint),
         "latent_to_rgb": index.get("latent_to_rgb") or latent_to_rgb(parts["vqgan_decoder"]),
     }
-    (folder / "pipeline.json").write_text(json.dumps(pipeline) + "\n")
+    (folder / PIPELINE).write_text(json.dumps(pipeline) + "\n")
     _check(checkpoint, folder)
+
+
+def add_memory(folder: Path, memory: dict[str, Any] | None) -> None:
+    """Adds to `pipeline.json` what calls take of memory, see `engine.memory.NetworkMemory`."""
+    file = folder / PIPELINE
+    fields = json.loads(file.read_text()) | {"memory": memory}
+    file.write_text(json.dumps(fields) + "\n")
+
+
+def memory_of(folder: Path) -> dict[str, Any]:
+    """What an earlier export has measured; nothing where there was none, or it cannot be read."""
+    try:
+        return json.loads((folder / PIPELINE).read_text()).get("memory") or {}
+    except (OSError, ValueError, AttributeError):
+        return {}
 
 
 def _zeros_for_empty_negative(checkpoint: Checkpoint) -> bool:
@@ -83,7 +102,7 @@ def _zeros_for_empty_negative(checkpoint: Checkpoint) -> bool:
 def _check(checkpoint: Checkpoint, folder: Path) -> None:
     """Reads the files as the engine does, and a request that is silent."""
     try:
-        PromptTokenizer(folder, _parse_silent_request(folder / "pipeline.json"))
+        PromptTokenizer(folder, _parse_silent_request(folder / PIPELINE))
     except ValueError as error:
         text = str(error).replace(f"{folder}/", "")
         raise CheckpointError(f"{checkpoint.name} cannot be served: {text}") from error
@@ -167,6 +186,7 @@ def _encoder(checkpoint: Checkpoint, part: Part, source: str, folder: Path) -> d
         "length": part.inputs["input_ids"].axes[0],
         "pad": pad if pad is not None else tokenizer.eos_token_id or 0,
         "mask": "attention_mask" in part.inputs,
+        "takes_loras": LORA_SCALE in part.inputs,
     }
 
 

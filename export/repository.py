@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import time
 from collections.abc import Callable, Container, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,20 +14,25 @@ from typing import Any
 from export import bert, clip_text, clip_text_2, fusion, pipeline, unet, vqgan_decoder
 from export.checkpoint import Checkpoint
 from export.convert import OPSET, parity_error, to_onnx
-from export.macs import count_macs
+from export.cpu_runtime import Choice, CpuRuntime, choose, with_accelerator, without_accelerator
+from export.macs import attention_pairs, count_macs
+from export.memory import Growth, MeasureError, fit, measure
 from export.part import Part
 from export.precision import Precision
 from export.resources import check_resources
+from export.sizes import side_multiple
 from export.staging import put_in_place, staging
 from export.tensorrt import Wanted, stage_plan, wanted_by_engine
 from export.triton_config import with_tensors
 from networks.loading import CheckpointError
 from networks.pruned import Pruning, pruning_of
 from twinbrush.engine.config import ENGINE
+from twinbrush.engine.memory import DECODER, UNET
 from twinbrush.server.manifest import NAME as MANIFEST
 from twinbrush.server.manifest import sha256_of
 from twinbrush.server.plans import PLAN
 
+log = logging.getLogger(__name__)
 MODELS = ("clip_text", "bert", "fusion", "unet", "vqgan_decoder")
 ALL_MODELS = ("clip_text", "clip_text_2", *MODELS[1:])
 # The part of a checkpoint that each model is made of.
@@ -62,6 +68,7 @@ class ModelReport:
         macs: multiply-accumulates of one row at the size that it was trained on.
         pruning: what was removed from it, None where nothing was.
         loras: name, SHA-256 and scale of each LoRA file fused into it.
+        lora_set: the same of each LoRA that requests can switch on in it.
         bytes: of the ONNX file and its external data.
         sha256: of each file, by name.
         precision: that it computes in.
@@ -72,6 +79,7 @@ class ModelReport:
         revisions: commit of each source of that checkpoint that came from the hub, by hub id.
         tools: versions of the libraries that exported it.
         plan: TensorRT and GPU that its plan was made for, where it has one.
+        cpu_runtime: what computes it on a CPU, with what was measured; None without a choice.
     """
 
     model: str
@@ -79,6 +87,7 @@ class ModelReport:
     macs: int
     pruning: Pruning | None
     loras: list[dict[str, Any]]
+    lora_set: list[dict[str, Any]]
     bytes: int
     sha256: dict[str, str]
     precision: str
@@ -91,6 +100,7 @@ class ModelReport:
     revisions: dict[str, str]
     tools: dict[str, str]
     plan: dict[str, str] | None = None
+    cpu_runtime: Choice | None = None
 
 
 def load_parts(checkpoint: Checkpoint) -> dict[str, Part]:
@@ -127,6 +137,7 @@ class Build:
         precision: of the models.
         trt: TensorRT's module, or None where no plans are built.
         profiles: what the plans must cover; None without `trt`.
+        cpu_runtime: how the runtime of the CPU is chosen.
     """
 
     repository: Path
@@ -134,6 +145,7 @@ class Build:
     precision: Precision
     trt: Any = None
     profiles: Wanted | None = None
+    cpu_runtime: CpuRuntime = CpuRuntime.ONNXRUNTIME
 
 
 def build(
@@ -144,6 +156,7 @@ def build(
     precision: Precision = Precision.FP32,
     trt: Any = None,
     check: Callable[[Path], dict[str, Any]] | None = None,
+    cpu_runtime: CpuRuntime = CpuRuntime.ONNXRUNTIME,
 ) -> list[ModelReport]:
     """Exports a checkpoint into a repository that has its folders and `config.pbtxt` files.
 
@@ -158,6 +171,7 @@ def build(
         ConversionError: PyTorch cannot make an ONNX graph of a model.
         ParityError: the outputs of a model are not those of its original.
         TensorRTError: a plan cannot be built.
+        CpuRuntimeError: the wanted runtime cannot compute a model.
         ResourceError: the machine has not enough memory or disk.
         OSError: the disk is full, or the repository cannot be written.
     """
@@ -174,17 +188,51 @@ def build(
         pipeline.write(checkpoint, parts, stage / ENGINE)
         _check_tokenizers(kept, repository, stage)
         _check_loras(kept, repository, checkpoint)
+        growths = {name: _growth(checkpoint, parts[name]) for name in (UNET, DECODER)}
         profiles = wanted_by_engine(repository, stage / ENGINE / "pipeline.json") if trt else None
-        target = Build(repository, stage, precision, trt, profiles)
+        target = Build(repository, stage, precision, trt, profiles, cpu_runtime)
         parts = {name: parts[name] for name in only}
         reports = []
         for name in only:
             progress(name)
             # A finished part leaves its memory to the next.
             reports.append(_build_model(checkpoint, parts.pop(name), target))
+        progress("memory")
+        others = sum(r.bytes for r in reports if r.model not in growths)
+        others += sum(line["bytes"] for name, line in kept.items() if name not in growths)
+        pipeline.add_memory(stage / ENGINE, _memory(target, growths, others))
         _write_manifest(stage, checkpoint, kept, reports, check(stage) if check else None)
         put_in_place(stage, repository, _absent(present))
     return reports
+
+
+def _growth(checkpoint: Checkpoint, part: Part) -> Growth:
+    weights, pairs = attention_pairs(part)
+    multiple = side_multiple(checkpoint.config("unet"))
+    return Growth(part.side or (1, 1), multiple, count_macs(part), weights, pairs)
+
+
+def _memory(target: Build, growths: dict[str, Growth], others: float) -> dict[str, Any] | None:
+    """`memory` of `pipeline.json`; a model that stays keeps what an earlier export measured.
+
+    None where it cannot be measured; calls then have rows by their size alone.
+    """
+    earlier = pipeline.memory_of(target.repository / ENGINE)
+    found: dict[str, Any] = {"others": others}
+    for name, growth in growths.items():
+        root = target.stage if (target.stage / name / "1").is_dir() else target.repository
+        if root is target.repository and name in earlier:
+            found[name] = earlier[name]
+            continue
+        config = target.stage / name / "config.pbtxt"
+        config = config if config.is_file() else target.repository / name / "config.pbtxt"
+        try:
+            measured = measure(root / name / "1" / "model.onnx", config, growth.sides())
+        except MeasureError as error:
+            log.error("memory was not measured, and does not bound calls: %s", error)
+            return None
+        found[name] = fit(measured, growth)
+    return found
 
 
 def _absent(present: Container[str]) -> list[Path]:
@@ -279,8 +327,11 @@ def _check_tokenizers(kept: Container[str], repository: Path, stage: Path) -> No
 
 
 def _check_loras(kept: dict[str, dict], repository: Path, checkpoint: Checkpoint) -> None:
-    """Refuses to keep a model without a LoRA that changes it."""
+    """Refuses to keep a model without a LoRA that changes it, or with others to switch on."""
     for name, line in kept.items():
+        if line.get("lora_set", []) != checkpoint.lora_set_of(PART_OF[name]):
+            text = f"the {name} in {repository} has another --lora-set, and --only leaves it out"
+            raise CheckpointError(f"{text}: export everything")
         fused = {(record["sha256"], record["scale"]) for record in line.get("loras", [])}
         for lora in checkpoint.serving.loras:
             if PART_OF[name] in lora.parts and (lora.sha256, lora.scale) not in fused:
@@ -294,8 +345,12 @@ def _build_model(checkpoint: Checkpoint, part: Part, target: Build) -> ModelRepo
     folder.mkdir(parents=True)
     nodes_traced, nodes = to_onnx(part, folder / "model.onnx", target.precision)
     error = parity_error(part, folder / "model.onnx", target.precision)
-    config = _configuration(target.repository, part.name)
-    (target.stage / part.name / "config.pbtxt").write_text(with_tensors(config, part))
+    config = without_accelerator(_configuration(target.repository, part.name))
+    config = with_tensors(config, part)
+    choice = choose(part, folder / "model.onnx", config, target.cpu_runtime)
+    if choice is not None and choice.runtime == "openvino":
+        config = with_accelerator(config, choice.precision)
+    (target.stage / part.name / "config.pbtxt").write_text(config)
     files = sorted(folder.iterdir())
     source = PART_OF[part.name]
     report = ModelReport(
@@ -304,6 +359,7 @@ def _build_model(checkpoint: Checkpoint, part: Part, target: Build) -> ModelRepo
         macs=count_macs(part),
         pruning=pruning_of(checkpoint.folders[source]) if source in SOURCE.values() else None,
         loras=checkpoint.loras_of(source),
+        lora_set=checkpoint.lora_set_of(source),
         bytes=sum(file.stat().st_size for file in files),
         sha256={file.name: sha256_of(file) for file in files},
         precision=target.precision.value,
@@ -315,6 +371,7 @@ def _build_model(checkpoint: Checkpoint, part: Part, target: Build) -> ModelRepo
         checkpoint=checkpoint.name,
         revisions=checkpoint.revisions,
         tools={tool: importlib.metadata.version(tool) for tool in TOOLS},
+        cpu_runtime=choice,
     )
     return _with_plan(report, target) if target.profiles else report
 

@@ -19,7 +19,7 @@ import typer
 from export.staging import put_in_place, staging
 from export.triton_config import MARKER
 from twinbrush.engine.capacity import Capacity, decoder_pictures
-from twinbrush.engine.config import ENGINE, PipelineConfig
+from twinbrush.engine.config import ENGINE, TOKENS, PipelineConfig
 from twinbrush.server.manifest import NAME, ManifestError, reading, sha256_of
 from twinbrush.server.plans import (
     CONFIG_NAME,
@@ -62,10 +62,11 @@ class Range:
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one optimisation profile: rows of a call, and sides of a latent."""
+    """Of one optimisation profile: rows of a call, sides of a latent, and tokens of a text."""
 
     rows: Range
     side: Range
+    tokens: Range
 
 
 @dataclass(frozen=True)
@@ -86,13 +87,14 @@ class Wanted:
         One for all would have to take as many of the largest as of the smallest, where tensors
         have more elements than convolutions take.
         """
-        cells = self.pipeline.scale_factor
+        cells, length = self.pipeline.scale_factor, self.pipeline.chunk_length
+        tokens = Range(length, length, length * self.pipeline.max_chunks)
         found = []
         for call in self.calls:
             most = decoder_pictures(call.rows) if model == "vqgan_decoder" else call.rows
             usual = max(1, most // 4)  # between one client and many
             low, high = self.pipeline.side_multiple // cells, call.side // cells
-            found.append(Limits(Range(1, usual, most), Range(low, high, high)))
+            found.append(Limits(Range(1, usual, most), Range(low, high, high), tokens))
         return found
 
 
@@ -224,13 +226,14 @@ def _let_attention_decompose(trt: Any, network: Any) -> None:
 
 
 def _profile(builder: Any, network: Any, limits: Limits) -> Any:
-    """The first axis of every input is the rows; any other that varies is a side."""
+    """The first axis of every input is the rows; any other that varies is a side, or tokens."""
     profile = builder.create_optimization_profile()
     for i in range(network.num_inputs):
         tensor = network.get_input(i)
+        within = limits.tokens if tensor.name == TOKENS else limits.side
         shapes = [
             [
-                size if size != -1 else getattr(limits.side if axis else limits.rows, end)
+                size if size != -1 else getattr(within if axis else limits.rows, end)
                 for axis, size in enumerate(tensor.shape)
             ]
             for end in ("low", "usual", "high")

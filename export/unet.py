@@ -1,7 +1,8 @@
 """The UNet: `sample` (B, C, h, w) at `timestep` (B) to `model_output` (B, C, h, w).
 
-Besides the text tokens it takes what its family adds: `timestep_cond` (B, E) of distilled
-UNets, and SDXL's `text_embeds` (B, Dp) and `time_ids` (B, 6).
+The text tokens (B, T, D) are those of one chunk of text or of a few. Besides them the UNet takes
+what its family adds: `timestep_cond` (B, E) of distilled UNets, and SDXL's `text_embeds` (B, Dp)
+and `time_ids` (B, 6).
 """
 
 from __future__ import annotations
@@ -13,17 +14,20 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from export.checkpoint import Checkpoint
+from export.lora_set import LoraScales, attach_loras, with_scales
 from export.part import Part, TensorSpec, integers, normal
 from export.sizes import native_size, side_multiple
 from networks.loading import CheckpointError
+from twinbrush.engine.config import TOKENS
 
+MAX_CHUNKS = 8  # of a prompt
 TIME_IDS = 6  # original height and width, top and left of the crop, target height and width
 
 
 class UNet(nn.Module):
-    def __init__(self, unet: UNet2DConditionModel):
+    def __init__(self, unet: UNet2DConditionModel, scales: LoraScales | None = None):
         super().__init__()
-        self.unet = unet
+        self.unet, self.scales = unet, scales or LoraScales(0)
 
     def forward(
         self,
@@ -31,16 +35,18 @@ class UNet(nn.Module):
         timestep: Tensor,
         encoder_hidden_states: Tensor,
         timestep_cond: Tensor | None = None,
+        lora_scale: Tensor | None = None,
     ) -> Tensor:
-        return _predict(self.unet, sample, timestep, encoder_hidden_states, timestep_cond)
+        with self.scales.of(lora_scale):
+            return _predict(self.unet, sample, timestep, encoder_hidden_states, timestep_cond)
 
 
 class UNetXL(nn.Module):
     """A UNet with SDXL's pooled text and sizes beside the tokens."""
 
-    def __init__(self, unet: UNet2DConditionModel):
+    def __init__(self, unet: UNet2DConditionModel, scales: LoraScales | None = None):
         super().__init__()
-        self.unet = unet
+        self.unet, self.scales = unet, scales or LoraScales(0)
 
     def forward(
         self,
@@ -50,9 +56,13 @@ class UNetXL(nn.Module):
         text_embeds: Tensor,
         time_ids: Tensor,
         timestep_cond: Tensor | None = None,
+        lora_scale: Tensor | None = None,
     ) -> Tensor:
         added = {"text_embeds": text_embeds.to(self.unet.dtype), "time_ids": time_ids}
-        return _predict(self.unet, sample, timestep, encoder_hidden_states, timestep_cond, added)
+        with self.scales.of(lora_scale):
+            return _predict(
+                self.unet, sample, timestep, encoder_hidden_states, timestep_cond, added
+            )
 
 
 def _predict(
@@ -115,10 +125,11 @@ def part(checkpoint: Checkpoint, fusion: Part, pooled: TensorSpec | None = None)
         if isinstance(module, Attention) and module.upcast_attention and not module.group_norm:
             module.set_processor(UpcastAttention())
     latent = TensorSpec(torch.float32, (unet.config.in_channels, "height", "width"))
+    length, width = hidden.axes
     inputs = {
         "sample": latent,
         "timestep": TensorSpec(torch.float32, ()),
-        "encoder_hidden_states": hidden,
+        TOKENS: TensorSpec(torch.float32, ("tokens", width)),
     }
     if unet.config.addition_embed_type:
         inputs |= {"text_embeds": pooled, "time_ids": TensorSpec(torch.float32, (TIME_IDS,))}
@@ -127,7 +138,9 @@ def part(checkpoint: Checkpoint, fusion: Part, pooled: TensorSpec | None = None)
     multiple = side_multiple(unet.config)
 
     def example(batch: int, size: int) -> dict[str, Tensor]:
+        chunks = 1 + size % 2  # so that sizes 2 and 3 try both
         sides = {"height": multiple * size, "width": multiple * (size + 1)}
+        sides["tokens"] = chunks * length
         tensors = {
             name: normal((batch, *(sides.get(axis, axis) for axis in spec.axes)))
             for name, spec in inputs.items()
@@ -137,9 +150,12 @@ def part(checkpoint: Checkpoint, fusion: Part, pooled: TensorSpec | None = None)
             tensors["time_ids"] = integers((batch, TIME_IDS), 1024).float()
         return tensors
 
-    wrapped = UNetXL(unet) if "time_ids" in inputs else UNet(unet)
+    scales = attach_loras(unet, "unet", checkpoint.serving.lora_set)
+    wrapped = (UNetXL if "time_ids" in inputs else UNet)(unet, scales)
     side = native_size(checkpoint)
-    return Part("unet", wrapped, inputs, {"model_output": latent}, example, side=side)
+    outputs = {"model_output": latent}
+    plain = Part("unet", wrapped, inputs, outputs, example, side=side, tokens=length)
+    return with_scales(plain, scales)
 
 
 def check_inputs(config, pooled: int | None) -> None:

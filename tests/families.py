@@ -200,7 +200,18 @@ def _write_tokenizer(folder: Path, bang: bool) -> None:
 
 
 def _tower(open_clip: bool) -> CLIPTextModel:
-    return CLIPTextModel(_tower_config(32, open_clip))
+    return _with_mean(CLIPTextModel(_tower_config(32, open_clip)))
+
+
+def _with_mean(tower: Any) -> Any:
+    """Tokens of trained towers have a mean, to which weighted ones are brought back."""
+    with torch.no_grad():
+        for name, tensor in tower.named_parameters():
+            if name.endswith("final_layer_norm.bias"):
+                tensor.fill_(0.2)
+            elif name.endswith("token_embedding.weight"):
+                tensor.add_(0.02)
+    return tower
 
 
 def _tower_config(width: int, open_clip: bool, **options: Any) -> CLIPTextConfig:
@@ -214,8 +225,8 @@ def _tower_config(width: int, open_clip: bool, **options: Any) -> CLIPTextConfig
 
 
 def _xl_towers() -> dict[str, Any]:
-    second = _tower_config(40, True, projection_dim=24)
-    return {"text_encoder": _tower(False), "text_encoder_2": CLIPTextModelWithProjection(second)}
+    second = CLIPTextModelWithProjection(_tower_config(40, True, projection_dim=24))
+    return {"text_encoder": _tower(False), "text_encoder_2": _with_mean(second)}
 
 
 def _kl(xl: bool) -> diffusers.AutoencoderKL:

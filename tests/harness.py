@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
+import os
 import shutil
 import signal
 import socket
@@ -16,16 +18,20 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnx_ir
 import pytest
+import torch
 import typer
+from families import FAMILIES, write_family
 from typer.testing import CliRunner, Result
 
 from checkpoints import tiny_checkpoint
 from export.__main__ import main as export_main
 from export.checkpoint import open_checkpoint
-from export.convert import to_onnx
+from export.convert import OPSET, to_onnx, trace
+from export.memory import measure
 from export.part import Part
-from export.precision import Precision
+from export.precision import Precision, in_precision
 from export.repository import build
 from twinbrush.engine.config import PipelineConfig
 from twinbrush.engine.engine import Engine
@@ -63,16 +69,32 @@ def export_command(*arguments: str | Path) -> Result:
 
 def identity(part: Part, precision: Precision) -> str:
     """Of what a conversion depends on; wherever a model was read from, it is the same."""
+    made_of = hashlib.sha256(structure(part, precision).encode())
+    for tensor in part.module.state_dict().values():
+        made_of.update(tensor.numpy().tobytes())
+    return made_of.hexdigest()
+
+
+def structure(part: Part, precision: Precision) -> str:
+    """Of what a traced graph depends on: all but the values of weights."""
     made_of = hashlib.sha256(f"{part.name} {part.inputs} {part.outputs} {precision}".encode())
+    weights = part.module.state_dict(keep_vars=True)
     for name, module in part.module.named_modules():
-        told = dict(vars(module))
-        for config in (told.pop("config", {}), told.pop("_internal_dict", {})):
-            told |= config if isinstance(config, dict) else config.to_dict()
-        plain = {k: v for k, v in told.items() if is_plain(v) and "name_or_path" not in k}
+        settings = dict(vars(module))
+        for config in (settings.pop("config", {}), settings.pop("_internal_dict", {})):
+            settings |= config if isinstance(config, dict) else config.to_dict()
+        plain = {k: v for k, v in settings.items() if is_plain(v) and "name_or_path" not in k}
         made_of.update(f"{name} {type(module)} {json.dumps(plain, sort_keys=True)}".encode())
-    for name, tensor in part.module.state_dict(keep_vars=True).items():
-        made_of.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        made_of.update(tensor.detach().numpy().tobytes())
+        for key, value in settings.items():
+            if isinstance(value, torch.Tensor):
+                made_of.update(f"{key} {value.tolist()}".encode())
+    for name, tensor in part.module.named_buffers():
+        if name not in weights:
+            made_of.update(f"{name} {tensor.tolist()}".encode())
+    tied: dict[int, str] = {}
+    for name, tensor in weights.items():
+        first = tied.setdefault(id(tensor), name)
+        made_of.update(f"{name} {first} {tensor.dtype} {tuple(tensor.shape)}".encode())
     return made_of.hexdigest()
 
 
@@ -86,13 +108,25 @@ def is_plain(value: object) -> bool:
 
 @pytest.fixture(scope="session", autouse=True)
 def conversions(tmp_path_factory, worker_id) -> Iterator[None]:
-    """Export converts a model once: tests ask for it again, for 3 to 20 s a time."""
+    """Export traces a structure once, which takes 3 to 20 s, and converts the same weights once."""
     run = tmp_path_factory.getbasetemp()
-    kept = (run if worker_id == "master" else run.parent) / "conversions"  # all workers'
-    kept.mkdir(exist_ok=True)
+    shared = run if worker_id == "master" else run.parent  # all workers'
+    converted, traced = shared / "conversions", shared / "traces"
+    converted.mkdir(exist_ok=True)
+    traced.mkdir(exist_ok=True)
 
-    def converted(part: Part, file: Path, precision: Precision = Precision.FP32) -> tuple[int, int]:
-        made = kept / identity(part, precision)
+    def kept_trace(part: Part, precision: Precision, opset: int = OPSET):
+        file = traced / f"{structure(part, precision)}-{opset}.onnx"
+        if not file.exists():
+            begun = tmp_path_factory.mktemp("trace") / "model.onnx"
+            trace(part, precision, opset).save(begun)
+            begun.rename(file)
+        program = torch.onnx.ONNXProgram(onnx_ir.load(file), None)
+        program.apply_weights(in_precision(part, precision).state_dict())
+        return program
+
+    def kept(part: Part, file: Path, precision: Precision = Precision.FP32) -> tuple[int, int]:
+        made = converted / identity(part, precision)
         if not made.exists():
             folder = tmp_path_factory.mktemp("conversion")
             nodes = to_onnx(part, folder / "model.onnx", precision)
@@ -102,10 +136,29 @@ def conversions(tmp_path_factory, worker_id) -> Iterator[None]:
         shutil.copy(made / "model.onnx", file)
         return tuple(json.loads((made / "nodes.json").read_text()))
 
+    gc.collect()
+    gc.freeze()  # libraries ask for collections, which the many objects of torch make slow
     with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("export.convert.trace", kept_trace)
         for module in ("repository", "gate"):
-            patched.setattr(f"export.{module}.to_onnx", converted)
+            patched.setattr(f"export.{module}.to_onnx", kept)
+        patched.setattr("export.repository.measure", once(measure, converted))
         yield
+
+
+def once(measure_memory, kept: Path):
+    """`export.memory.measure`, which starts a process, once for each file."""
+
+    def measured(model: Path, config: Path, sides: list[int]) -> dict:
+        files = model.read_bytes() + config.read_bytes()
+        known = kept / f"memory-{hashlib.sha256(files).hexdigest()}-{sides}.json"
+        if not known.exists():
+            made = json.dumps(measure_memory(model, config, sides))
+            known.with_suffix(f".{os.getpid()}").write_text(made)
+            known.with_suffix(f".{os.getpid()}").rename(known)
+        return json.loads(known.read_text())
+
+    return measured
 
 
 @pytest.fixture(scope="session")
@@ -130,6 +183,23 @@ def distilled_repository(repository, tmp_path_factory) -> Path:
     shutil.copytree(repository, folder)
     build(open_checkpoint(checkpoint), folder, only=["unet"])
     return folder
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """Writes and exports a family, once: its checkpoint and its repository."""
+    made: dict[str, tuple[Path, Path]] = {}
+    folder = tmp_path_factory.mktemp("families")
+
+    def export(name: str) -> tuple[Path, Path]:
+        if name not in made:
+            source = write_family(folder / name.replace("/", "--"), FAMILIES[name])
+            repository = skeleton(folder / f"{source.name}-served")
+            build(open_checkpoint(source), repository)
+            made[name] = source, repository
+        return made[name]
+
+    return export
 
 
 def open_engine(repository: Path, models=None, **options) -> Engine:

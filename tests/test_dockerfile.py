@@ -69,7 +69,7 @@ def test_its_command_is_one_that_the_server_takes():
     assert (interpreter, *module) == ("python3", "-m", "twinbrush.server")
     usage = subprocess.check_output([sys.executable, *module, "--help"], text=True)
     flags = [word for word in listed("ENTRYPOINT") if word.startswith("--")]
-    assert {"--repository", "--address", "--restart"} == set(flags)
+    assert {"--repository", "--address", "--health-port", "--restart"} == set(flags)
     for flag in flags:
         assert flag in usage
 
@@ -86,9 +86,11 @@ def test_the_base_is_new_enough_and_the_user_is_not_root():
     assert last_user.split()[1] not in ("root", "0")
 
 
-def test_the_health_check_asks_the_port_that_is_served():
-    assert ":8000/v2/health/ready" in instruction("HEALTHCHECK")
-    assert "8000" in instruction("EXPOSE").split()
+def test_the_health_check_asks_the_launcher_which_knows_of_the_drain():
+    command = listed("ENTRYPOINT")
+    port = command[command.index("--health-port") + 1]
+    assert f"127.0.0.1:{port}/ready" in instruction("HEALTHCHECK")
+    assert port in instruction("EXPOSE").split()
 
 
 @pytest.mark.parametrize("name", ["pyproject.toml", "README.md", "LICENSE"])

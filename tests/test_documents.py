@@ -14,7 +14,7 @@ DOCUMENTS = sorted(
         *ROOT.glob("*.md"),
         *ROOT.glob("docs/**/*.md"),
         *ROOT.glob("checkpoints/*/README.md"),
-        *ROOT.glob("examples/**/*.md"),
+        *(path for path in ROOT.glob("examples/**/*.md") if "node_modules" not in path.parts),
     }
 )
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")

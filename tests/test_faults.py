@@ -171,6 +171,37 @@ def test_work_is_bounded_and_one_large_request_is_taken_alone(repository, watche
     engine.close()
 
 
+def test_one_client_has_a_share_of_the_queue_and_leaves_the_rest(repository, watched):
+    engine = open_engine(repository, watched, limits=Limits(queue_size=8, queue_work=100))
+    hold = threading.Event()
+    watched.before_unet = lambda inputs: hold.wait(30)
+
+    def ask(client, steps):
+        return Client(engine, request(engine, steps=steps, guidance_scale=1.0, client=client))
+
+    taken = [ask("ada", 45), ask("ada", 1), ask("ada", 1), ask("ada", 1)]
+    with pytest.raises(EngineError, match=r"client='ada'.*4 of 4 requests.*after \d+ s") as refused:
+        ask("ada", 1)
+    assert refused.value.code == "RESOURCE_EXHAUSTED"
+    assert refused.value.retry_after >= 1
+    taken.append(ask("bob", 50))
+    with pytest.raises(EngineError, match=r"client='bob'.*50 of 50 units of work"):
+        ask("bob", 1)
+    taken += [ask("", 1), ask("", 1)]
+    for client in taken:
+        client.generation.cancel()
+    hold.set()
+    assert {client.error.code for client in taken} == {"CANCELLED"}
+    assert Client(engine, request(engine, steps=1, client="ada")).error is None
+    engine.close()
+
+
+def test_a_clients_only_request_is_taken_whatever_its_work(repository):
+    engine = open_engine(repository, limits=Limits(queue_size=1, queue_work=4, client_work=1))
+    assert Client(engine, request(engine, steps=4, guidance_scale=1.0, client="ada")).error is None
+    engine.close()
+
+
 def test_a_request_past_its_deadline_ends(repository, watched):
     engine = open_engine(repository, watched)
     hold = threading.Event()

@@ -41,10 +41,15 @@ def test_only_what_dead_launchers_left_is_swept(tmp_path, monkeypatch):
     ended = subprocess.Popen(["true"])
     ended.wait()
     me, start = os.getpid(), processes.start_time(os.getpid())
+    here = f"ns{os.stat('/proc/self/ns/pid').st_ino}"
     assert start is not None
-    dead = [f"twinbrush-{ended.pid}-{start}-abc", f"twinbrush-{me}-{int(start) - 1}-abc"]
-    dead_memory = f"triton_python_shm_twinbrush_{ended.pid}_{start}_77_python_1"
-    kept = [f"twinbrush-{me}-{start}-abc", "twinbrush-notes", "twinbrush"]
+    dead = [
+        f"twinbrush-{here}-{ended.pid}-{start}-abc",
+        f"twinbrush-{here}-{me}-{int(start) - 1}-abc",
+    ]
+    dead_memory = f"triton_python_shm_twinbrush_{here}_{ended.pid}_{start}_77_python_1"
+    elsewhere = f"twinbrush-{here}1-{ended.pid}-{start}-abc"  # perhaps alive, in a container
+    kept = [f"twinbrush-{here}-{me}-{start}-abc", elsewhere, "twinbrush-notes", "twinbrush"]
     for name in (*dead, *kept):
         (tmp_path / name / "inside").mkdir(parents=True)
     (tmp_path / dead_memory).touch()
@@ -56,7 +61,10 @@ def test_a_folder_of_this_launcher_names_its_process(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     folder = scratch.new_folder()
     assert folder.parent == tmp_path
-    assert f"-{os.getpid()}-{processes.start_time(os.getpid())}-" in folder.name
+    here = f"ns{os.stat('/proc/self/ns/pid').st_ino}"
+    owner = f"{here}-{os.getpid()}-{processes.start_time(os.getpid())}"
+    assert folder.name.startswith(f"twinbrush-{owner}-")
+    assert scratch.new_region().startswith(f"twinbrush_{owner.replace('-', '_')}_")
 
 
 def test_a_temporary_folder_that_a_shell_would_split_is_passed_over(tmp_path, monkeypatch):

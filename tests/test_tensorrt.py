@@ -140,10 +140,11 @@ def test_what_plans_cannot_be_built_from_is_one_sentence(
 
 def test_profiles_take_what_the_engine_sends_and_no_more_pixels_for_larger_pictures(repository):
     wanted = wanted_by_engine(repository, repository / ENGINE / "pipeline.json")
+    tokens = Range(16, 16, 8 * 16)
     assert wanted.profiles("unet") == [
-        Limits(rows=Range(1, 8, 32), side=Range(2, 8, 8)),
-        Limits(rows=Range(1, 2, 8), side=Range(2, 16, 16)),
-        Limits(rows=Range(1, 1, 2), side=Range(2, 32, 32)),
+        Limits(rows=Range(1, 8, 32), side=Range(2, 8, 8), tokens=tokens),
+        Limits(rows=Range(1, 2, 8), side=Range(2, 16, 16), tokens=tokens),
+        Limits(rows=Range(1, 1, 2), side=Range(2, 32, 32), tokens=tokens),
     ]
     pictures = [limits.rows.high for limits in wanted.profiles("vqgan_decoder")]
     assert pictures == [4, 1, 1]

@@ -63,12 +63,14 @@ def refused(monkeypatch, tmp_path):
     """Runs a stage in this process, which has its imports; gives the sentence that it ends with."""
 
     def run(stage: str, *flags: str) -> str:
-        command = command_of((f"training.{stage}",), tmp_path, *flags)
+        module, *name = stage.split()
+        command = command_of((module, *name), tmp_path, *flags)
+        before = list(tmp_path.iterdir())
         monkeypatch.setattr(sys, "argv", [word for word in command[2:] if word != "--threads=1"])
-        monkeypatch.delitem(sys.modules, f"training.{stage}", raising=False)
+        monkeypatch.delitem(sys.modules, module, raising=False)
         with pytest.raises(SystemExit) as ended:
-            runpy.run_module(f"training.{stage}", run_name="__main__")
-        assert not list(tmp_path.iterdir())
+            runpy.run_module(module, run_name="__main__")
+        assert list(tmp_path.iterdir()) == before
         return ended.value.code
 
     return run
@@ -94,27 +96,27 @@ def test_a_command_with_a_bad_device_says_so_and_writes_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_cannot_be_written_is_one_clear_sentence(tmp_path):
+def test_a_folder_that_cannot_be_written_is_one_clear_sentence(refused, tmp_path):
     (tmp_path / "file").touch()
-    ended = run_stage("clip", tmp_path, "--runs", str(tmp_path / "file" / "runs"), "--steps", "1")
-    assert ended.returncode == 1
-    assert ended.stderr.splitlines()[-1].startswith("error: [Errno 20] Not a directory")
+    said = refused(
+        "examples.scenes.train clip", "--runs", str(tmp_path / "file" / "runs"), "--steps", "1"
+    )
+    assert said.startswith("error: [Errno 20] Not a directory")
 
 
 def test_a_stage_that_starts_anew_refuses_init(refused, tmp_path, tmp_path_factory):
     data = write("jsonl", tmp_path_factory.mktemp("data"))
-    said = refused("clip", "--init", str(tmp_path), "--data", str(data))
+    said = refused("training.clip", "--init", str(tmp_path), "--data", str(data))
     assert said == "error: --init: this stage starts from random weights and takes none"
 
 
-def test_a_stage_refuses_a_checkpoint_that_lacks_a_tensor_before_it_computes(tmp_path):
+def test_a_stage_refuses_a_checkpoint_that_lacks_a_tensor_before_it_computes(refused, tmp_path):
     shutil.copytree(ROOT / "checkpoints" / "scenes-64", tmp_path / "checkpoint")
     (file,) = (tmp_path / "checkpoint" / "bert").glob("*.safetensors")
     tensors = load_file(file)
     del tensors["embeddings.word_embeddings.weight"]
     save_file(tensors, file, {"format": "pt"})
-    ended = run_stage("diffusion", tmp_path, "--steps", "1")
-    assert ended.stderr.splitlines()[-1] == (
+    assert refused("examples.scenes.train diffusion", "--steps", "1") == (
         f"error: {file.parent} lacks 1 of its tensors, embeddings.word_embeddings.weight first"
     )
     assert not (tmp_path / "runs").exists()
@@ -123,7 +125,7 @@ def test_a_stage_refuses_a_checkpoint_that_lacks_a_tensor_before_it_computes(tmp
 def test_a_stage_does_not_overwrite_what_it_starts_from(refused, tmp_path, tmp_path_factory):
     same = tmp_path / "checkpoint"
     data = write("jsonl", tmp_path_factory.mktemp("data"))
-    said = refused("diffusion", "--init", str(same), "--data", str(data))
+    said = refused("training.diffusion", "--init", str(same), "--data", str(data))
     assert said == f"error: --init: {same} is the --checkpoint to write; write another"
 
 
@@ -171,7 +173,9 @@ def test_a_killed_stage_ends_with_the_weights_of_an_undisturbed_one(tmp_path, st
 
 
 def test_a_stage_needs_data(refused):
-    assert refused("bert").startswith("error: --data is required: a folder of pictures and")
+    assert refused("training.bert").startswith(
+        "error: --data is required: a folder of pictures and"
+    )
 
 
 def test_scenes_need_no_data_and_name_their_stages(tmp_path):
@@ -191,7 +195,9 @@ def test_scenes_need_no_data_and_name_their_stages(tmp_path):
     ],
 )  # fmt: skip
 def test_a_command_with_bad_data_says_so_and_writes_nothing(refused, tmp_path, flags, message):
-    assert refused("bert", *(f.format(tmp_path) for f in flags)) == message.format(tmp_path)
+    assert refused("training.bert", *(f.format(tmp_path) for f in flags)) == message.format(
+        tmp_path
+    )
 
 
 def test_bounds_of_one_column_all_count_and_take_the_place_of_its_default(tmp_path, monkeypatch):

@@ -533,7 +533,7 @@ def test_a_full_queue_refuses_and_recovers(repository, start_server, tmp_path):
     copy = shutil.copytree(repository, tmp_path / "copy")
     config = copy / STREAM / "config.pbtxt"
     text = config.read_text()
-    assert 'key: "queue_size" value: { string_value: "128" }' in text
+    assert 'key: "queue_size" value: { string_value: "512" }' in text
     config.write_text(text.replace('"queue_size" value: { string_value: "128"',
                                    '"queue_size" value: { string_value: "2"'))  # fmt: skip
     server = start_server(copy)
@@ -623,3 +623,18 @@ def test_two_hundred_mixed_requests_end_each_in_one_way(server):
         thread.join(180)
     assert len(outcomes) == 200
     assert [pair for pair in outcomes if pair[0] != pair[1]] == []
+
+
+@pytest.mark.parametrize(
+    "path", ["systemsharedmemory/region/x/register", "repository/index", "logging", "trace/setting"]
+)
+def test_clients_neither_map_memory_nor_change_the_server(server, path):
+    body = json.dumps({"key": "/x", "offset": 0, "byte_size": 64}).encode()
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(urllib.request.Request(f"{server.url}/v2/{path}", body), timeout=30)
+    assert refused.value.code == 403
+    with (
+        grpc.InferenceServerClient(server.address) as client,
+        pytest.raises(InferenceServerException),
+    ):
+        client.register_system_shared_memory("x", "/x", 64)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
-CGROUP = Path("/proc/self/cgroup")
-MOUNT = Path("/sys/fs/cgroup")
+from twinbrush.cgroups import CGROUP, MOUNT, control_groups
 
 
 def available_cpus(cgroup: Path = CGROUP, mount: Path = MOUNT) -> int:
@@ -16,31 +14,9 @@ def available_cpus(cgroup: Path = CGROUP, mount: Path = MOUNT) -> int:
 
     A quota of 2.5 CPUs gives 3: fewer threads would leave half a CPU unused.
     """
-    quotas = [math.ceil(quota) for quota in _quotas(cgroup, mount)]
+    groups = control_groups("cpu", cgroup, mount)
+    quotas = [math.ceil(quota) for group in groups if (quota := _quota(group)) is not None]
     return max(1, min([len(os.sched_getaffinity(0)), *quotas]))
-
-
-def _quotas(cgroup: Path, mount: Path) -> Iterator[float]:
-    """Quotas of the group and of those that hold it, in CPUs."""
-    try:
-        lines = cgroup.read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            root = mount
-        elif "cpu" in controllers.split(","):
-            root = mount / controllers if (mount / controllers).is_dir() else mount / "cpu"
-        else:
-            continue
-        group = root / path.lstrip("/")
-        while True:
-            if (quota := _quota(group)) is not None:
-                yield quota
-            if group in (root, group.parent):
-                break
-            group = group.parent
 
 
 def _quota(group: Path) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import warnings
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from typing import Any, Unpack
 
 import grpc
@@ -65,25 +66,32 @@ class AsyncClient:
 
     @with_fields
     def stream(
-        self, prompt: str, *, timeout: float | None = None, **fields: Unpack[RequestFields]
+        self,
+        prompt: str,
+        *,
+        timeout: float | None = None,
+        request_id: str | None = None,
+        **fields: Unpack[RequestFields],
     ) -> AsyncStream:
         """The events of a request as they come; `preview_every` asks for previews.
+
+        The server's log and its `cancel` know the request by `request_id`.
 
         Raises:
             InvalidRequest: a field is unknown, or a value has the wrong type.
         """
-        request = wire.stream_request(prompt, fields)
+        request = wire.stream_request(prompt, fields, request_id)
         return self._stream(request, timeout, wire.num_images(fields))
 
     async def info(self, *, timeout: float | None = None) -> ServerInfo:
-        """What the server serves: checkpoint, samplers, sizes, defaults, fields.
+        """What the server serves: checkpoint, samplers, sizes, defaults, fields, device.
 
         Raises:
             TwinbrushError: the server does not answer.
         """
         stream = self._stream(wire.info_request(), timeout)
         (response,) = [response async for response in stream.responses()]
-        return wire.server_info(response)
+        return replace(wire.server_info(response), device=await self._device(timeout))
 
     async def ready(self) -> bool:
         """Whether the server takes requests."""
@@ -103,6 +111,17 @@ class AsyncClient:
 
     async def __aexit__(self, *exc: object) -> None:
         await self.close()
+
+    async def _device(self, timeout: float | None) -> str:
+        """See `ServerInfo.device`; an operator may have closed Triton's own interface."""
+        left, metadata = self._connection.deadline(timeout).left, self._connection.metadata
+        try:
+            answer = await self._stub.ModelConfig(
+                wire.placement_request(), timeout=left, metadata=metadata
+            )
+        except grpc.RpcError:
+            return ""
+        return wire.device(answer)
 
     def _stream(self, request: Any, timeout: float | None, pictures: int = 1) -> AsyncStream:
         deadline = self._connection.deadline(timeout)

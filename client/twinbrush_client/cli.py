@@ -123,6 +123,8 @@ def status(as_json: AsJson = False, server: Server = DEFAULT_ADDRESS) -> None:
     console.print(f"ready: Twinbrush {info.version} at {server}")
     console.print(f"checkpoint: {_escaped(info.checkpoint)}")
     console.print(f"samplers: {', '.join(info.samplers)} (default {info.defaults['sampler']})")
+    if info.loras:
+        console.print(f"loras: {', '.join(info.loras)}")
     console.print(f"defaults: {defaults}")
     console.print(f"sizes: {sizes['native']} pixels, up to {sizes['largest']}, "
                   f"multiples of {sizes['multiple_of']}")  # fmt: skip

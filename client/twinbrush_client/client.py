@@ -7,6 +7,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Unpack
 
 import grpc
@@ -69,24 +70,31 @@ class Client:
 
     @with_fields
     def stream(
-        self, prompt: str, *, timeout: float | None = None, **fields: Unpack[RequestFields]
+        self,
+        prompt: str,
+        *,
+        timeout: float | None = None,
+        request_id: str | None = None,
+        **fields: Unpack[RequestFields],
     ) -> Stream:
         """The events of a request as they come; `preview_every` asks for previews.
+
+        The server's log and its `cancel` know the request by `request_id`.
 
         Raises:
             InvalidRequest: a field is unknown, or a value has the wrong type.
         """
-        request = wire.stream_request(prompt, fields)
+        request = wire.stream_request(prompt, fields, request_id)
         return self._stream(request, timeout, wire.num_images(fields))
 
     def info(self, *, timeout: float | None = None) -> ServerInfo:
-        """What the server serves: checkpoint, samplers, sizes, defaults, fields.
+        """What the server serves: checkpoint, samplers, sizes, defaults, fields, device.
 
         Raises:
             TwinbrushError: the server does not answer.
         """
         (response,) = self._stream(wire.info_request(), timeout).responses()
-        return wire.server_info(response)
+        return replace(wire.server_info(response), device=self._device(timeout))
 
     def ready(self) -> bool:
         """Whether the server takes requests."""
@@ -108,6 +116,17 @@ class Client:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def _device(self, timeout: float | None) -> str:
+        """See `ServerInfo.device`; an operator may have closed Triton's own interface."""
+        left, metadata = self._connection.deadline(timeout).left, self._connection.metadata
+        try:
+            answer = self._stub.ModelConfig(
+                wire.placement_request(), timeout=left, metadata=metadata
+            )
+        except grpc.RpcError:
+            return ""
+        return wire.device(answer)
 
     def _stream(self, request: Any, timeout: float | None, pictures: int = 1) -> Stream:
         deadline = self._connection.deadline(timeout)

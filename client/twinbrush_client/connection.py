@@ -22,7 +22,11 @@ TIMEOUT = 300.0  # seconds
 MAX_RETRIES = 2
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 10.0  # seconds
 PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")
-OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
+OPTIONS = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_reconnect_backoff_ms", 2000),  # a server that is back is found soon
+)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from typing import TypedDict
 DATA_TYPES = {
     "prompt": "BYTES",
     "negative_prompt": "BYTES",
+    "prompt_syntax": "BYTES",
+    "lora": "BYTES",
     "seed": "INT64",
     "steps": "INT32",
     "guidance_scale": "FP32",
@@ -27,10 +29,12 @@ DATA_TYPES = {
     "target_size": "INT32",
     "num_images": "INT32",
     "image_format": "BYTES",
+    "image_quality": "INT32",
     "deterministic": "BOOL",
     "metadata": "BOOL",
     "priority": "BYTES",
     "deadline_ms": "INT32",
+    "client": "BYTES",
     "progress": "BOOL",
     "preview_every": "INT32",
 }
@@ -41,6 +45,14 @@ HELP = {
         "warning says so."
     ),
     "negative_prompt": "What guidance leads away from.",
+    "prompt_syntax": (
+        "How both prompts are read: a1111 takes weights as (word:1.2) and [word], BREAK, and "
+        "prompts of several chunks of tokens."
+    ),
+    "lora": (
+        "LoRAs that the server's checkpoint was exported with, and their scales: ink:0.8,film. "
+        "info lists them."
+    ),
     "seed": "Image k is drawn from seed + k. Always returned.",
     "steps": "Denoising steps.",
     "guidance_scale": "How closely to follow the prompt; 1 is no guidance.",
@@ -66,6 +78,7 @@ HELP = {
         "File format. The default is valid in JSON; over gRPC, formats without _base64 save a "
         "quarter of the bytes, and the Python client sends png. raw is RGB rows from the top."
     ),
+    "image_quality": "Quality of jpeg, webp and avif files; other formats lose nothing.",
     "deterministic": (
         "Same bytes however busy the server is; the request's UNet calls are not shared."
     ),
@@ -74,6 +87,10 @@ HELP = {
     "deadline_ms": (
         "Milliseconds after which the request is ended with DEADLINE_EXCEEDED; 0 sets none."
     ),
+    "client": (
+        "Who asks. The live requests of one client have at most a share of the queue; those "
+        "without a name are not counted together."
+    ),
     "progress": "Send a progress event for every step.",
     "preview_every": "Send a preview, one pixel a latent cell, every so many steps; 0 sends none.",
 }
@@ -81,6 +98,8 @@ HELP = {
 ALLOWED = {
     "prompt": "1 to 2000 characters",
     "negative_prompt": "up to 2000 characters",
+    "prompt_syntax": "plain, a1111",
+    "lora": "NAME:SCALE, with commas; scales of -10 to 10",
     "seed": "0 to 2⁶³−1",
     "steps": "1 to 50",
     "guidance_scale": "0 to 50",
@@ -101,10 +120,12 @@ ALLOWED = {
     "image_format": (
         "png, jpeg, webp, avif, raw, png_base64, jpeg_base64, webp_base64, avif_base64, raw_base64"
     ),
+    "image_quality": "1 to 100",
     "deterministic": "true, false",
     "metadata": "true, false",
     "priority": "low, normal, high",
     "deadline_ms": "0 to 86400000",
+    "client": "up to 64 characters",
     "progress": "true, false",
     "preview_every": "0 to 50",
 }
@@ -123,6 +144,8 @@ class RequestFields(TypedDict, total=False):
     """Keyword arguments of a request besides the prompt; None takes the default."""
 
     negative_prompt: str | None
+    prompt_syntax: str | None
+    lora: str | None
     seed: int | None
     steps: int | None
     guidance_scale: float | None
@@ -139,10 +162,12 @@ class RequestFields(TypedDict, total=False):
     target_size: tuple[int, int] | None
     num_images: int | None
     image_format: str | None
+    image_quality: int | None
     deterministic: bool | None
     metadata: bool | None
     priority: str | None
     deadline_ms: int | None
+    client: str | None
     progress: bool | None
     preview_every: int | None
     num_inference_steps: int | None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
@@ -12,18 +12,19 @@ from twinbrush_client.errors import invalid
 from twinbrush_client.fields import DATA_TYPES
 
 
-def read_story(path: Path) -> dict[str, Any]:
+def read_story(file: Path | IO[bytes]) -> dict[str, Any]:
     """The settings in a file of Twinbrush's; of another tool's, A1111's text as `parameters`.
 
     Raises:
         InvalidRequest: the file is no picture, or says nothing.
         OSError: the file cannot be read.
     """
+    name = str(file) if isinstance(file, Path) else "picture"
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             settings, text = _texts(image)
     except UnidentifiedImageError:
-        raise invalid("file", str(path), "is no picture") from None
+        raise invalid("file", name, "is no picture") from None
     try:
         story = json.loads(settings) if settings else None
     except ValueError:
@@ -32,7 +33,7 @@ def read_story(path: Path) -> dict[str, Any]:
         return story
     if text:
         return {"parameters": text}
-    raise invalid("file", str(path), "says nothing of how it was made")
+    raise invalid("file", name, "says nothing of how it was made")
 
 
 def fields_of(story: dict[str, Any]) -> dict[str, Any]:
@@ -44,6 +45,11 @@ def fields_of(story: dict[str, Any]) -> dict[str, Any]:
     if "prompt" not in story:
         raise invalid("file", "parameters", "was not made by Twinbrush, so it cannot be repeated")
     return {name: value for name, value in story.items() if name in DATA_TYPES}
+
+
+def parameters_of(image: Image.Image) -> str:
+    """A1111's text in a picture; empty where it has none."""
+    return _texts(image)[1]
 
 
 def _texts(image: Image.Image) -> tuple[str, str]:

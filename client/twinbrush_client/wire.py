@@ -24,6 +24,7 @@ from twinbrush_client.fields import ALLOWED, COUNTS, DATA_TYPES, STREAM_ONLY
 
 _REQUEST: Any = vars(service_pb2)["ModelInferRequest"]  # pyright knows none of its names
 UNARY, STREAM = "text_to_image", "text_to_image_stream"
+UNET = "unet"
 IMAGE_FORMATS = ("png", "jpeg", "webp", "avif")  # that come as a picture; servers have others
 ALIASES = {"num_inference_steps": "steps", "num_images_per_prompt": "num_images"}  # of diffusers
 FORMATS = {"INT64": "<q", "INT32": "<i", "FP32": "<f", "BOOL": "<?"}
@@ -70,7 +71,10 @@ class ServerInfo:
         samplers, image_formats: names that a request may use.
         defaults: values of the fields that a request leaves out.
         sizes: `native`, `multiple_of` and `largest` side, in pixels.
-        fields: name, type, allowed values and help of each request field.
+        fields: name, type, allowed values and help of each request field; `minimum` and
+            `maximum` of numbers, and `choices` of names.
+        device: `CPU` or `GPU`: where Triton has placed the UNet; empty where that is not known.
+        loras: names that a request's `lora` may use; empty from a server that has none.
     """
 
     version: str
@@ -80,11 +84,13 @@ class ServerInfo:
     defaults: dict[str, Any]
     sizes: dict[str, int]
     fields: list[dict[str, Any]]
+    device: str = ""
+    loras: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, text: bytes) -> ServerInfo:
         known = json.loads(text)  # a newer server may say more
-        return cls(**{each.name: known[each.name] for each in fields(cls)})
+        return cls(**{e.name: known[e.name] for e in fields(cls) if e.name in known})
 
 
 Event = Progress | Picture
@@ -118,13 +124,13 @@ def _is_list(prompt: object) -> bool:
     return isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray)
 
 
-def stream_request(prompt: str, given: Mapping[str, Any]) -> Any:
-    """The request of a stream.
+def stream_request(prompt: str, given: Mapping[str, Any], request_id: str | None = None) -> Any:
+    """The request of a stream; without a `request_id`, it gets one of its own.
 
     Raises:
         InvalidRequest: a field is unknown, or its value has the wrong type.
     """
-    return request(STREAM, {"prompt": _typed("prompt", prompt)} | checked(given))
+    return request(STREAM, {"prompt": _typed("prompt", prompt)} | checked(given), request_id)
 
 
 def num_images(given: Mapping[str, Any]) -> int:
@@ -200,9 +206,9 @@ def _fitting(name: str, value: float) -> float:
     return value
 
 
-def request(model: str, values: Mapping[str, Any]) -> Any:
+def request(model: str, values: Mapping[str, Any], request_id: str | None = None) -> Any:
     """Triton's request of fields that are checked."""
-    made = _REQUEST(model_name=model, id=uuid.uuid4().hex)
+    made = _REQUEST(model_name=model, id=request_id or uuid.uuid4().hex)
     for name, value in values.items():
         data_type = DATA_TYPES[name]
         made.inputs.add(name=name, datatype=data_type, shape=[COUNTS.get(name, 1)])
@@ -254,7 +260,8 @@ def pictures(response: Any) -> list[Picture]:
 
 
 def picture(data: bytes, index: int, seed: int, warning: bytes) -> Picture:
-    image = opened(data)
+    """Its pixels are decoded when they are first used: who only stores `data` never waits."""
+    image = Image.open(io.BytesIO(data))
     image.info["seed"] = seed
     return Picture(index, seed, image, warning.decode(), data)
 
@@ -268,6 +275,17 @@ def opened(data: bytes) -> Image.Image:
 def server_info(response: Any) -> ServerInfo:
     """The answer of an `info_request`."""
     return ServerInfo.of(outputs(response.infer_response)["info"][0])
+
+
+def placement_request() -> Any:
+    """Asks for the configuration of the UNet as Triton has completed it."""
+    return vars(service_pb2)["ModelConfigRequest"](name=UNET)
+
+
+def device(answer: Any) -> str:
+    """`GPU` or `CPU`, of the answer to a `placement_request`; empty where neither is said."""
+    names = {group.Kind.Name(group.kind) for group in answer.config.instance_group}
+    return "GPU" if "KIND_GPU" in names else "CPU" if "KIND_CPU" in names else ""
 
 
 def event(response: Any) -> Event:

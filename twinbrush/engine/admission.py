@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+from twinbrush.engine.fields import shown
 from twinbrush.engine.generation import EngineError, Generation
 
 SMOOTHING = 0.1  # weight of the latest observation of the pace
@@ -19,10 +20,13 @@ class Admission:
         max_requests: requests that may live at once.
         max_work: work that may be outstanding at once; a request with more is taken only when
             nothing else lives.
+        client_share: of both, that the requests of one named client may have; each client has at
+            least one request.
     """
 
-    def __init__(self, max_requests: int, max_work: float):
+    def __init__(self, max_requests: int, max_work: float, client_share: float = 1.0):
         self._max_requests, self._max_work = max_requests, max_work
+        self._client_share = client_share
         self.live: set[Generation] = set()
         self.outstanding = 0.0
         self.pace = 1.0  # seconds a unit of work; a guess until a call was observed
@@ -35,7 +39,8 @@ class Admission:
             EngineError: RESOURCE_EXHAUSTED, with the seconds after which to retry, when a bound is
                 reached; DEADLINE_EXCEEDED when the request cannot meet its deadline.
         """
-        after = max(1.0, math.ceil(self.pace * self.outstanding) if self._observed else 1.0)
+        after = self._seconds(self.outstanding)
+        self._check_client(generation)
         if len(self.live) >= self._max_requests:
             text = f"the queue is full ({self._max_requests} requests): retry after {after:.0f} s"
             raise EngineError("RESOURCE_EXHAUSTED", text, after, "queue_full")
@@ -50,6 +55,29 @@ class Admission:
                 raise EngineError("DEADLINE_EXCEEDED", text, reason="deadline")
         self.live.add(generation)
         self.outstanding += generation.work
+
+    def _seconds(self, work: float) -> float:
+        """After how many seconds so much work is done, at least 1."""
+        return max(1.0, math.ceil(self.pace * work) if self._observed else 1.0)
+
+    def _check_client(self, generation: Generation) -> None:
+        """Raises EngineError where a named client has its share of the queue already."""
+        name = generation.request.client
+        theirs = [g for g in self.live if name and g.request.client == name]
+        if not theirs:
+            return
+        work = sum(g.work for g in theirs)
+        most = self._client_share * self._max_work
+        requests = max(1, int(self._client_share * self._max_requests))
+        if work + generation.work > most:
+            has = f"{work:.0f} of {most:.0f} units of work, the request needs {generation.work:.0f}"
+        elif len(theirs) + 1 > requests:
+            has = f"{len(theirs)} of {requests:g} requests"
+        else:
+            return
+        after = self._seconds(work)
+        text = f"client={shown(name)} has its share of the queue ({has}): retry after {after:.0f} s"
+        raise EngineError("RESOURCE_EXHAUSTED", text, after)
 
     def remove(self, generation: Generation) -> None:
         self.live.discard(generation)

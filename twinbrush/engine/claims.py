@@ -16,12 +16,20 @@ class CallKey:
 
     Attributes:
         alone: a claim of this key never shares a call.
+        tokens: of the text in each row. UNets attend to all of them without a mask, so filling a
+            shorter text up would change its picture.
     """
 
     model: str
     height: int
     width: int
     alone: bool = False
+    tokens: int = 0
+
+    @property
+    def cells(self) -> int:
+        """Latent cells of a row."""
+        return self.height * self.width
 
 
 @dataclass(eq=False)

@@ -12,8 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from twinbrush.engine.memory import NetworkMemory
 from twinbrush.engine.samplers import NoiseSchedule
 
+TOKENS = "encoder_hidden_states"  # UNet input: text tokens, a tower's length or a few times that
+LORA_SCALE = "lora_scale"  # input of the UNet and of text encoders: a scale for each LoRA
 TIME_IDS = "time_ids"  # UNet input: original size, top and left of the crop, target size
 ENGINE = Path("text_to_image_stream/1")  # of a repository: where pipeline.json and tokenizers are
 MAX_SIDE_FACTOR = 4  # a side may be this many times the side that the model was trained on
@@ -39,6 +42,7 @@ class EncoderConfig:
         length: tokens that texts are padded or truncated to, L.
         pad: id of the padding token.
         mask: whether the model takes `attention_mask`.
+        takes_loras: whether the model takes `lora_scale`.
     """
 
     model: str
@@ -46,6 +50,12 @@ class EncoderConfig:
     length: int
     pad: int
     mask: bool = False
+    takes_loras: bool = False
+
+    @property
+    def is_tower(self) -> bool:
+        """Whether it is one of CLIP's, whose tokens are the UNet's; only these take no mask."""
+        return not self.mask
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,11 @@ class PipelineConfig:
         timestep_cond: width E of the guidance embedding, or None where guidance takes two rows.
         latent_to_rgb: the linear map of previews, see `images.preview`.
         zeros_for_empty_negative: whether an empty negative prompt is conditioned on zeros.
+        max_chunks: how many times a tower's length the UNet's token axis may be.
+        memory: what calls take, or None where no export has measured it.
+        side_limit: pixels of a side that the operator allows, or None for the checkpoint's own.
+        max_pixels: width × height that the operator allows, or None for any.
+        loras: names of the LoRAs that requests can switch on, in the order of their scales.
     """
 
     checkpoint: str
@@ -83,6 +98,16 @@ class PipelineConfig:
     timestep_cond: int | None
     latent_to_rgb: tuple[tuple[float, float, float], ...]
     zeros_for_empty_negative: bool = False
+    max_chunks: int = 1
+    memory: NetworkMemory | None = None
+    side_limit: int | None = None
+    max_pixels: int | None = None
+    loras: tuple[str, ...] = ()
+
+    @property
+    def chunk_length(self) -> int:
+        """Tokens of a chunk of text, with its start and end tokens."""
+        return self.encoders[0].length
 
     @property
     def takes_sizes(self) -> bool:
@@ -96,7 +121,13 @@ class PipelineConfig:
 
     @property
     def max_side(self) -> int:
-        return max(self.native_side, min(MAX_SIDE_FACTOR * self.native_side, MAX_SIDE))
+        """The longest side that a request may have, in pixels."""
+        own = max(self.native_side, min(MAX_SIDE_FACTOR * self.native_side, MAX_SIDE))
+        return own if self.side_limit is None else min(own, self.side_limit)
+
+    def cells(self, width: int, height: int) -> int:
+        """Latent cells of a picture of so many pixels."""
+        return (width // self.scale_factor) * (height // self.scale_factor)
 
     @classmethod
     def load(cls, path: Path) -> PipelineConfig:
@@ -113,6 +144,9 @@ class PipelineConfig:
             fields["encoders"] = tuple(EncoderConfig(**entry) for entry in fields["encoders"])
             for name in ("fusion_inputs", "unet_inputs"):
                 fields[name] = tuple(fields[name])
+            if fields.get("memory") is not None:
+                fields["memory"] = NetworkMemory.of_json(fields["memory"])
+            fields["loras"] = tuple(fields.get("loras", ()))
             return cls(
                 schedule=NoiseSchedule(**schedule),
                 defaults=Defaults(**fields.pop("defaults")),
@@ -120,7 +154,7 @@ class PipelineConfig:
             )
         except FileNotFoundError:
             raise ValueError(f"{path} is not there: run `python -m export CHECKPOINT`") from None
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a pipeline.json of this version: {error}") from error
 
 
@@ -140,6 +174,17 @@ def read_parameters(path: Path) -> dict[str, Any]:
     return {
         "parameters": {name: {"string_value": value} for name, value in PARAMETER.findall(text)}
     }
+
+
+def optional_number(config: Mapping[str, Any], name: str) -> int | None:
+    """A whole number of a parameter that may be empty or missing.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not config.get("parameters", {}).get(name, {}).get("string_value", "").strip():
+        return None
+    return whole_numbers(config, name, 1)[0]
 
 
 def whole_numbers(config: Mapping[str, Any], name: str, count: int | None = None) -> list[int]:

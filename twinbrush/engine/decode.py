@@ -13,7 +13,6 @@ import numpy as np
 
 from twinbrush.engine import images
 from twinbrush.engine.batcher import CallKey, Claim
-from twinbrush.engine.capacity import decoder_pictures
 from twinbrush.engine.config import PipelineConfig
 from twinbrush.engine.denoise import Painting
 from twinbrush.engine.generation import Generation
@@ -42,7 +41,7 @@ class Decoder:
     Args:
         models: the served networks.
         config: the checkpoint.
-        rows: of a UNet call of a key; a decoder call has a share of them.
+        pictures: that a call of a key may have.
         finish: takes an image and the bytes of its file, from any thread.
         fail: takes the requests that the exception being handled ends, the stage, and what the
             client may know of the reason.
@@ -52,11 +51,11 @@ class Decoder:
         self,
         models: Models,
         config: PipelineConfig,
-        rows: Callable[[CallKey], int],
+        pictures: Callable[[CallKey], int],
         finish: Callable[[LiveImage, bytes], None],
         fail: Callable[..., None],
     ):
-        self._models, self._config, self._rows = models, config, rows
+        self._models, self._config, self._pictures = models, config, pictures
         self._finish, self._fail = finish, fail
         self._waiting: queue.SimpleQueue[LiveImage | None] = queue.SimpleQueue()
         self._encoders = ThreadPoolExecutor(IMAGE_ENCODERS, "image-encoder")
@@ -77,7 +76,7 @@ class Decoder:
             for image in batch:
                 groups.setdefault(image.claim.key, []).append(image)
             for key, group in groups.items():
-                most = 1 if key.alone else decoder_pictures(self._rows(key))
+                most = 1 if key.alone else self._pictures(key)
                 for i in range(0, len(group), most):
                     self._decode(group[i : i + most])
         self._encoders.shutdown()
@@ -110,7 +109,8 @@ class Decoder:
             if not generation.ended:
                 request = generation.request
                 metadata = request.metadata_of(image.index, self._config)
-                self._finish(image, images.encode(pixels, request.image_format, metadata))
+                data = images.encode(pixels, request.image_format, metadata, request.image_quality)
+                self._finish(image, data)
         except Exception:
             self._fail([generation], "encoding the image")
         finally:

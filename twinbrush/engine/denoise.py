@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,6 +12,7 @@ import numpy as np
 from twinbrush.engine.guidance import Guidance, rescale
 from twinbrush.engine.models import Models
 from twinbrush.engine.samplers import Latent, Trajectory, advance
+from twinbrush.engine.samplers.rows import NOISE
 
 
 @dataclass(eq=False)
@@ -24,7 +27,7 @@ class Painting:
         noise: the generator that only this image draws from.
         shape: of the latent, (C, h, w).
         calls: UNet calls that it has had.
-        latent: drawn at the first call, so that an image that waits is small.
+        latent: drawn at the first call or before it.
     """
 
     trajectory: Trajectory
@@ -34,6 +37,7 @@ class Painting:
     shape: tuple[int, int, int]
     calls: int = field(default=0, init=False)
     latent: Latent = field(init=False)
+    _ahead: np.ndarray | None = field(default=None, init=False)  # noise drawn before its time
 
     @property
     def steps(self) -> int:
@@ -55,44 +59,117 @@ class Painting:
         """UNet rows of its next call."""
         return self.rows_at(self.calls)
 
+    @property
+    def needs_noise(self) -> bool:
+        """Whether the update after the next call adds noise."""
+        return bool(self.trajectory.table[self.calls][NOISE])
+
     def begin(self) -> None:
-        """Draws the first noise, unless a failed call has drawn it."""
+        """Draws the first noise, unless it is drawn."""
         if not hasattr(self, "latent"):
             self.latent = Latent.start(self.draw(), self.trajectory)
 
+    def draw_ahead(self) -> None:
+        """Draws the noise of the update after the next call, unless it is drawn or needs none."""
+        if self.needs_noise and self._ahead is None:
+            self._ahead = self.draw()
+
     def draw(self) -> np.ndarray:
-        return self.noise.standard_normal(self.shape, np.float32)
+        """Unit noise, which may have been drawn ahead."""
+        ahead, self._ahead = self._ahead, None
+        return self.noise.standard_normal(self.shape, np.float32) if ahead is None else ahead
 
 
-def denoise_step(
-    models: Models, model: str, paintings: Sequence[Painting], buckets: Sequence[int] = ()
-) -> None:
-    """Moves every painting one call along its trajectory, with one call of the UNet.
+class Denoiser:
+    """Moves paintings along their trajectories, one UNet call at a time. For one thread.
 
-    When the call fails, no painting has changed and no noise was drawn for the step.
+    The noise of a step is drawn while the UNet runs. Conditioning is stacked once for successive
+    calls of the same paintings, as arrays that are not writeable, see `Models.run`.
 
     Args:
         models: the served networks.
-        model: the UNet to call.
-        paintings: all with latents of one shape.
-        buckets: ascending row counts that the call is padded up to; none pads nothing.
-
-    Raises:
-        Exception: the UNet failed.
     """
+
+    def __init__(self, models: Models):
+        self._models = models
+        self._noise = ThreadPoolExecutor(1, "noise")
+        self._stacked_for: tuple[list[weakref.ref[Painting]], list[int], int] = [], [], 0
+        self._conditioning: dict[str, np.ndarray] = {}
+
+    def step(self, model: str, paintings: Sequence[Painting], buckets: Sequence[int] = ()) -> None:
+        """Moves every painting one call along its trajectory.
+
+        When the call fails, no painting has changed, and noise that was drawn for it is kept.
+
+        Args:
+            model: the UNet to call.
+            paintings: all with latents of one shape.
+            buckets: ascending row counts that the call is padded up to; none pads nothing.
+
+        Raises:
+            Exception: the UNet failed.
+        """
+        for painting in paintings:
+            painting.begin()
+        rows = np.array([painting.rows for painting in paintings])
+        first = np.cumsum(rows) - rows  # each painting's first row
+        x = np.stack([painting.latent.x for painting in paintings])
+        inputs = self._inputs(paintings, rows, x, buckets)
+        drawn = self._noise.submit(_draw_ahead, paintings) if _any_noise(paintings) else None
+        try:
+            output = self._models.run(model, inputs)["model_output"]
+        finally:
+            if drawn is not None:
+                drawn.result()
+        if len(output) > len(paintings):  # two rows of some, or padding
+            output = _guided(paintings, output[first], output[first + rows - 1])
+        table = np.stack([p.trajectory.table[p.calls] for p in paintings])
+        latents = [painting.latent for painting in paintings]
+        advance(latents, table, x, output, lambda i: paintings[i].draw())
+        for painting in paintings:
+            painting.calls += 1
+
+    def close(self) -> None:
+        self._noise.shutdown()
+
+    def _inputs(
+        self, paintings: Sequence[Painting], rows: np.ndarray, x: np.ndarray, buckets: Sequence[int]
+    ) -> dict[str, np.ndarray]:
+        """The UNet's inputs for all rows, (B, ...) each; the last row repeats up to a bucket."""
+        count = int(rows.sum())
+        size = next((size for size in buckets if size >= count), count)
+        times = [painting.trajectory.timesteps[painting.calls] for painting in paintings]
+        moving = {
+            "sample": x if count == len(x) else np.repeat(x, rows, axis=0),
+            "timestep": np.repeat(np.array(times, np.float32), rows),
+        }
+        moving = {name: _padded(tensor, size) for name, tensor in moving.items()}
+        return moving | self._stacked(paintings, rows.tolist(), size)
+
+    def _stacked(
+        self, paintings: Sequence[Painting], rows: list[int], size: int
+    ) -> dict[str, np.ndarray]:
+        """Conditioning for all rows, padded to `size`; the same arrays as before if equal."""
+        refs, *shape = self._stacked_for
+        if shape == [rows, size] and [ref() for ref in refs] == list(paintings):
+            return self._conditioning
+        stacked = {}
+        for name in paintings[0].conditioning:
+            parts = [p.conditioning[name][:count] for p, count in zip(paintings, rows, strict=True)]
+            stacked[name] = _padded(np.concatenate(parts), size)
+            stacked[name].setflags(write=False)
+        self._stacked_for = [weakref.ref(painting) for painting in paintings], rows, size
+        self._conditioning = stacked
+        return stacked
+
+
+def _any_noise(paintings: Sequence[Painting]) -> bool:
+    return any(painting.needs_noise for painting in paintings)
+
+
+def _draw_ahead(paintings: Sequence[Painting]) -> None:
     for painting in paintings:
-        painting.begin()
-    rows = np.array([painting.rows for painting in paintings])
-    first = np.cumsum(rows) - rows  # each painting's first row
-    x = np.stack([painting.latent.x for painting in paintings])
-    inputs = _stacked(paintings, rows, x)
-    output = models.run(model, _padded(inputs, buckets))["model_output"]
-    model_output = _guided(paintings, output[first], output[first + rows - 1])
-    table = np.stack([p.trajectory.table[p.calls] for p in paintings])
-    latents = [painting.latent for painting in paintings]
-    advance(latents, table, x, model_output, lambda i: paintings[i].draw())
-    for painting in paintings:
-        painting.calls += 1
+        painting.draw_ahead()
 
 
 def _guided(
@@ -105,29 +182,10 @@ def _guided(
     return rescale(guided, prompted, strength) if strength.any() else guided
 
 
-def _stacked(
-    paintings: Sequence[Painting], rows: np.ndarray, x: np.ndarray
-) -> dict[str, np.ndarray]:
-    """The UNet's inputs for all rows, (B, ...) each."""
-    times = [painting.trajectory.timesteps[painting.calls] for painting in paintings]
-    inputs = {
-        "sample": np.repeat(x, rows, axis=0),
-        "timestep": np.repeat(np.array(times, np.float32), rows),
-    }
-    for name in paintings[0].conditioning:
-        parts = [p.conditioning[name][:count] for p, count in zip(paintings, rows, strict=True)]
-        inputs[name] = np.concatenate(parts)
-    return inputs
-
-
-def _padded(inputs: dict[str, np.ndarray], buckets: Sequence[int]) -> dict[str, np.ndarray]:
-    """Repeats the last row up to the next bucket."""
-    count = len(inputs["sample"])
-    size = next((size for size in buckets if size >= count), count)
-    if size == count:
-        return inputs
-    take = np.minimum(np.arange(size), count - 1)
-    return {name: tensor[take] for name, tensor in inputs.items()}
+def _padded(tensor: np.ndarray, size: int) -> np.ndarray:
+    """Repeats the last row up to `size`."""
+    count = len(tensor)
+    return tensor if size == count else tensor[np.minimum(np.arange(size), count - 1)]
 
 
 def _column(values) -> np.ndarray:

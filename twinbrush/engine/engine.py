@@ -27,9 +27,11 @@ from twinbrush.engine.conditioning import Conditioner
 from twinbrush.engine.config import PipelineConfig
 from twinbrush.engine.costs import Costs
 from twinbrush.engine.decode import Decoder, LiveImage, batches
-from twinbrush.engine.denoise import denoise_step
+from twinbrush.engine.denoise import Denoiser
 from twinbrush.engine.generation import End, EngineError, Event, Finished, Generation, Progress
+from twinbrush.engine.image_cache import ImageCache
 from twinbrush.engine.limits import Limits
+from twinbrush.engine.memory import DeviceMemory
 from twinbrush.engine.metrics import Observer, Unobserved
 from twinbrush.engine.models import Models
 from twinbrush.engine.plan import Planner
@@ -42,6 +44,7 @@ from twinbrush.engine.tracing import Marks, Origin, Tracer
 
 log = logging.getLogger(__name__)
 
+MEGABYTE = 2**20
 # How runtimes word that memory is exhausted.
 OUT_OF_MEMORY = ("out of memory", "failed to allocate memory", "bad_alloc", "memoryerror")
 
@@ -73,9 +76,11 @@ class Engine:
         tracer: Tracer | None = None,
     ):
         limits = limits or Limits()
-        self.config = config
+        self.config = config = limits.bounded(config)
         self._limits, self._tokenizer = limits, tokenizer
-        self._plan = Planner(config, limits.max_rows)
+        self._plan = Planner(config, limits.max_rows, limits.memory)
+        if (memory := self._plan.memory) is not None:
+            log.info("calls are bounded by memory: %s", memory.describe())
         self._fail = fail or self._give_up
         self._latent_to_rgb = np.array(config.latent_to_rgb, np.float32)
         self._costs = Costs()
@@ -83,7 +88,7 @@ class Engine:
         models = ObservedModels(models, self._telemetry)
         self._work = threading.Condition()  # guards what follows, and every `ended`
         self._batcher = StepBatcher(self._call_rows, self._costs.seconds)
-        self._admission = Admission(limits.queue_size, limits.queue_work)
+        self._admission = Admission(limits.queue_size, limits.queue_work, limits.client_work / 100)
         self._images: dict[Claim, LiveImage] = {}
         self._reduced: dict[CallKey, int] = {}  # rows a call, since memory was exhausted
         self._closed: EngineError | None = None
@@ -92,22 +97,31 @@ class Engine:
             models, limits.call_seconds, self._fail, partial(self._tick, beat)
         )
         self._conditioner = Conditioner(
-            self._watchdog, config, tokenizer, limits.max_rows, self._telemetry
-        )
+            self._watchdog, config, tokenizer, limits.max_rows, self._telemetry,
+            limits.prompt_cache_mb * MEGABYTE,
+        )  # fmt: skip
+        self._image_cache = ImageCache(limits.image_cache_mb * MEGABYTE)
+        self._denoiser = Denoiser(self._watchdog)
         self._to_encode: queue.SimpleQueue = queue.SimpleQueue()
         self._to_reply: queue.SimpleQueue = queue.SimpleQueue()
         self._decoder = Decoder(
-            self._watchdog, self.config, self._rows, self._finish, self._end_failed
+            self._watchdog, config, self._pictures, self._finish, self._end_failed
         )
         loops = (self._encode_loop, self._denoise_loop, self._decoder.loop, self._reply_loop)
         self._threads = [start_guarded(loop.__qualname__, loop, self._fail) for loop in loops]
 
     @classmethod
     def of_model(
-        cls, folder: Path, config: Mapping[str, Any], models: Models, **options: Any
+        cls,
+        folder: Path,
+        config: Mapping[str, Any],
+        models: Models,
+        device: DeviceMemory | None = None,
+        **options: Any,
     ) -> Engine:
         """The engine of a served model: its version folder, and its `config.pbtxt` as JSON.
 
+        `device` says what the networks may take of memory, where the configuration does not;
         `options` are those of the class.
 
         Raises:
@@ -115,7 +129,7 @@ class Engine:
         """
         pipeline = PipelineConfig.load(folder / "pipeline.json")
         tokenizer = PromptTokenizer(folder, pipeline)
-        return cls(models, pipeline, tokenizer, Limits.of_config(config), **options)
+        return cls(models, pipeline, tokenizer, Limits.of_config(config, device), **options)
 
     def submit(
         self,
@@ -129,15 +143,18 @@ class Engine:
         and traces name it by its `origin`.
 
         Raises:
+            InvalidArgument: its pictures do not fit into memory.
             EngineError: UNAVAILABLE when the engine drains or has closed, RESOURCE_EXHAUSTED when
                 its queue is full, DEADLINE_EXCEEDED when the deadline cannot be met.
         """
+        self._plan.check_memory(request)
         warnings = (
-            *self._tokenizer.warnings("prompt", request.prompt),
-            *self._tokenizer.warnings("negative_prompt", request.negative_prompt),
+            *self._tokenizer.warnings("prompt", request.prompt, request.syntax),
+            *self._tokenizer.warnings("negative_prompt", request.negative_prompt, request.syntax),
             *self._plan.warnings(request),
         )
-        work = self._plan.work(request)
+        files = self._cached_files(request)
+        work = 0.0 if files else self._plan.work(request)
         generation = Generation(request, work, warnings, reply, self._end, origin)
         if request.deadline_ms:
             generation.deadline = generation.submitted + request.deadline_ms / 1000
@@ -149,8 +166,19 @@ class Engine:
         except EngineError as error:
             self._telemetry.refused(error.reason)
             raise
-        self._to_encode.put(generation)
+        for index, file in enumerate(files):
+            self._send(generation, index, file)
+        if not files:
+            self._to_encode.put(generation)
         return generation
+
+    def _cached_files(self, request: GenerationRequest) -> list[bytes]:
+        """The files of a deterministic request that was answered before, where they are kept."""
+        if not self._image_cache.holds(request):
+            return []
+        files = self._image_cache.get(request)
+        self._telemetry.image_cache(request.num_images, hit=bool(files))
+        return files
 
     def drain(self, seconds: float) -> bool:
         """Refuses new requests and waits for the live ones; returns whether all have ended."""
@@ -168,6 +196,7 @@ class Engine:
         self._to_reply.put(None)
         self._threads[-1].join()
         self._conditioner.close()
+        self._denoiser.close()
         self._watchdog.close()
 
     def _give_up(self, reason: str) -> None:
@@ -228,6 +257,7 @@ class Engine:
             else:
                 self._end_failed(generations, "encoding the prompt")
             return
+        self._draw_first_noise(made)
         with self._work:
             for image in made:
                 if not image.generation.ended:
@@ -236,6 +266,11 @@ class Engine:
                     self._images[image.claim] = image
                     self._batcher.add(image.claim)
             self._work.notify_all()
+
+    def _draw_first_noise(self, made: Sequence[LiveImage]) -> None:
+        """Draws it beside UNet calls, for as many as one holds: what waits longer stays small."""
+        for image in made[: max(0, self._limits.max_rows - len(self._images))]:
+            image.painting.begin()
 
     # Denoise ----------------------------------------------------------------------------
 
@@ -255,7 +290,7 @@ class Engine:
         key, counts = call[0].claim.key, [image.painting.rows for image in call]
         started = time.monotonic()
         try:
-            denoise_step(self._watchdog, key.model, [i.painting for i in call], self._buckets(key))
+            self._denoiser.step(key.model, [i.painting for i in call], self._buckets(key))
         except Exception as error:
             self._retry(call, error)
             return
@@ -303,7 +338,11 @@ class Engine:
         return self._costs.enough_rows(key, self._rows(key))
 
     def _rows(self, key: CallKey) -> int:
-        return self._reduced.get(key, self._plan.capacity(key).rows)
+        most = self._plan.rows(key)
+        return min(most, self._reduced.get(key, most))
+
+    def _pictures(self, key: CallKey) -> int:
+        return self._plan.pictures(key, self._rows(key))
 
     def _reduce_rows(self, key: CallKey, failed: int) -> None:
         """Later calls have at most half of the rows of one that ran out of memory."""
@@ -315,7 +354,7 @@ class Engine:
         )  # fmt: skip
 
     def _buckets(self, key: CallKey) -> Sequence[int]:
-        most = self._plan.capacity(key).rows
+        most = self._rows(key)
         buckets = self._limits.row_buckets
         return (*(size for size in buckets if size < most), most) if buckets else ()
 
@@ -346,8 +385,11 @@ class Engine:
         image.marks.finished = time.monotonic()
         generation.finished[image.index] = image.marks
         self._telemetry.image_finished(image.claim.key, image.marks)
-        seed = generation.request.seed + image.index
-        event = Finished(image.index, seed, data, generation.warnings)
+        self._image_cache.add(generation.request, image.index, data)
+        self._send(generation, image.index, data)
+
+    def _send(self, generation: Generation, index: int, file: bytes) -> None:
+        event = Finished(index, generation.request.seed + index, file, generation.warnings)
         self._to_reply.put((generation, lambda: event))
 
     def _reply_loop(self) -> None:

@@ -94,7 +94,7 @@ class Text:
         return f"{least} {self.max_characters} characters"
 
     def check(self, name: str, value: Any, config: PipelineConfig) -> str:
-        text = _decoded(name, value)
+        text = decoded(name, value)
         if "\0" in text:
             raise InvalidArgument(name, text, "must be text without NUL characters")
         if len(text) > self.max_characters:
@@ -320,7 +320,12 @@ def single(name: str, tensor: np.ndarray) -> Any:
     return value if tensor.dtype == object else value.item()
 
 
-def _decoded(name: str, value: Any) -> str:
+def decoded(name: str, value: Any) -> str:
+    """A text from the wire.
+
+    Raises:
+        InvalidArgument: it is no UTF-8 text.
+    """
     if isinstance(value, str):
         return value
     if not isinstance(value, bytes):

@@ -14,14 +14,16 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, PngImagePlugin, features
 
+from twinbrush.engine import png
+
+BLOCK = 64  # rows of pixels that are converted at a time
 JSON_CHUNK = "twinbrush"  # the PNG text chunk with everything that `metadata` holds
 _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
-    "png": {"compress_level": 1},
     "jpeg": {"quality": 92},
     "webp": {"quality": 90, "method": 2},
     "avif": {"quality": 85, "speed": 8},
 }
-_FILES = tuple(f for f in _SAVE_OPTIONS if f in ("png", "jpeg") or features.check(f))
+_FILES = ("png", *(f for f in _SAVE_OPTIONS if f == "jpeg" or features.check(f)))
 _BASE64 = "_base64"
 IMAGE_FORMATS = (*_FILES, "raw", *(f"{name}{_BASE64}" for name in (*_FILES, "raw")))
 _LABELS = {  # of A1111's `parameters` text, in its order
@@ -45,15 +47,25 @@ def to_pixels(image: np.ndarray) -> np.ndarray:
     """
     if not np.isfinite(image).all():
         raise ValueError("the picture has numbers that are not finite")
-    scaled = np.rint((np.clip(image, -1, 1) + 1) * 127.5)
-    return np.ascontiguousarray(scaled.astype(np.uint8).transpose(1, 2, 0))
+    pixels = np.empty((*image.shape[1:], 3), np.uint8)
+    for top in range(0, len(pixels), BLOCK):  # whose temporaries stay in a core's cache
+        for channel, plane in enumerate(image[:, top : top + BLOCK]):
+            scaled = np.clip(plane, -1, 1)
+            scaled += 1
+            scaled *= 127.5
+            pixels[top : top + BLOCK, :, channel] = np.rint(scaled, out=scaled)
+    return pixels
 
 
 def encode(
-    pixels: np.ndarray, image_format: str, metadata: Mapping[str, Any] | None = None
+    pixels: np.ndarray,
+    image_format: str,
+    metadata: Mapping[str, Any] | None = None,
+    quality: int | None = None,
 ) -> bytes:
     """uint8 (H, W, 3) in one of `IMAGE_FORMATS`; `raw` is RGB rows from the top.
 
+    `quality`, 1 to 100, is of the formats that have one; None takes the format's own.
     `metadata` (prompt, negative_prompt, seed, steps, sampler, …; values of JSON) goes into the
     file: PNG gets A1111's `parameters` text and a JSON chunk, the others the same as EXIF's
     UserComment and MakerNote. `raw` carries none.
@@ -61,9 +73,13 @@ def encode(
     name = image_format.removesuffix(_BASE64)
     if name == "raw":
         data = pixels.tobytes()
+    elif name == "png":
+        data = png.encode(pixels, _png_info(metadata) if metadata else None)
     else:
         buffer = io.BytesIO()
-        options = _SAVE_OPTIONS[name] | (_carried(name, metadata) if metadata else {})
+        options = _SAVE_OPTIONS[name] | ({"exif": _exif(metadata)} if metadata else {})
+        if quality is not None and "quality" in options:
+            options["quality"] = quality
         Image.fromarray(pixels).save(buffer, name, **options)
         data = buffer.getvalue()
     return base64.b64encode(data) if name != image_format else data
@@ -88,20 +104,25 @@ def _quoted(value: Any) -> str:
     return json.dumps(text, ensure_ascii=False) if {",", ":", "\n"} & set(text) else text
 
 
-def _carried(name: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Pillow's options that put the metadata into a file."""
-    text, everything = parameters_text(metadata), json.dumps(dict(metadata), ensure_ascii=False)
-    if name == "png":
-        info = PngImagePlugin.PngInfo()
-        info.add_text("parameters", text)
-        info.add_itxt(JSON_CHUNK, everything)
-        return {"pnginfo": info}
+def _png_info(metadata: Mapping[str, Any]) -> PngImagePlugin.PngInfo:
+    info = PngImagePlugin.PngInfo()
+    info.add_text("parameters", parameters_text(metadata))
+    info.add_itxt(JSON_CHUNK, _everything(metadata))
+    return info
+
+
+def _exif(metadata: Mapping[str, Any]) -> bytes:
+    text = parameters_text(metadata).encode("utf-16-be")
     exif = Image.Exif()
     exif.get_ifd(ExifTags.IFD.Exif).update({
-        ExifTags.Base.UserComment: b"UNICODE\0" + text.encode("utf-16-be"),
-        ExifTags.Base.MakerNote: everything.encode(),
+        ExifTags.Base.UserComment: b"UNICODE\0" + text,
+        ExifTags.Base.MakerNote: _everything(metadata).encode(),
     })  # fmt: skip
-    return {"exif": exif.tobytes()}
+    return exif.tobytes()
+
+
+def _everything(metadata: Mapping[str, Any]) -> str:
+    return json.dumps(dict(metadata), ensure_ascii=False)
 
 
 def preview(latent: np.ndarray, latent_to_rgb: np.ndarray) -> np.ndarray:

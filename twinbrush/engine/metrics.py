@@ -113,6 +113,10 @@ CACHE_TEXTS = _counter(
     result=("hit", "miss"),
 )  # fmt: skip
 CACHE_BYTES = _gauge("conditioning_cache_bytes", "Bytes in the conditioning cache")
+CACHED_IMAGES = _counter(
+    "image_cache_images", "Images of deterministic requests looked up in the image cache",
+    result=("hit", "miss"),
+)  # fmt: skip
 ROWS_REDUCED = _gauge(
     "unet_call_reduced_sizes", "Sizes whose UNet calls were made smaller after memory ran out"
 )
@@ -121,5 +125,5 @@ METRICS = (
     REQUESTS_LIVE, REQUESTS_ENDED, REQUEST_SECONDS, REFUSALS, IMAGES, STAGE_SECONDS, TICK_SECONDS,
     CALL_ROWS, CALL_FILL, CALL_RETRIES, MODEL_SECONDS, MODEL_FAILURES, IMAGES_WAITING,
     ROWS_WAITING, WORK_OUTSTANDING, WORK_LIMIT, WORK_SAVED, CACHE_TEXTS, CACHE_BYTES,
-    ROWS_REDUCED,
+    ROWS_REDUCED, CACHED_IMAGES,
 )  # fmt: skip

@@ -16,7 +16,9 @@ class Models(Protocol):
 
         Args:
             model: name of the served model.
-            inputs: its input tensors by name; the batch is the first axis of each.
+            inputs: its input tensors by name; the batch is the first axis of each. An array that
+                is not writeable never changes: the runtime may keep it where the model runs, for
+                later calls with the same array.
 
         Returns:
             Every output tensor by name.

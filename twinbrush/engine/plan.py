@@ -6,16 +6,19 @@ Knows the checkpoint's settings and the request; knows nothing of threads, queue
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 
 from twinbrush.engine.batcher import CallKey, Claim
-from twinbrush.engine.capacity import Capacity, capacities
+from twinbrush.engine.capacity import LEAST_ROWS, capacities, decoder_pictures
 from twinbrush.engine.conditioning import Text
-from twinbrush.engine.config import TIME_IDS, PipelineConfig
+from twinbrush.engine.config import LORA_SCALE, TIME_IDS, TOKENS, PipelineConfig
 from twinbrush.engine.denoise import Painting
 from twinbrush.engine.guidance import Guidance, guidance_embedding, needs_negative
-from twinbrush.engine.request import FIELDS, GenerationRequest
+from twinbrush.engine.loras import parse_loras
+from twinbrush.engine.memory import DeviceMemory, MemoryBudget
+from twinbrush.engine.request import FIELDS, GenerationRequest, InvalidArgument
 from twinbrush.engine.samplers import Trajectory, trajectory
 
 UNET = "unet"
@@ -28,20 +31,32 @@ class Planner:
     Args:
         config: the checkpoint.
         max_rows: rows of a UNet call at the native size; fewer for larger pictures.
+        device: memory that the networks may take, or None where that is not bounded; it has an
+            effect where an export has measured what they take.
     """
 
-    def __init__(self, config: PipelineConfig, max_rows: int):
+    def __init__(self, config: PipelineConfig, max_rows: int, device: DeviceMemory | None = None):
         self._config = config
         self._capacities = capacities(config, max_rows)
+        self._memory = None
+        if device is not None and config.memory is not None:
+            native = config.cells(config.native_width, config.native_height)
+            side = config.max_side // config.scale_factor
+            pixels = config.max_pixels or config.max_side**2
+            largest = max(native, min(side**2, pixels // config.scale_factor**2))
+            least = 1 if config.timestep_cond else LEAST_ROWS
+            self._memory = MemoryBudget(config.memory, device, native, largest, least)
+        self._encoders_take_loras = any(encoder.takes_loras for encoder in config.encoders)
 
     def texts(self, request: GenerationRequest) -> list[Text]:
         """The prompt and, where guidance takes two rows, the negative prompt."""
         both = [request.prompt, request.negative_prompt]
         texts = both if self._is_guided(request) else both[:1]
-        return [Text(text, alone=request.deterministic) for text in texts]
+        scales = self._lora_scales(request) if self._encoders_take_loras else ()
+        return [Text(text, request.deterministic, request.syntax, scales) for text in texts]
 
     def key(self, request: GenerationRequest) -> CallKey:
-        """What a request's images share calls by."""
+        """What a request's images share calls by, as far as its fields say it."""
         scale = self._config.scale_factor
         return CallKey(
             UNET, request.height // scale, request.width // scale, alone=request.deterministic
@@ -64,6 +79,9 @@ class Planner:
         if config.takes_sizes:
             sizes = np.array(request.time_ids, np.float32)
             conditioning[TIME_IDS] = np.tile(sizes, (rows, 1))
+        if LORA_SCALE in config.unet_inputs:
+            scales = np.array(self._lora_scales(request), np.float32)
+            conditioning[LORA_SCALE] = np.tile(scales, (rows, 1))
         return [
             Painting(
                 trajectory=self._trajectory(request),
@@ -78,12 +96,40 @@ class Planner:
     def claim(self, request: GenerationRequest, painting: Painting) -> Claim:
         """The claim of one image on UNet calls."""
         rows = [painting.rows_at(call) for call in range(painting.trajectory.calls)]
-        return Claim(self.key(request), rows, PRIORITY_WEIGHTS[request.priority])
+        key = replace(self.key(request), tokens=painting.conditioning[TOKENS].shape[1])
+        return Claim(key, rows, PRIORITY_WEIGHTS[request.priority])
 
-    def capacity(self, key: CallKey) -> Capacity:
-        """What one call of a key may hold."""
+    def rows(self, key: CallKey) -> int:
+        """Rows that one UNet call of a key may have."""
         side = max(key.height, key.width) * self._config.scale_factor
-        return next(capacity for capacity in self._capacities if side <= capacity.side)
+        most = next(capacity.rows for capacity in self._capacities if side <= capacity.side)
+        return most if self._memory is None else min(most, self._memory.rows(key.cells))
+
+    def pictures(self, key: CallKey, rows: int) -> int:
+        """Pictures that one decoder call may have, where a UNet call of the key has `rows`."""
+        most = decoder_pictures(rows)
+        return most if self._memory is None else min(most, self._memory.pictures(key.cells))
+
+    @property
+    def memory(self) -> MemoryBudget | None:
+        """What bounds the memory of calls, if anything does."""
+        return self._memory
+
+    def check_memory(self, request: GenerationRequest) -> None:
+        """Refuses a request whose images do not fit into memory one by one.
+
+        Raises:
+            InvalidArgument: with its size, what it needs and what there is.
+        """
+        memory, key, rows = self._memory, self.key(request), len(self.texts(request))
+        if memory is None or memory.fits(key.cells, rows):
+            return
+        needed = memory.networks.image(key.cells, rows) / 1e9
+        raise InvalidArgument.worded(
+            f"width={request.width} and height={request.height} need about {needed:.1f} GB of"
+            f" memory, of which the server has {memory.budget / 1e9:.1f} GB: ask for a smaller"
+            " picture, or raise memory_mb of text_to_image_stream where the machine has more."
+        )
 
     def work(self, request: GenerationRequest) -> float:
         """The cost of a request in UNet rows at the native size."""
@@ -104,6 +150,9 @@ class Planner:
             for name in ("guidance_rescale", "guidance_start", "guidance_end"):
                 if getattr(request, name) != FIELDS[name].default:
                     yield f"{name} has no effect without a negative prompt's row"
+
+    def _lora_scales(self, request: GenerationRequest) -> tuple[float, ...]:
+        return parse_loras(request.lora or "", self._config.loras)
 
     @staticmethod
     def _guidance(request: GenerationRequest) -> Guidance:

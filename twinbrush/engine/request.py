@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ from twinbrush.engine.fields import (
     InvalidArgument,
     Number,
     Pair,
+    Rule,
     Side,
     Text,
     row,
@@ -34,10 +36,13 @@ from twinbrush.engine.fields import (
     table,
 )
 from twinbrush.engine.images import IMAGE_FORMATS
+from twinbrush.engine.loras import LoraChoice
+from twinbrush.engine.prompt_syntax import PLAIN, SYNTAXES, parse
 from twinbrush.engine.samplers import MAX_STEPS, SAMPLERS, SIGMA_SCHEDULES, trajectory
 
 MAX_PROMPT_CHARACTERS = 2000
 MAX_ID_CHARACTERS = 256
+MAX_CLIENT_CHARACTERS = 64
 MAX_GUIDANCE_SCALE = 50.0
 MAX_IMAGES = 16
 MAX_SEED = 2**63 - 1
@@ -45,10 +50,14 @@ MAX_PIXELS_A_SIDE = 2**20  # of sizes that SDXL is conditioned on
 MAX_DEADLINE_MS = 24 * 3600 * 1000
 PRIORITIES = ("low", "normal", "high")
 CHECKPOINTS_OWN = "default"  # sigma schedule
+INPUT_FILE_HINT = (
+    "The request sets every input, as perf_analyzer does with random data: run it with "
+    "--input-data benchmarks/inputs/mixed.json."
+)
 # What says how a picture is delivered, not how it looks.
 NOT_IN_METADATA = frozenset({
-    "num_images", "image_format", "metadata", "priority", "deadline_ms", "progress",
-    "preview_every",
+    "num_images", "image_format", "image_quality", "metadata", "priority", "deadline_ms", "client",
+    "progress", "preview_every",
 })  # fmt: skip
 
 _NATIVE_WIDTH = FromConfig("checkpoint's", lambda config: config.native_width)
@@ -67,6 +76,16 @@ class GenerationRequest:
     negative_prompt: str = row(
         "STRING", "", Text(MAX_PROMPT_CHARACTERS), "What guidance leads away from."
     )
+    prompt_syntax: str | None = row(
+        "STRING", FromConfig(f"`{PLAIN}`", lambda config: None), Choice(SYNTAXES),
+        "How both prompts are read: `a1111` takes weights as `(word:1.2)` and `[word]`, `BREAK`, "
+        "and prompts of several chunks of tokens.",
+    )  # fmt: skip
+    lora: str | None = row(
+        "STRING", FromConfig("none", lambda config: None), LoraChoice(),
+        "LoRAs that the server's checkpoint was exported with, and their scales: `ink:0.8,film`. "
+        "`info` lists them.",
+    )  # fmt: skip
     seed: int = row(
         "INT64", FromConfig("random", lambda config: secrets.randbelow(2**32)),
         Integer(0, MAX_SEED), "Image `k` is drawn from `seed + k`. Always returned.",
@@ -121,6 +140,10 @@ class GenerationRequest:
         "File format. The default is valid in JSON; over gRPC, formats without `_base64` save a "
         "quarter of the bytes, and the Python client sends `png`. `raw` is RGB rows from the top.",
     )  # fmt: skip
+    image_quality: int | None = row(
+        "INT32", FromConfig("format's", lambda config: None), Integer(1, 100),
+        "Quality of jpeg, webp and avif files; other formats lose nothing.",
+    )  # fmt: skip
     deterministic: bool = row(
         "BOOL", False, Flag(),
         "Same bytes however busy the server is; the request's UNet calls are not shared.",
@@ -135,6 +158,11 @@ class GenerationRequest:
     deadline_ms: int = row(
         "INT32", 0, Integer(0, MAX_DEADLINE_MS),
         "Milliseconds after which the request is ended with `DEADLINE_EXCEEDED`; 0 sets none.",
+    )  # fmt: skip
+    client: str = row(
+        "STRING", "", Text(MAX_CLIENT_CHARACTERS),
+        "Who asks. The live requests of one client have at most a share of the queue; those "
+        "without a name are not counted together.",
     )  # fmt: skip
     progress: bool = row(
         "BOOL", True, Flag(), "Send a `progress` event for every step.", stream_only=True
@@ -154,12 +182,26 @@ class GenerationRequest:
         Raises:
             InvalidArgument: a field is unknown, or its value is not allowed.
         """
-        check_sizes(tensors)
+        with explaining_generated_inputs(tensors):
+            return cls._parse(tensors, config)
+
+    @classmethod
+    def _parse(
+        cls, tensors: Mapping[str, np.ndarray | None], config: PipelineConfig
+    ) -> GenerationRequest:
+        _check_sizes(tensors)
         values = {name: field.parse(tensors.get(name), config) for name, field in FIELDS.items()}
         last_seed = MAX_SEED - values["num_images"] + 1  # seed + k must be a seed too
         if values["seed"] > last_seed:
             allowed = f"must be between 0 and {last_seed} with {values['num_images']} images"
             raise InvalidArgument("seed", values["seed"], allowed)
+        if values["prompt_syntax"] not in (None, PLAIN):
+            _check_syntax(values)
+        pixels = values["width"] * values["height"]
+        if config.max_pixels is not None and pixels > config.max_pixels:
+            allowed = f"must make at most {config.max_pixels} pixels; with height="
+            allowed += f"{values['height']} it makes {pixels}"
+            raise InvalidArgument("width", values["width"], allowed)
         start, end = values["guidance_start"], values["guidance_end"]
         if start > end:
             allowed = f"must be at most guidance_end, which is {end:g}"
@@ -173,6 +215,11 @@ class GenerationRequest:
         except ValueError as error:
             raise InvalidArgument.worded(str(error)) from error
         return request
+
+    @property
+    def syntax(self) -> str:
+        """That the prompts are read in."""
+        return self.prompt_syntax or PLAIN
 
     @property
     def time_ids(self) -> tuple[int, ...]:
@@ -210,6 +257,14 @@ class GenerationRequest:
         return values | {"version": f"Twinbrush {twinbrush.__version__}"}
 
 
+def _check_syntax(values: Mapping[str, Any]) -> None:
+    for name in ("prompt", "negative_prompt"):
+        try:
+            parse(values[name])
+        except ValueError as error:
+            raise InvalidArgument(name, values[name], str(error)) from None
+
+
 FIELDS: Mapping[str, Field] = table(GenerationRequest)
 
 # What the streaming front door does besides painting; each is the only input of its request.
@@ -232,12 +287,32 @@ def check_sizes(tensors: Mapping[str, np.ndarray | None]) -> None:
     Raises:
         InvalidArgument: an input is unknown, is not one element, or has too many bytes.
     """
+    with explaining_generated_inputs(tensors):
+        _check_sizes(tensors)
+
+
+def _check_sizes(tensors: Mapping[str, np.ndarray | None]) -> None:
     for name, tensor in tensors.items():
         field = FIELDS.get(name) or COMMANDS.get(name)
         if field is None:
             raise unknown_input(name, None if tensor is None else single(name, tensor), FIELDS)
         if tensor is not None:
             field.measure(tensor)
+
+
+@contextmanager
+def explaining_generated_inputs(names: Container[str]) -> Iterator[None]:
+    """Names the input file for load generators in the refusal of a request with every input.
+
+    Clients leave out what they do not need, and no checkpoint takes all inputs; `perf_analyzer`
+    without `--input-data` fills in all of them with random values.
+    """
+    try:
+        yield
+    except InvalidArgument as error:
+        if not all(name in names for name, field in FIELDS.items() if not field.stream_only):
+            raise
+        raise InvalidArgument.worded(f"{error} {INPUT_FILE_HINT}") from error
 
 
 def unknown_input(name: str, value: object, names: Iterable[str]) -> InvalidArgument:
@@ -255,12 +330,14 @@ def describe_server(config: PipelineConfig) -> dict[str, Any]:
         "version": twinbrush.__version__,
         "checkpoint": config.checkpoint,
         "samplers": list(SAMPLERS),
+        "loras": list(config.loras),
         "image_formats": list(IMAGE_FORMATS),
         "defaults": defaults,
         "sizes": {
             "native": config.native_side,
             "multiple_of": config.side_multiple,
             "largest": config.max_side,
+            "max_pixels": config.max_pixels,
         },
         "fields": [
             {
@@ -270,7 +347,19 @@ def describe_server(config: PipelineConfig) -> dict[str, Any]:
                 "allowed": field.rule.allowed(),
                 "help": field.help,
                 "stream_only": field.stream_only,
+                **_limits(field.rule),
             }
             for name, field in FIELDS.items()
         ],
     }
+
+
+def _limits(rule: Rule) -> dict[str, Any]:
+    """What a form needs to offer a field's values."""
+    match rule:
+        case Integer(low, high) | Number(low, high):
+            return {"minimum": low, "maximum": high}
+        case Choice(names):
+            return {"choices": list(names)}
+        case _:
+            return {}

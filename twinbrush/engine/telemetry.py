@@ -81,6 +81,9 @@ class Telemetry:
         self._record(metrics.CACHE_TEXTS, misses, "miss")
         self._record(metrics.CACHE_BYTES, cached_bytes)
 
+    def image_cache(self, images: int, hit: bool) -> None:
+        self._record(metrics.CACHED_IMAGES, images, "hit" if hit else "miss")
+
     def waiting(self, images: int, rows: int) -> None:
         self._record(metrics.IMAGES_WAITING, images)
         self._record(metrics.ROWS_WAITING, rows)

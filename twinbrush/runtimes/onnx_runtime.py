@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ import numpy as np
 import onnxruntime as ort
 
 from twinbrush.cpus import available_cpus
+from twinbrush.runtimes import openvino_runtime
+from twinbrush.runtimes.attention import with_blocks
+from twinbrush.runtimes.bound import Network
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +34,7 @@ ACCELERATORS = {
     "tensorrt": "TensorrtExecutionProvider",
     "openvino": "OpenVINOExecutionProvider",
 }
+EXTERNAL_DATA = "session.model_external_initializers_file_folder_path"
 # Keys that the native backend reads as parameters of the CUDA provider.
 CUDA_KEYS = (
     "cudnn_conv_algo_search", "gpu_mem_limit", "arena_extend_strategy",
@@ -44,8 +48,8 @@ CUDA_ENUMS = {
 
 def open_session(
     model: Path, config: Mapping[str, Any], device_id: int | None = None
-) -> ort.InferenceSession:
-    """A session for a model of a repository.
+) -> ort.InferenceSession | openvino_runtime.OpenVinoSession:
+    """A session for a model of a repository; OpenVINO's where the accelerator of the CPU is that.
 
     Args:
         model: the ONNX file.
@@ -59,12 +63,29 @@ def open_session(
     """
     if not model.is_file():
         raise RuntimeError(f"{model} is not there: run `python -m export CHECKPOINT`")
+    if device_id is None and (parameters := _openvino(config)) is not None:
+        try:
+            return openvino_runtime.OpenVinoSession(model, parameters, available_cpus())
+        except Exception as error:
+            raise RuntimeError(f"OpenVINO cannot load {model}: {error}") from error
     options = _session_options(config)
     providers = _providers(config, device_id)
     try:
-        return ort.InferenceSession(str(model), options, providers=providers)
+        source = with_blocks(model) if len(providers) == 1 else None  # the CPU alone
+        if source is not None:
+            options.add_session_config_entry(EXTERNAL_DATA, str(model.parent))
+        return ort.InferenceSession(source or str(model), options, providers=providers)
     except Exception as error:
         raise RuntimeError(f"ONNX Runtime cannot load {model}: {error}") from error
+
+
+def _openvino(config: Mapping[str, Any]) -> dict[str, str] | None:
+    """Parameters of the CPU's accelerator where it is `openvino`, and that package is there."""
+    accelerators = config.get("optimization", {}).get("execution_accelerators", {})
+    for entry in accelerators.get("cpu_execution_accelerator", []):
+        if entry["name"] == "openvino" and openvino_runtime.is_installed():
+            return dict(entry.get("parameters", {}))
+    return None
 
 
 def _session_options(config: Mapping[str, Any]) -> ort.SessionOptions:
@@ -137,20 +158,53 @@ class LocalModels:
     Args:
         repository: model repository.
         files: ONNX files by model, to run in place of the repository's.
+        on_gpu: whether models run on the GPU of their `instance_group` where ONNX Runtime has
+            CUDA, as Triton would place them.
+        configs: files by model, to read in place of the repository's `config.pbtxt`.
+
+    Raises:
+        RuntimeError: a network cannot be loaded.
     """
 
-    def __init__(self, repository: Path, files: Mapping[str, Path] | None = None):
-        self._sessions = {}
+    def __init__(
+        self,
+        repository: Path,
+        files: Mapping[str, Path] | None = None,
+        on_gpu: bool = False,
+        configs: Mapping[str, Path] | None = None,
+    ):
+        self._networks: dict[str, Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]] = {}
         for path in sorted(repository.glob("*/config.pbtxt")):
             model = (files or {}).get(path.parent.name, path.parent / "1" / "model.onnx")
             if model.exists():
-                self._sessions[path.parent.name] = open_session(model, read_config(path))
+                config = read_config((configs or {}).get(path.parent.name, path))
+                device_id = _gpu_of(config) if on_gpu else None
+                session = open_session(model, config, device_id)
+                self._networks[path.parent.name] = _runner(session, device_id)
 
     def run(self, model: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """See `Models.run`."""
-        session = self._sessions[model]
-        names = [node.name for node in session.get_outputs()]
-        return dict(zip(names, map(np.asarray, session.run(names, dict(inputs))), strict=True))
+        return self._networks[model](inputs)
+
+
+def _runner(
+    session: ort.InferenceSession | openvino_runtime.OpenVinoSession, device_id: int | None
+) -> Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]:
+    """The function of a session from inputs to outputs, by name."""
+    if isinstance(session, ort.InferenceSession):
+        return Network(session, device_id).run
+    names = [output.name for output in session.get_outputs()]
+    return lambda inputs: dict(zip(names, session.run(names, inputs), strict=True))
+
+
+def _gpu_of(config: Mapping[str, Any]) -> int | None:
+    """The GPU that Triton would place a model on: `KIND_AUTO` is a GPU where there is one."""
+    if ACCELERATORS["cuda"] not in ort.get_available_providers():
+        return None
+    (group, *_) = config.get("instance_group") or [{}]
+    if group.get("kind", "KIND_AUTO") == "KIND_CPU":
+        return None
+    return int((group.get("gpus") or [0])[0])
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Annotated
 
 import typer
 
+from twinbrush.runtime_choice import Runtime
 from twinbrush.server import manifest, plans
 from twinbrush.server.addresses import check_ports, chosen_ports, host_port, local
 from twinbrush.server.errors import ServerError
@@ -175,6 +176,12 @@ def main(
     expose_networks: Annotated[
         bool, typer.Option("--expose-networks", help="Let clients call unet and the others.")
     ] = False,
+    runtime: Annotated[
+        Runtime | None,
+        typer.Option(
+            help="Where the networks run, in place of what the engine's config.pbtxt says."
+        ),
+    ] = None,
     insecure: Annotated[
         bool,
         typer.Option(
@@ -198,7 +205,7 @@ def main(
             repository, config_name, address,
             *chosen_ports(address, http_port, grpc_port, metrics_port),
             heartbeat_timeout=heartbeat_timeout, verbose=verbose, insecure=insecure,
-            expose_networks=expose_networks, flags=tuple(triton_flags or ()),
+            expose_networks=expose_networks, runtime=runtime, flags=tuple(triton_flags or ()),
         )  # fmt: skip
         _check(options, verify=not no_verify)
         if health_port is not None:

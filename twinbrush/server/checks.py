@@ -8,7 +8,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from twinbrush.engine.config import PipelineConfig
+from twinbrush.engine.config import ENGINE, PipelineConfig, read_parameters
+from twinbrush.runtime_choice import Runtime, configured_runtime
+from twinbrush.server import plans
 from twinbrush.server.addresses import is_loopback
 from twinbrush.server.errors import ServerError
 from twinbrush.server.scratch import SHARED_MEMORY
@@ -33,6 +35,31 @@ def check_door(address: str, development: bool, insecure: bool) -> None:
             "or accept the risk with --insecure-development-server"
         )
         raise ServerError(text, worth_another_try=False)
+
+
+def check_runtime(
+    repository: Path, config_name: str | None, asked: Runtime | None, expose_networks: bool
+) -> Runtime:
+    """Where the networks are to run: as `asked`, else by the engine's `config.pbtxt`.
+
+    Raises:
+        ServerError: that file has another value, or an option does not go with `in_process`.
+    """
+    config = plans.engine_config(repository) if config_name == plans.CONFIG_NAME else None
+    config = config or repository / ENGINE.parent / "config.pbtxt"
+    try:
+        runtime = asked or configured_runtime(read_parameters(config))
+    except OSError:
+        runtime = Runtime.SERVED  # the server says what the repository lacks
+    except ValueError as error:
+        raise ServerError(f"{config}: {error}", worth_another_try=False) from None
+    if runtime == Runtime.IN_PROCESS:
+        refused = {"--config-name": config_name, "--expose-networks": expose_networks}
+        if options := [name for name, value in refused.items() if value]:
+            text = f"{' and '.join(options)} cannot be used with runtime in_process: the server"
+            text += " loads no networks then; the engine reads their config.pbtxt and ONNX files"
+            raise ServerError(text, worth_another_try=False)
+    return runtime
 
 
 def check_temporary_folder(folder: Path = TMP) -> None:

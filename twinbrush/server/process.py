@@ -15,8 +15,9 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from twinbrush import doors
+from twinbrush import doors, runtime_choice
 from twinbrush.control import VARIABLE, Control
+from twinbrush.runtime_choice import Runtime
 from twinbrush.server import checks, scratch
 from twinbrush.server.addresses import check_ports, for_grpc, for_http, host_port, local
 from twinbrush.server.errors import ServerError
@@ -27,6 +28,8 @@ from twinbrush.server.stubs import STUB, Stubs
 NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 # A stub that ends while models load may have been ended by the server, whose reason follows.
 REASON_SECONDS = 1.5
+# Triton's protocols that change the server or map memory of its machine.
+CLOSED = ("shared-memory", "model-repository", "trace", "logging")
 FRONT_DOORS = ("text_to_image", "text_to_image_stream")
 # A silent engine is given this much longer, because a step of the clock looks like silence.
 SILENCE_SECONDS = 1.5
@@ -39,6 +42,7 @@ class ServerOptions:
     Attributes:
         insecure: allows an old server on another address than loopback.
         expose_networks: lets clients call the networks, not only the two front doors.
+        runtime: where the networks run; None is what the engine's `config.pbtxt` says.
         flags: of Triton, as they are.
     """
 
@@ -54,6 +58,7 @@ class ServerOptions:
     verbose: bool = False
     insecure: bool = False
     expose_networks: bool = False
+    runtime: Runtime | None = None
     flags: tuple[str, ...] = ()
 
 
@@ -68,6 +73,7 @@ class TritonProcess:
         self._triton, self._options, self._log = triton, options, log or Log()
         self._served = options.repository  # the path that Triton knows
         self._output = ServerOutput(self._with_real_path)
+        self._runtime = Runtime.SERVED  # until the options are checked
         self._was_ready = self._now = False
         self._silent_since: float | None = None
 
@@ -78,7 +84,7 @@ class TritonProcess:
         self._region = scratch.new_region()
         self._started = time.monotonic()
         try:
-            self._served = scratch.safe_repository(self._options.repository, self._scratch)
+            self._served = self._served_repository()
             self._start()
         except BaseException:
             scratch.remove(self._scratch, self._region)
@@ -88,12 +94,19 @@ class TritonProcess:
         self._reader.start()
         return self
 
+    def _served_repository(self) -> Path:
+        """What Triton loads; the front doors alone where the engine runs the networks."""
+        if self._runtime == Runtime.IN_PROCESS:
+            return scratch.overlay(self._options.repository, self._scratch, FRONT_DOORS)
+        return scratch.safe_repository(self._options.repository, self._scratch)
+
     def _start(self) -> None:
         backends, control = self._scratch / "backends", self._scratch / "control"
         backends.mkdir()
         control.mkdir()
         self._control = Control(control)
         environment = os.environ | self._triton.environment | {VARIABLE: str(control)}
+        environment[runtime_choice.VARIABLE] = self._runtime
         if not self._options.expose_networks:
             environment[doors.VARIABLE] = secrets.token_hex(16)
         self._process = subprocess.Popen(
@@ -117,6 +130,11 @@ class TritonProcess:
         self._process.wait()
         self._reader.join(timeout=2)
         scratch.remove(self._scratch, self._region)
+
+    @property
+    def pid(self) -> int:
+        """Of the server, not of this launcher."""
+        return self._process.pid
 
     @property
     def age(self) -> float:
@@ -220,6 +238,9 @@ class TritonProcess:
         if not models:
             text = f"{options.repository} holds no models: run `python -m export CHECKPOINT`"
             raise ServerError(text, worth_another_try=False)
+        self._runtime = checks.check_runtime(
+            options.repository, options.config_name, options.runtime, options.expose_networks
+        )
         checks.check_door(options.address, triton.development, options.insecure)
         names = ("http_port", "grpc_port", "metrics_port")
         ports = {"--" + name.replace("_", "-"): getattr(options, name) for name in names}
@@ -227,7 +248,8 @@ class TritonProcess:
         checks.check_temporary_folder()
         if triton.development:
             checks.check_libpython(triton.environment["LD_LIBRARY_PATH"])
-        stubs = models if triton.development else len(FRONT_DOORS)
+        every_model = triton.development and self._runtime == Runtime.SERVED
+        stubs = models if every_model else len(FRONT_DOORS)
         if warning := checks.check_shared_memory(options.repository, stubs):
             self._log.complain(warning)
 
@@ -245,8 +267,6 @@ class TritonProcess:
             f"--metrics-port={options.metrics_port}",
             f"--exit-timeout-secs={options.exit_timeout:.0f}",
             "--disable-auto-complete-config",
-            "--http-header-forward-pattern=(?i)traceparent",
-            "--grpc-header-forward-pattern=traceparent",
         ]
         for backend in ("python", "onnxruntime"):
             if not (backends / backend / STUB).exists():
@@ -258,6 +278,8 @@ class TritonProcess:
         if options.config_name:
             command.append(f"--model-config-name={options.config_name}")
         _check_flags(options.flags, command)
+        if not options.expose_networks:
+            command += _restrictions(options.flags)
         return command + list(options.flags)
 
     def _read_log(self) -> None:
@@ -284,6 +306,19 @@ def _check_flags(flags: tuple[str, ...], own: list[str]) -> None:
         if name in taken:
             text = f"{name} is set by the launcher and cannot be passed on to Triton"
             raise ServerError(text, worth_another_try=False)
+
+
+def _restrictions(flags: tuple[str, ...]) -> list[str]:
+    """Flags that close what no client needs, unless an operator restricts by flags of their own.
+
+    A client that may register shared memory could name the regions of the server's own stubs.
+    """
+    restricted = {
+        "--grpc-restricted-protocol": f"{','.join(CLOSED)}:closed={secrets.token_hex(16)}",
+        "--http-restricted-api": f"{','.join(CLOSED)}:closed={secrets.token_hex(16)}",
+    }
+    given = {flag.partition("=")[0] for flag in flags}
+    return [f"{name}={value}" for name, value in restricted.items() if name not in given]
 
 
 def _end_with_parent() -> None:

@@ -1,7 +1,9 @@
 """What a server leaves outside its process, by names that say whose it is; and sweeping it.
 
-A launcher's folder and shared memory carry its process id and the time it started. A launcher that
-was killed cannot clean up, so the next one does it for all whose process is gone.
+A launcher's folder and shared memory carry its namespace of process ids, its id there and the time
+it started. A launcher that was killed cannot clean up, so the next one does it for all of its own
+namespace whose process is gone. Of other namespaces, as of containers that share `/dev/shm`, it
+cannot see which processes live.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import re
 import shutil
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from twinbrush.server.errors import ServerError
@@ -18,7 +21,8 @@ from twinbrush.server.processes import start_time
 
 SHARED_MEMORY = Path("/dev/shm")
 FALLBACKS = (Path("/tmp"), Path("/var/tmp"), Path("/run"), SHARED_MEMORY)
-OWNER = re.compile(r"twinbrush[-_](\d+)[-_](\d+)[-_]")
+NAMESPACE = Path("/proc/self/ns/pid")
+OWNER = re.compile(r"twinbrush[-_]ns(\d+)[-_](\d+)[-_](\d+)[-_]")
 # Triton 24.10 starts its Python stubs by an unquoted shell line, in the C locale.
 SAFE_PATH = re.compile(r"[A-Za-z0-9/._+,@%=-]+")
 
@@ -34,7 +38,7 @@ def new_folder() -> Path:
     Raises:
         ServerError: no folder can be written.
     """
-    owner = f"twinbrush-{os.getpid()}-{start_time(os.getpid())}-"
+    owner = f"twinbrush-{'-'.join(_this_process())}-"
     for parent in _parents():
         try:
             return Path(tempfile.mkdtemp(prefix=owner, dir=parent))
@@ -47,7 +51,7 @@ def new_folder() -> Path:
 
 def new_region() -> str:
     """The beginning of the names of one server's shared memory."""
-    return f"twinbrush_{os.getpid()}_{start_time(os.getpid())}_{time.monotonic_ns()}_"
+    return f"twinbrush_{'_'.join(_this_process())}_{time.monotonic_ns()}_"
 
 
 def safe_repository(repository: Path, folder: Path) -> Path:
@@ -58,6 +62,15 @@ def safe_repository(repository: Path, folder: Path) -> Path:
     link = folder / "repository"
     link.symlink_to(real)
     return link
+
+
+def overlay(repository: Path, folder: Path, models: Iterable[str]) -> Path:
+    """A repository in `folder` that holds links to some models of another, and nothing else."""
+    made = folder / "repository"
+    made.mkdir()
+    for model in models:
+        (made / model).symlink_to((repository / model).resolve())
+    return made
 
 
 def remove(folder: Path, region: str) -> None:
@@ -72,7 +85,7 @@ def sweep() -> list[Path]:
     swept = []
     for path in {p for parent in {*_parents(), SHARED_MEMORY} for p in parent.glob("*twinbrush*")}:
         owner = OWNER.search(path.name)
-        if owner is None or start_time(int(owner[1])) == owner[2]:
+        if owner is None or owner[1] != _namespace() or start_time(int(owner[2])) == owner[3]:
             continue
         try:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -80,6 +93,15 @@ def sweep() -> list[Path]:
             continue
         swept.append(path)
     return swept
+
+
+def _this_process() -> tuple[str, str, str]:
+    """Namespace, process id and start time."""
+    return f"ns{_namespace()}", str(os.getpid()), start_time(os.getpid()) or ""
+
+
+def _namespace() -> str:
+    return str(NAMESPACE.stat().st_ino)
 
 
 def _parents() -> list[Path]:

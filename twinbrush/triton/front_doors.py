@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
 
 from twinbrush.control import Control
 from twinbrush.engine.engine import Engine
@@ -26,26 +25,32 @@ from twinbrush.engine.metrics import (
     REQUESTS_LIVE,
     Observer,
 )
+from twinbrush.engine.models import Models
 from twinbrush.engine.request import (
     GenerationRequest,
     check_sizes,
     describe_server,
+    explaining_generated_inputs,
     unknown_input,
 )
 from twinbrush.engine.request_ids import LineFormatter
 from twinbrush.engine.tracing import Origin
+from twinbrush.memory import device_memory
 from twinbrush.otlp import open_tracer
 from twinbrush.triton.answer import Answer, RequestMetrics
 from twinbrush.triton.cancel_watch import CancelWatch
 from twinbrush.triton.metrics import TritonMetrics
-from twinbrush.triton.models import TritonModels
+from twinbrush.triton.networks import open_models
 from twinbrush.triton.relay import RelayClient, RelayServer, relay_address
 
 log = logging.getLogger(__name__)
 UNARY_METRICS = (REQUESTS_LIVE, REQUESTS_ENDED, REFUSALS)
-TRACE_PARENT = "traceparent"  # a header that the launcher has forwarded, or a parameter
+TRACE_PARENT = "traceparent"  # a parameter, or a header that Triton lets through
 TRACE_PARENT_FORM = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 MAX_PARAMETERS = 1 << 16  # bytes of a request's parameters, as JSON
+# The parameter that Triton makes of a header which --grpc-header-forward-pattern lets through: a
+# proxy's word on who asks.
+CLIENT_HEADER = "twinbrush-client"
 
 
 class StreamModel:
@@ -61,12 +66,16 @@ class StreamModel:
         self._control = Control.from_environment()
         self._tracer = open_tracer(config)
         self._engine = Engine.of_model(
-            folder, config, TritonModels(_end_process),
+            folder, config, self.open_models(folder, config), device_memory(),
             fail=_end_process, beat=self._beat, observer=self._observer, tracer=self._tracer,
         )  # fmt: skip
         self._relay = RelayServer(relay_address(), self._submit)
         self._watch = CancelWatch(_end_process)
         self._live: dict[Answer, tuple[str, Generation]] = {}  # and the id that the client gave
+
+    def open_models(self, folder: Path, config: Mapping[str, Any]) -> Models:
+        """The networks behind the engine in `folder`, by the parameter `runtime`."""
+        return open_models(folder.parent, config, _end_process)
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
@@ -130,7 +139,8 @@ class StreamModel:
     def _cancel(self, target: np.ndarray, others: dict[str, Any], answer: Answer) -> None:
         name = target.reshape(-1)[0].decode("utf-8", "replace")
         if others:
-            raise InvalidArgument("cancel", name, "must be the only input of its request")
+            with explaining_generated_inputs(others):
+                raise InvalidArgument("cancel", name, "must be the only input of its request")
         named = [generation for given, generation in list(self._live.values()) if given == name]
         if not named:
             raise EngineError("NOT_FOUND", f"no live request has the id {name!r}")
@@ -241,13 +251,18 @@ def _copied(request: Any, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     if len(parameters) > MAX_PARAMETERS:
         allowed = f"must have at most {MAX_PARAMETERS} bytes; it has {len(parameters)}"
         raise InvalidArgument("parameters", shortened(parameters), allowed)
-    for name, value in json.loads(parameters).items():
+    given = json.loads(parameters)
+    client = given.pop(CLIENT_HEADER, None)
+    for name, value in given.items():
         if name not in ("id", TRACE_PARENT) and not name.startswith("triton_"):
             raise unknown_input(name, value, names)
-    inputs = ((name, pb_utils.get_input_tensor_by_name(request, name)) for name in names)
-    tensors = {name: tensor.as_numpy() for name, tensor in inputs if tensor is not None}
+    tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
     check_sizes(tensors)
-    return {name: tensor.copy() for name, tensor in tensors.items()}
+    fields = {name: tensor.copy() for name, tensor in tensors.items()}
+    if client is not None:
+        fields["client"] = np.array([str(client).encode()], object)
+        check_sizes({"client": fields["client"]})
+    return fields
 
 
 def _tell(answer: Answer, event: Event) -> None:

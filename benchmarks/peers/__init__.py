@@ -1,0 +1,1 @@
+"""Twinbrush beside other ways to serve the same checkpoint; `python -m benchmarks.peers`."""

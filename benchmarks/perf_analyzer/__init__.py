@@ -1,0 +1,1 @@
+"""Triton's own perf_analyzer, driven over sweeps of load; `python -m benchmarks.perf_analyzer`."""

@@ -1,0 +1,139 @@
+"""The application: doors, middleware, health, metrics and the page, put together."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from gateway import front_page, openai, sdapi
+from gateway.errors import ApiError
+from gateway.files import Files
+from gateway.gate import Gate
+from gateway.guard import Guard
+from gateway.keys import KeyRing, Limits
+from gateway.limits import Meter
+from gateway.metrics import Metrics
+from gateway.openai_fields import check_not_served
+from gateway.openapi import describe
+from gateway.painting import Studio
+from gateway.pool import Pool
+from gateway.validation import error_of
+
+CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+DESCRIPTION = "OpenAI's images API and A1111's API over Twinbrush servers."
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the gateway behaves.
+
+    Attributes:
+        keys: who may use it; without keys, everybody.
+        max_body: bytes of a request's body.
+        cors_origins: origins whose pages may call it from a browser.
+        public_url: that clients reach it by, for URLs of pictures.
+        files_bytes, files_seconds: of pictures behind URLs.
+    """
+
+    keys: KeyRing = field(default_factory=lambda: KeyRing((), Limits()))
+    max_body: int = 16 << 20
+    cors_origins: Sequence[str] = ()
+    public_url: str | None = None
+    files_bytes: int = 256 << 20
+    files_seconds: float = 3600.0
+
+
+def create_app(pool: Pool, settings: Settings, gate: Gate) -> FastAPI:
+    """The gateway over servers. `gate` says when it drains."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await pool.start()
+        yield
+        await pool.close()
+
+    app = FastAPI(title="Twinbrush gateway", description=DESCRIPTION, lifespan=lifespan)
+    metrics = Metrics()
+    files = Files(settings.files_bytes, settings.files_seconds)
+    studio = Studio(pool, Meter(), files, metrics, settings.public_url)
+    app.add_middleware(
+        Guard, gate=gate, keys=settings.keys, metrics=metrics, max_body=settings.max_body
+    )
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(settings.cors_origins),
+            allow_methods=["GET", "POST"], allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )  # fmt: skip
+    app.include_router(openai.router(studio))
+    app.include_router(sdapi.router(studio))
+    _add_health(app, pool, gate, metrics)
+    _add_error_handlers(app)
+    front_page.mount(app, studio, settings.keys)
+    vars(app)["openapi"] = functools.partial(describe, app, settings.keys.required)
+    return app
+
+
+def _add_health(app: FastAPI, pool: Pool, gate: Gate, metrics: Metrics) -> None:
+    @app.get("/health/live", tags=["operation"])
+    async def live() -> Response:
+        """200 while the process answers."""
+        return JSONResponse({"state": "draining" if gate.draining else "live"})
+
+    @app.get("/health/ready", tags=["operation"], responses={503: {}})
+    async def ready() -> Response:
+        """200 where requests are taken: a server is well, and no drain has begun."""
+        servers = {backend.address: backend.healthy for backend in pool.backends}
+        if gate.draining:
+            return JSONResponse({"state": "draining"}, 503)
+        if not pool.ready:
+            return JSONResponse({"state": "no server", "servers": servers}, 503)
+        return JSONResponse({"state": "ready", "servers": servers})
+
+    @app.get(
+        "/metrics", tags=["operation"], response_class=Response,
+        responses={200: {"content": {"text/plain": {}}}},
+    )  # fmt: skip
+    async def read_metrics() -> Response:
+        """Prometheus' text form."""
+        metrics.outstanding.clear()
+        metrics.healthy.clear()
+        for backend in pool.backends:
+            metrics.outstanding.labels(backend.address).set(backend.outstanding)
+            metrics.healthy.labels(backend.address).set(backend.healthy)
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    @app.exception_handler(ApiError)
+    async def on_api_error(request: Request, error: ApiError) -> Response:
+        return error.response(request.url.path)
+
+    @app.exception_handler(RequestValidationError)
+    async def on_invalid(request: Request, error: RequestValidationError) -> Response:
+        try:
+            if isinstance(error.body, dict):
+                check_not_served(error.body)
+            found = error_of(error.errors(), error.body)
+        except ApiError as refused:
+            found = refused
+        return found.response(request.url.path)
+
+    @app.exception_handler(HTTPException)
+    async def on_http_error(request: Request, error: HTTPException) -> Response:
+        path = request.url.path
+        text = f"{request.method} {path}: {error.detail}."
+        response = ApiError(error.status_code, text, code=CODES.get(error.status_code)).response(
+            path
+        )
+        response.headers.update(error.headers or {})
+        return response

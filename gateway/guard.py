@@ -1,0 +1,112 @@
+"""What every request passes: its id, the drain, its key, and the metrics. Reads no bodies.
+
+It is plain ASGI, so that handlers see when their client leaves.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gateway.errors import CLIENT_LEFT, ApiError
+from gateway.gate import Gate
+from gateway.keys import KeyRing
+from gateway.metrics import NO_ROUTE, Metrics
+
+log = logging.getLogger(__name__)
+REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+LOCKED = ("/v1/", "/sdapi/", "/metrics")  # paths that need a key where there are any
+FILES = "/v1/images/files/"  # signed URLs are their own key
+ALWAYS = ("/health/", "/metrics")  # paths that a drain leaves open
+IDLE = "/gradio_api/heartbeat/"  # a request that lives as long as a page is open
+
+
+class Guard:
+    """Middleware around the doors.
+
+    A handler finds the caller's `Key` and the request's id in `request.state`.
+    """
+
+    def __init__(self, app: ASGIApp, gate: Gate, keys: KeyRing, metrics: Metrics, max_body: int):
+        self.app, self._gate, self._keys, self._metrics = app, gate, keys, metrics
+        self._max_body = max_body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        request_id = given if REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+        scope.setdefault("state", {})["request_id"] = request_id
+        began, status, size = time.perf_counter(), 0, 0
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        async def bounded() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self._max_body:
+                raise HTTPException(413, f"the body has more than {self._max_body} bytes")
+            return message
+
+        holds = not scope["path"].startswith((*ALWAYS, IDLE))
+        self._gate.live += holds
+        self._metrics.live.inc()
+        try:
+            if refusal := self._refusal(scope, headers):
+                await refusal.response(scope["path"])(scope, receive, answer)
+            else:
+                await self.app(scope, bounded, answer)
+        except Exception:
+            log.exception("request %s failed", request_id)
+            if status:  # the answer has begun: only a broken connection can say so
+                raise
+            text = f"The gateway failed; its log has the reason, at {request_id}."
+            fault = ApiError(500, text, code="server_error", type="server_error")
+            await fault.response(scope["path"])(scope, receive, answer)
+        finally:
+            self._gate.live -= holds
+            self._metrics.live.dec()
+            self._count(scope, status or CLIENT_LEFT, time.perf_counter() - began)
+
+    def _refusal(self, scope: Scope, headers: Headers) -> ApiError | None:
+        path = scope["path"]
+        if self._gate.draining and not path.startswith(ALWAYS):
+            return ApiError(
+                503, "The gateway is shutting down.", code="draining", type="server_error",
+                retry_after=1.0,
+            )  # fmt: skip
+        key = self._keys.find(headers.get("authorization"))
+        scope["state"]["key"] = key
+        if key is None and path.startswith(LOCKED) and not path.startswith(FILES):
+            text = "Incorrect API key provided." if "authorization" in headers else (
+                "You didn't provide an API key. Send it as `Authorization: Bearer KEY`."
+            )  # fmt: skip
+            return ApiError(401, text, code="invalid_api_key")
+        length = headers.get("content-length", "")
+        if length.isdecimal() and int(length) > self._max_body:
+            text = f"The body has {length} bytes; at most {self._max_body} are allowed."
+            return ApiError(413, text, code="body_too_large")
+        return None
+
+    def _count(self, scope: Scope, status: int, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", None) or NO_ROUTE
+        self._metrics.requests.labels(route, status).inc()
+        self._metrics.seconds.labels(route).observe(seconds)
+        log.info(
+            "%s %s %d %.0f ms %s", scope["method"], scope["path"], status, 1000 * seconds,
+            scope["state"]["request_id"],
+        )  # fmt: skip

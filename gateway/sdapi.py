@@ -1,0 +1,182 @@
+"""A1111's doors: `/sdapi/v1/txt2img` and what tools ask beside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, ConfigDict
+
+from gateway import sampler_names
+from gateway.errors import STATUSES, ApiError, invalid
+from gateway.painting import Studio, base64_of
+from gateway.sdapi_fields import NAMES, TextToImage, image_format
+from gateway.sdapi_jobs import Jobs, SdJob
+from twinbrush_client import Cancelled
+
+# What the gateway has none of; tools ask for them at their start.
+EMPTY: dict[str, Any] = {
+    "upscalers": [], "latent-upscale-modes": [], "loras": [], "hypernetworks": [],
+    "face-restorers": [], "realesrgan-models": [], "prompt-styles": [], "sd-vae": [],
+    "script-info": [], "extensions": [], "scripts": {"txt2img": [], "img2img": []},
+    "embeddings": {"loaded": {}, "skipped": {}}, "cmd-flags": {"api": True},
+}  # fmt: skip
+UNKNOWN_MEMORY = {"error": "the gateway does not know the servers' memory"}
+CHECKPOINT, FORMAT = "sd_model_checkpoint", "samples_format"
+
+
+class Refusal(BaseModel):
+    """An error in A1111's form; `detail` and `errors` say the same."""
+
+    error: str
+    detail: str
+    body: str
+    errors: str
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Refusal, "description": description}
+    for status, description in STATUSES.items()
+}
+
+
+class Options(BaseModel):
+    """The options that may be set: each caller has its own."""
+
+    model_config = ConfigDict(extra="allow")
+
+    sd_model_checkpoint: str | None = None
+    samples_format: str | None = None
+
+
+def router(studio: Studio) -> APIRouter:
+    """The routes under `/sdapi/v1`."""
+    routes = APIRouter(prefix="/sdapi/v1", responses=ERRORS, tags=["A1111"])
+    options = CallersOptions()
+    _add_painting(routes, studio, options)
+    _add_options(routes, studio, options)
+    _add_lists(routes, studio)
+    for name, value in EMPTY.items():
+        _add_constant(routes, name, value)
+    return routes
+
+
+class CallersOptions:
+    """The options that each caller has set."""
+
+    def __init__(self) -> None:
+        self._set: dict[str, dict[str, str]] = {}
+
+    def of(self, request: Request) -> dict[str, str]:
+        return self._set.setdefault(request.state.key.name, {})
+
+
+def _add_painting(routes: APIRouter, studio: Studio, options: CallersOptions) -> None:
+    jobs = Jobs()
+
+    @routes.post("/txt2img")
+    async def txt2img(body: TextToImage, request: Request) -> Response:
+        """Paints images of a prompt."""
+        body.check()
+        settings = options.of(request) | (body.override_settings or {})
+        job = SdJob(body, settings.get(CHECKPOINT), image_format(settings.get(FORMAT, "png")))
+        return JSONResponse(await _paint(studio, jobs, job, request))
+
+    @routes.post("/img2img")
+    async def img2img() -> Response:
+        """Refuses: no checkpoint takes image inputs yet."""
+        text = "Image inputs are not served; use /sdapi/v1/txt2img."
+        raise ApiError(400, text, code="unsupported_endpoint")
+
+    @routes.get("/progress")
+    async def progress(request: Request, skip_current_image: bool = False) -> Response:
+        """How far the caller's oldest request is, with a look at its image."""
+        return JSONResponse(await jobs.progress(request.state.key.name, not skip_current_image))
+
+    @routes.post("/interrupt")
+    async def interrupt(request: Request) -> Response:
+        """Ends the caller's requests; they answer with what they have."""
+        jobs.interrupt(request.state.key.name)
+        return JSONResponse(None)
+
+
+def _add_options(routes: APIRouter, studio: Studio, options: CallersOptions) -> None:
+    @routes.get("/options")
+    async def read_options(request: Request) -> Response:
+        """The caller's options."""
+        defaults = {CHECKPOINT: (await studio.info()).checkpoint, FORMAT: "png"}
+        return JSONResponse(defaults | options.of(request))
+
+    @routes.post("/options")
+    async def set_options(body: Options, request: Request) -> Response:
+        """Sets options for the caller's later requests."""
+        for name, value in (body.model_extra or {}).items():
+            raise invalid(name, value, f"the options that can be set are {CHECKPOINT}, {FORMAT}")
+        given = body.model_dump(exclude_none=True)
+        if CHECKPOINT in given:
+            await studio.info(given[CHECKPOINT])
+        if FORMAT in given:
+            image_format(given[FORMAT])
+        options.of(request).update(given)
+        return JSONResponse(None)
+
+
+def _add_lists(routes: APIRouter, studio: Studio) -> None:
+    @routes.get("/samplers")
+    async def samplers() -> Response:
+        """Samplers of the first checkpoint's server."""
+        return JSONResponse(sampler_names.samplers((await studio.info()).samplers))
+
+    @routes.get("/schedulers")
+    async def schedulers() -> Response:
+        """Spacings of the noise levels."""
+        return JSONResponse(sampler_names.schedulers())
+
+    @routes.get("/sd-models")
+    async def models() -> Response:
+        """The checkpoints that are served."""
+        return JSONResponse([
+            {"title": name, "model_name": name, "hash": None, "sha256": None, "filename": name,
+             "config": None}
+            for name in studio.pool.models()
+        ])  # fmt: skip
+
+    @routes.post("/refresh-checkpoints")
+    async def refresh() -> Response:
+        """Asks the servers anew what they serve."""
+        await studio.pool.probe()
+        return JSONResponse(None)
+
+    @routes.get("/memory")
+    async def memory() -> Response:
+        """Says that it is not known."""
+        return JSONResponse({"ram": UNKNOWN_MEMORY, "cuda": UNKNOWN_MEMORY})
+
+
+def _add_constant(routes: APIRouter, name: str, value: Any) -> None:
+    @routes.get(f"/{name}", name=name)
+    async def constant() -> Response:
+        """What the gateway has of these."""
+        return JSONResponse(value)
+
+
+async def _paint(studio: Studio, jobs: Jobs, job: SdJob, request: Request) -> dict[str, Any]:
+    info = await studio.info(job.model)
+    job.fields = job.body.fields(info, job.image_format)
+    prompt, key = job.body.prompt, request.state.key.name
+    async with studio.painting(request, prompt, job.model, job.fields, NAMES) as painted:
+        with jobs.live(key, job, painted):
+            try:
+                async for event in painted:
+                    job.take(event)
+            except Cancelled:
+                if not job.interrupted:
+                    raise
+    studio.metrics.pictures.inc(len(job.pictures))
+    files = await job.files() if job.body.send_images is not False else []
+    return {
+        "images": [base64_of(file) for file in files],
+        "parameters": job.body.model_dump(),
+        "info": job.info(info.checkpoint),
+    }

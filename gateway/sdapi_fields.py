@@ -1,0 +1,134 @@
+"""The body of A1111's `txt2img`: what it asks of a server, and what nobody here can do.
+
+Tools send every field that they know, most at a value that asks for nothing. Those are taken; a
+field that asks for something which is not served is refused by name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from gateway import sampler_names
+from gateway.errors import ApiError, invalid
+from twinbrush_client import ServerInfo
+
+# Values, besides null, that ask for nothing.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "seed_resize_from_h": (0, -1),
+    "seed_resize_from_w": (0, -1),
+    "s_noise": (1,),
+    "clip_skip": (1,),
+    "script_name": ("None",),
+    "refiner_checkpoint": ("None",),
+}
+# Of what is not done here, such as saving on the server, or matters with another field alone.
+WITHOUT_EFFECT = {
+    "subseed", "denoising_strength", "do_not_save_samples", "do_not_save_grid", "save_images",
+    "override_settings_restore_afterwards", "script_args", "force_task_id", "comments",
+    "disable_extra_networks", "refiner_switch_at", "s_min_uncond",
+}  # fmt: skip
+HIGH_RESOLUTION = "hr_"  # fields of `enable_hr`, which is refused
+SETTINGS: dict[str, tuple[Any, ...]] = {
+    "CLIP_stop_at_last_layers": (1,),
+    "sd_vae": ("Automatic", "None"),
+}
+FORMATS = {"png": "png", "jpg": "jpeg", "jpeg": "jpeg", "webp": "webp"}
+WITH_ETA = ("ddim", "tcd")  # samplers that take A1111's eta; others ignore it there too
+# What a server calls a field, and what this door does.
+NAMES = {"num_images": "batch_size", "sampler": "sampler_name", "sigma_schedule": "scheduler",
+         "guidance_scale": "cfg_scale"}  # fmt: skip
+
+
+class TextToImage(BaseModel):
+    """What `POST /sdapi/v1/txt2img` takes; what is left out takes the checkpoint's value."""
+
+    model_config = ConfigDict(extra="allow")
+
+    prompt: str = Field("", max_length=8000, description="What to paint.", examples=["a red ring"])
+    negative_prompt: str | None = Field(None, max_length=8000)
+    seed: int | None = Field(None, ge=-1, lt=2**63, description="-1 is random.")
+    steps: int | None = Field(None, ge=1, le=50)
+    cfg_scale: float | None = Field(None, ge=0, le=50, allow_inf_nan=False)
+    width: int | None = Field(None, ge=1, le=2**20)
+    height: int | None = Field(None, ge=1, le=2**20)
+    sampler_name: str | None = Field(None, max_length=64, description="A name of /samplers.")
+    sampler_index: str | None = Field(None, max_length=64, description="Older sampler_name.")
+    scheduler: str | None = Field(None, max_length=64, description="A name of /schedulers.")
+    batch_size: int | None = Field(None, ge=1, le=16)
+    n_iter: int | None = Field(None, ge=1, le=16, description="Batches; 16 images in all.")
+    eta: float | None = Field(None, ge=0, le=1, allow_inf_nan=False, description="Of DDIM and TCD.")
+    send_images: bool | None = Field(None, description="false leaves the images out.")
+    alwayson_scripts: dict[str, Any] | None = Field(None, description="Scripts are not served.")
+    override_settings: dict[str, Any] | None = Field(
+        None, description="sd_model_checkpoint and samples_format."
+    )
+
+    def check(self) -> None:
+        """Raises ApiError where a field asks for what is not served."""
+        for name, value in (self.model_extra or {}).items():
+            if name not in WITHOUT_EFFECT and not name.startswith(HIGH_RESOLUTION):
+                _check_neutral(name, name, value, NEUTRAL)
+        for name, script in (self.alwayson_scripts or {}).items():
+            if _is_on(script):
+                raise _not_served(f"alwayson_scripts.{name}", script)
+        for name, value in (self.override_settings or {}).items():
+            if name not in ("sd_model_checkpoint", "samples_format"):
+                _check_neutral(f"override_settings.{name}", name, value, SETTINGS)
+
+    @property
+    def images(self) -> int:
+        return (self.batch_size or 1) * (self.n_iter or 1)
+
+    def fields(self, info: ServerInfo, image_format: str) -> dict[str, Any]:
+        """The fields of a server's request; those that are None take its defaults."""
+        if self.images > 16:
+            raise invalid("n_iter", self.n_iter, "batch_size times n_iter must be at most 16")
+        name = self.sampler_name or self.sampler_index
+        sampler, schedule = sampler_names.chosen(name, self.scheduler, info.samplers)
+        takes_eta = (sampler or info.defaults["sampler"]) in WITH_ETA
+        steps = self.steps or info.defaults["steps"]
+        return {
+            "negative_prompt": self.negative_prompt,
+            "prompt_syntax": "a1111",
+            "seed": None if self.seed in (None, -1) else self.seed,
+            "steps": steps,
+            "guidance_scale": self.cfg_scale,
+            "width": self.width or info.defaults["width"],
+            "height": self.height or info.defaults["height"],
+            "sampler": sampler,
+            "sigma_schedule": schedule,
+            "eta": self.eta if takes_eta else None,
+            "num_images": self.images,
+            "image_format": image_format,
+            "preview_every": max(1, steps // 10),
+        }
+
+
+def image_format(name: object) -> str:
+    """The format that A1111's `samples_format` names."""
+    if not isinstance(name, str) or name not in FORMATS:
+        raise invalid("samples_format", name, f"must be one of {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+def _check_neutral(param: str, name: str, value: Any, neutral: dict[str, tuple[Any, ...]]) -> None:
+    if value and value not in neutral.get(name, ()):
+        raise _not_served(param, value)
+
+
+def _is_on(script: Any) -> bool:
+    """Whether a script has arguments that ask for something; most begin with whether it runs."""
+    arguments = script.get("args") if isinstance(script, dict) else script
+    if not isinstance(arguments, list):
+        return bool(arguments)
+    if not arguments or arguments[0] is False:
+        return False
+    return any(a and not (isinstance(a, dict) and a.get("enabled") is False) for a in arguments)
+
+
+def _not_served(param: str, value: Any) -> ApiError:
+    error = invalid(param, value, "it is not served; leave it out")
+    error.code = "unsupported_value"
+    return error

@@ -1,0 +1,40 @@
+"""What pydantic finds wrong in a body becomes an `ApiError` that names the field."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gateway.errors import ApiError, invalid, shown, unknown
+
+WRONG_TYPE = ("_type", "_parsing", "_unicode")
+
+
+def error_of(problems: Sequence[Mapping[str, Any]], body: object) -> ApiError:
+    """The first problem, an unknown field before others: it is often a misspelt one."""
+    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    kind, place = problem["type"], problem["loc"]
+    if kind == "json_invalid":
+        text = f"The body is not valid JSON: {problem['ctx']['error']} at character {place[-1]}."
+        return ApiError(400, text, code="invalid_json")
+    names = [str(part) for part in place[1:]]
+    if not names:
+        if not isinstance(body, dict):
+            text = "The body must be a JSON object, sent with content-type: application/json."
+            return ApiError(400, text, code="invalid_body")
+        return ApiError(400, problem["msg"], code="invalid_value")
+    param, value = names[0], problem["input"]
+    if kind == "extra_forbidden":
+        return unknown(param)
+    if kind == "missing":
+        text = f"Missing required parameter: {param!r}."
+        return ApiError(400, text, param=param, code="missing_required_parameter")
+    if kind.endswith(WRONG_TYPE):
+        text = f"Invalid type for {param!r}: {problem['msg']}; got {shown(value)}."
+        return ApiError(400, text, param=param, code="invalid_type")
+    return invalid(param, value, _lowered(problem["msg"]))
+
+
+def _lowered(message: str) -> str:
+    """Pydantic's sentence in the middle of another one."""
+    return message[:1].lower() + message[1:]

@@ -1,0 +1,177 @@
+"""The gateway's A1111 door, by the `webuiapi` package and by what other tools send."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import threading
+import time
+
+import pytest
+import webuiapi
+from PIL import Image
+from test_gateway_parts import INFO
+from test_wire import unet_calls, wait_for_a_call
+
+from gateway import sampler_names
+from gateway.errors import ApiError
+from gateway.sdapi_fields import TextToImage
+from twinbrush_client import Client
+
+TXT2IMG = "/sdapi/v1/txt2img"
+SAMPLERS = ["lcm", "ddim", "euler", "dpmpp_2m", "euler_a", "dpmpp_2m_sde", "pndm"]
+
+
+@pytest.fixture(scope="module")
+def api(gateway):
+    return webuiapi.WebUIApi(host="127.0.0.1", port=gateway.port)
+
+
+def test_webuiapi_paints_what_grpc_paints(api, server):
+    result = api.txt2img(
+        prompt="a (red:1.3) circle", negative_prompt="blue", seed=7, steps=4, width=64, height=32,
+        cfg_scale=2, sampler_name="DPM++ 2M", scheduler="Karras", batch_size=2, n_iter=2,
+    )  # fmt: skip
+    with Client(server.address) as client:
+        wanted = client.generate(
+            "a (red:1.3) circle", negative_prompt="blue", seed=7, steps=4, width=64, height=32,
+            prompt_syntax="a1111", guidance_scale=2, sampler="dpmpp_2m", sigma_schedule="karras",
+            num_images=4,
+        )  # fmt: skip
+    assert [image.tobytes() for image in result.images] == [image.tobytes() for image in wanted]
+    assert result.info["all_seeds"] == [7, 8, 9, 10]
+    assert result.info["sampler_name"] == "DPM++ 2M"
+    assert "Steps: 4" in result.info["infotexts"][0]
+    assert result.parameters["prompt"] == "a (red:1.3) circle"
+
+
+def test_webuiapi_finds_what_it_asks_for_at_its_start(api, gateway, server):
+    with Client(server.address) as client:
+        info = client.info()
+    assert api.get_options()["sd_model_checkpoint"] == info.checkpoint
+    assert [model["title"] for model in api.get_sd_models()] == [info.checkpoint]
+    assert {s["aliases"][0] for s in api.get_samplers()} == set(info.samplers)
+    assert {s["name"] for s in api.get_schedulers()} >= {"automatic", "karras"}
+    for name in ("loras", "upscalers", "hypernetworks", "sd-vae", "cmd-flags", "memory", "scripts"):
+        assert gateway.call(f"/sdapi/v1/{name}").status == 200
+    assert api.get_progress()["progress"] == 0
+    api.refresh_checkpoints()
+
+
+def test_options_are_kept_and_checked(api, gateway):
+    (model,) = api.util_get_model_names()
+    api.set_options({"sd_model_checkpoint": model, "samples_format": "jpg"})
+    assert api.get_options()["samples_format"] == "jpg"
+    assert api.txt2img(prompt="a ring", width=32, height=32).image.format == "JPEG"
+    settings = {"samples_format": "png"}
+    image = api.txt2img(prompt="a ring", width=32, height=32, override_settings=settings).image
+    assert image.format == "PNG"
+    api.set_options({"samples_format": "png"})
+    for wrong in ({"sd_model_checkpoint": "none"}, {"samples_format": "gif"}, {"eta_noise": 3}):
+        answer = gateway.call("/sdapi/v1/options", wrong)
+        assert answer.status in (400, 404)
+        assert (
+            next(iter(wrong.values())) == 3
+            or str(next(iter(wrong.values()))) in answer.json()["detail"]
+        )
+
+
+def test_progress_shows_a_preview_and_interrupt_ends_it(api, server):
+    results = []
+    slow = {"prompt": "a ring", "width": 128, "height": 128, "steps": 50, "batch_size": 8}
+    before = unet_calls(server)
+    painting = threading.Thread(target=lambda: results.append(api.txt2img(**slow)))
+    painting.start()
+    wait_for_a_call(server, before)
+    until = time.monotonic() + 30
+    while not (seen := api.get_progress())["current_image"]:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    assert 0 < seen["progress"] < 1
+    assert seen["state"]["sampling_steps"] == 50
+    assert Image.open(io.BytesIO(base64.b64decode(seen["current_image"]))).height == 128
+    api.interrupt()
+    painting.join(30)
+    assert unet_calls(server) - before < 8 * 50 / 2
+    assert all(image.size == (128, 128) for image in results[0].images)
+    assert results[0].info["all_seeds"] == []
+    assert api.get_progress()["progress"] == 0
+
+
+REFUSED = [
+    ({"enable_hr": True}, "enable_hr"),
+    ({"restore_faces": True}, "restore_faces"),
+    ({"styles": ["x"]}, "styles"),
+    ({"magic": 1}, "magic"),
+    ({"alwayson_scripts": {"ADetailer": {"args": [{"ad_model": "x"}]}}}, "alwayson_scripts"),
+    ({"override_settings": {"eta_noise": 1}}, "override_settings.eta_noise"),
+    ({"sampler_name": "Restart"}, "sampler_name"),
+    ({"scheduler": "Align"}, "scheduler"),
+    ({"width": 33}, "width"),
+    ({"batch_size": 16, "n_iter": 2}, "n_iter"),
+    ({"steps": "many"}, "steps"),
+    ({"prompt": ""}, "prompt"),
+]
+
+
+@pytest.mark.parametrize(("fields", "name"), REFUSED, ids=[name for _, name in REFUSED])
+def test_what_is_not_served_is_refused_by_name(gateway, fields, name):
+    answer = gateway.call(TXT2IMG, {"prompt": "a ring"} | fields)
+    assert answer.status == 400
+    assert name in answer.json()["detail"]
+
+
+# What SillyTavern, Open WebUI and webuiapi send besides what they ask for.
+HARMLESS = {
+    "enable_hr": False, "hr_scale": 2, "hr_upscaler": "Latent", "hr_additional_modules": ["same"],
+    "denoising_strength": 0.7, "restore_faces": False, "styles": [], "subseed": -1,
+    "subseed_strength": 0, "s_churn": 0, "s_noise": 1, "script_name": None, "script_args": [],
+    "save_images": True, "send_images": True, "do_not_save_grid": False, "clip_skip": 1,
+    "alwayson_scripts": {"ADetailer": {"args": [False]}, "controlnet": {"args": []}},
+    "override_settings": {"CLIP_stop_at_last_layers": 1, "sd_vae": "Automatic"},
+    "override_settings_restore_afterwards": True, "seed_resize_from_h": -1, "eta": None,
+}  # fmt: skip
+
+
+def test_fields_that_ask_for_nothing_are_taken(gateway):
+    answer = gateway.call(TXT2IMG, {"prompt": "a ring"} | HARMLESS)
+    assert answer.status == 200
+    body = answer.json()
+    assert len(body["images"]) == 1
+    assert body["parameters"]["hr_scale"] == 2
+    assert json.loads(body["info"])["seed"] >= 0
+    answer = gateway.call(TXT2IMG, {"prompt": "a ring", "send_images": False})
+    assert answer.json()["images"] == []
+
+
+@pytest.mark.parametrize(
+    ("sampler", "scheduler", "wanted"),
+    [
+        (None, None, (None, None)),
+        ("Euler a", "Automatic", ("euler_a", "default")),
+        ("k_euler_a", "karras", ("euler_a", "karras")),
+        ("dpmpp_2m", "sgm_uniform", ("dpmpp_2m", "sgm_uniform")),
+        ("DPM++ 2M Karras", None, ("dpmpp_2m", "karras")),
+        ("DPM++ 2M SDE Exponential", "automatic", ("dpmpp_2m_sde", "exponential")),
+        ("DPM++ 2M Karras", "SGM Uniform", ("dpmpp_2m", "sgm_uniform")),
+        ("PLMS", "Uniform", ("pndm", "default")),
+        ("ddim", None, ("ddim", None)),
+    ],
+)
+def test_names_of_samplers_are_a1111s(sampler, scheduler, wanted):
+    assert sampler_names.chosen(sampler, scheduler, SAMPLERS) == wanted
+
+
+def test_a_sampler_that_the_server_has_not_is_unknown():
+    with pytest.raises(ApiError, match="sampler_name='UniPC' is invalid"):
+        sampler_names.chosen("UniPC", None, SAMPLERS)
+
+
+def test_eta_is_of_the_samplers_that_take_it():
+    def eta(sampler):
+        body = TextToImage(prompt="a ring", eta=0.5, sampler_name=sampler)
+        return body.fields(INFO, "png")["eta"]
+
+    assert eta("DDIM") == 0.5
+    assert eta("Euler") is None
