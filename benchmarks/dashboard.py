@@ -98,12 +98,11 @@ def load(server: Serving, seconds: float) -> None:
                 fields["width"] = fields["height"] = int(side * rng.choice(SIDES))
                 prompt = f"a red circle {rng.randrange(30)}"
                 kind = rng.random()
+                fields["steps"] = 50 if kind < 0.1 else 99 if kind < 0.15 else fields["steps"]
                 with suppress(TwinbrushError):
                     if kind < 0.1:
-                        for _ in client.stream(prompt, **(fields | {"steps": 50})):
+                        for _ in client.stream(prompt, **fields):
                             break
-                    elif kind < 0.15:
-                        client.generate(prompt, **(fields | {"steps": 99}))
                     else:
                         client.generate(prompt, **fields)
                 stopping.wait(rng.random() * 0.2)
