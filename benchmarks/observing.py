@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import json
 import queue
+import statistics
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from benchmarks.load import closed_loop
 from benchmarks.local_engine import local_engine
 from benchmarks.machine import write_result
-from benchmarks.overhead import compare, in_process
-from twinbrush.engine.metrics import Metric
+from benchmarks.overhead import in_process
+from twinbrush.engine.metrics import METRICS, Metric
 from twinbrush.runtimes.onnx_runtime import LocalModels
 
-GOAL = 0.99  # of the throughput without an observer
+GOAL = 0.99  # processor time without an observer over that with one
 
 
 class Queued:
@@ -52,17 +55,37 @@ def main(
         plain = stack.enter_context(local_engine(repository, models))
         observed = stack.enter_context(local_engine(repository, models, observer=observer))
         sides = {"unobserved": in_process(plain), "observed": in_process(observed)}
-        result = compare(sides, clients, turns, requests)
-    images = (turns * requests) + clients
+        for send in sides.values():
+            closed_loop(send, clients, clients)  # warm up
+        before = observer.values.qsize()
+        spent: dict[str, list[float]] = {name: [] for name in sides}
+        for turn in range(turns):
+            for name in list(sides)[:: 1 if turn % 2 else -1]:
+                began = time.process_time()
+                closed_loop(sides[name], clients, requests)
+                spent[name].append((time.process_time() - began) / requests * 1000)
+        values = (observer.values.qsize() - before) / (turns * requests)
+    ratios = [a / b for a, b in zip(spent["unobserved"], spent["observed"], strict=True)]
     summary = {
-        "ratio": result["ratio"]["observed"],
-        "values_an_image": round(observer.values.qsize() / images, 1),
+        "ratio": round(statistics.median(ratios), 4),
+        "cpu_ms_an_image": {k: round(statistics.median(v), 2) for k, v in spent.items()},
+        "values_an_image": round(values, 1),
+        "cpu_ms_of_recording_an_image": round(values * _milliseconds_a_value(), 4),
     }
     write_result(
         out, "python -m benchmarks.observing", goals={"ratio": GOAL}, summary=summary,
-        clients=clients, **result,
+        clients=clients, ratios=[round(ratio, 3) for ratio in ratios],
     )  # fmt: skip
     print(json.dumps(summary))
+
+
+def _milliseconds_a_value(count: int = 20_000) -> float:
+    """Processor time of one recorded value."""
+    observer, metric = Queued(), METRICS[-1]
+    began = time.process_time()
+    for _ in range(count):
+        observer.record(metric, 1.0)
+    return (time.process_time() - began) / count * 1000
 
 
 if __name__ == "__main__":

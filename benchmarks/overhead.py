@@ -65,7 +65,7 @@ def main(
             str(runtime): stack.enter_context(running_server(repository, runtime))[0]
             for runtime in Runtime
         }
-        servers = {runtime: _through(client) for runtime, client in clients.items()}
+        servers = {runtime: through_grpc(client) for runtime, client in clients.items()}
         sides = {"engine": in_process(engine), **servers}
         points = {f"c{c}": compare(sides, c, turns, max(requests, 2 * c)) for c in CONCURRENCY}
         sides = {
@@ -97,10 +97,10 @@ def main(
 
 @contextmanager
 def running_server(
-    repository: Path, runtime: Runtime
+    repository: Path, runtime: Runtime, grpc_port: int = 0
 ) -> Iterator[tuple[grpc.InferenceServerClient, int]]:
-    """A server of its own: a client of it, and its process id."""
-    http, grpc_port, metrics = chosen_ports("127.0.0.1", 0, 0, 0)
+    """A server of its own: a client of it, and its process id. A port of 0 is chosen."""
+    http, grpc_port, metrics = chosen_ports("127.0.0.1", 0, grpc_port, 0)
     options = ServerOptions(
         repository, http_port=http, grpc_port=grpc_port, metrics_port=metrics, runtime=runtime
     )
@@ -137,7 +137,7 @@ def in_process(engine: Engine, deterministic: bool = False) -> Send:
     return send
 
 
-def _through(client: grpc.InferenceServerClient) -> Send:
+def through_grpc(client: grpc.InferenceServerClient) -> Send:
     def send(number: int, done: Callable[[str | None], None]) -> None:
         fields = inputs({"prompt": new_prompt(number), "seed": number, "image_format": "png"})
         client.async_infer(
@@ -194,7 +194,7 @@ def _profile(client: grpc.InferenceServerClient, requests: int) -> dict[str, dic
         }
 
     before = counters()
-    load = closed_loop(_through(client), 1, requests)
+    load = closed_loop(through_grpc(client), 1, requests)
     profile = {"client": {"total": round(load.p50, 2)}}
     for model, after in counters().items():
         spent = {key: after[key] - before[model][key] for key in after}

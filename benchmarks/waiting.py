@@ -20,6 +20,7 @@ import numpy as np
 FOLDER = "TWINBRUSH_WAITING"  # environment variable: the folder of the lock and of the counts
 SIDE, TOKENS, WIDTH, LEVELS = 512, 77, 768, 2
 PICTURES = 8  # different ones that the decoder gives
+STEEPNESS = 1.4  # of the amplitudes over the frequency
 
 
 @dataclass(frozen=True)
@@ -114,10 +115,9 @@ def _noise(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 def photographs(count: int) -> np.ndarray:
-    """Noise with the spectrum of photographs, 1/f amplitudes: (count, 3, 512, 512) in [-1, 1].
+    """Noise with a spectrum that falls as photographs' does: (count, 3, 512, 512) in [-1, 1].
 
-    Torralba and Oliva, Statistics of natural image categories, 2003. Three channels share most of
-    their luminance.
+    Its files are as large as those of photographs. The channels share most of their luminance.
     """
     rng = np.random.default_rng(1)
     frequency = np.hypot(np.fft.fftfreq(SIDE)[:, None], np.fft.rfftfreq(SIDE)[None])
@@ -132,7 +132,7 @@ def photographs(count: int) -> np.ndarray:
 
 def _spectral(rng: np.random.Generator, frequency: np.ndarray) -> np.ndarray:
     phases = np.exp(2j * np.pi * rng.random(frequency.shape))
-    plane = np.fft.irfft2(phases / frequency, (SIDE, SIDE))
+    plane = np.fft.irfft2(phases / frequency**STEEPNESS, (SIDE, SIDE))
     return plane / plane.std()
 
 

@@ -1,9 +1,8 @@
 """What calls of the UNet and the decoder take of memory, measured on ONNX Runtime as it is served.
 
-`python -m export.memory MODEL.onnx CONFIG.pbtxt SIDE...` prints the measurements as JSON; it is a
-process of its own, because what a process has freed it may still hold. Larger sizes than can be
-tried follow from them: convolutions take memory by cells, attention whose weights are held at
-once by their square. Knows no weights.
+`export.memory_probe` measures, in a process of its own, because what a process has freed it may
+still hold. Larger sizes than can be tried follow from them: convolutions take memory by cells,
+attention whose weights are held at once by their square. Knows no weights.
 """
 
 from __future__ import annotations
@@ -17,21 +16,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnxruntime as ort
-
 from export.resources import free_memory
 from twinbrush.engine.config import MAX_SIDE_FACTOR
 from twinbrush.engine.memory import CallMemory
-from twinbrush.runtimes.attention import MOST_PAIRS, is_whole
-from twinbrush.runtimes.onnx_runtime import open_session, read_config
+from twinbrush.runtimes.attention import MOST_PAIRS
 
 MAX_MACS = 1e12  # of the largest row that is tried: some ten seconds on two CPUs
 PARTS = (0.5, 0.7, 1.0)  # of the largest side that is tried
 FLOAT_BYTES = 4
+# ONNX Runtime's arena grows in blocks of powers of two, so that sizes differ by this much a cell.
+ARENA = 1.4
 LOADING = 3.0  # times the bytes of its files that loading and trying a model may take
 SECONDS = 900.0  # that the measurement of one model may take
-STATUS, PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class MeasureError(RuntimeError):
@@ -82,7 +78,14 @@ def measure(model: Path, config: Path, sides: Sequence[int]) -> dict[str, Any]:
     if needed > free:
         text = f"loading it may take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
         raise MeasureError(f"{model.parent.parent.name}: {text}")
-    command = [sys.executable, "-m", "export.memory", str(model), str(config), *map(str, sides)]
+    command = [
+        sys.executable,
+        "-m",
+        "export.memory_probe",
+        str(model),
+        str(config),
+        *map(str, sides),
+    ]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired as error:
@@ -108,54 +111,8 @@ def fit(measured: Mapping[str, Any], growth: Growth) -> dict[str, Any]:
         max((taken - calls.row(cells)) / cells, taken / cells / 2)
         for cells, taken in measured["rows"]
     )
-    return asdict(replace(calls, cell=cell)) | {"rows": measured["rows"]}
+    return asdict(replace(calls, cell=ARENA * cell)) | {"rows": measured["rows"]}
 
 
 def _bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.iterdir())
-
-
-# The process that measures ----------------------------------------------------------------------
-
-
-def main(model: str, config: str, *sides: str) -> None:
-    before = _status("VmRSS")
-    session = open_session(Path(model), read_config(Path(config)))
-    loaded = _status("VmRSS")
-    rows = []
-    for side in map(int, sides):
-        # ONNX Runtime keeps what a call has taken for later ones, so that sizes add up.
-        inputs, peak = _one_row(session, side), "VmHWM" if _forget_peak() else "VmRSS"
-        session.run(None, inputs)
-        taken = max(_status("VmRSS"), _status(peak)) - loaded
-        rows.append([side * side, max(taken, 1)])
-    found = {"rest": loaded - before, "rows": rows, "whole": is_whole(Path(model))}
-    print(json.dumps(found))
-
-
-def _forget_peak() -> bool:
-    """Has the kernel count the peak anew; returns whether it can."""
-    try:
-        PEAK.write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def _one_row(session: ort.InferenceSession, side: int) -> dict[str, np.ndarray]:
-    """Inputs of one row; whatever varies besides the batch is a side."""
-    rng = np.random.default_rng(0)
-    shapes = {
-        node.name: [1, *(size if isinstance(size, int) else side for size in node.shape[1:])]
-        for node in session.get_inputs()
-    }
-    return {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
-
-
-def _status(name: str) -> int:
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
-    return int(line.split()[1]) * 1024
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -19,7 +19,7 @@ from typing import Any
 
 PREFIX = "tb-"
 SHORTEST = 16  # characters: a hash without a salt needs keys that nobody can guess
-NAME = re.compile(r"[A-Za-z0-9_-]+")
+NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # the servers know callers by it too
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -49,6 +49,11 @@ class Key:
     name: str
     digest: str
     limits: Limits
+
+    @property
+    def client(self) -> str | None:
+        """By which servers give callers shares of their queues; None is not counted."""
+        return self.name if self.digest else None
 
 
 class KeyRing:
@@ -125,6 +130,8 @@ def check_length(key: str, where: str) -> None:
 
 def _key(path: Path, name: str, table: Any, defaults: Limits) -> Key:
     where = f"keys of {path}: [{name}]"
+    if not NAME.fullmatch(name):
+        raise KeyFileError(f"{where} must be named by up to 64 letters, digits, - and _")
     if not isinstance(table, dict):
         raise KeyFileError(f"{where} must be a table with sha256")
     hashed = table.get("sha256")

@@ -60,9 +60,10 @@ class Studio:
             ApiError: in place of a server's errors.
         """
         info = await self.info(model)
-        with self.meter.admit(request.state.key, work_of(fields, info)):
+        key, request_id = request.state.key, request.state.request_id
+        with self.meter.admit(key, work_of(fields, info)):
             job = self.pool.stream(
-                prompt, model=model, request_id=request.state.request_id, **fields
+                prompt, model=model, request_id=request_id, client=key.client, **fields
             )
             try:
                 async with while_connected(request, job.cancel):

@@ -91,6 +91,7 @@ class TextToImage(BaseModel):
         steps = self.steps or info.defaults["steps"]
         return {
             "negative_prompt": self.negative_prompt,
+            "prompt_syntax": "a1111",
             "seed": None if self.seed in (None, -1) else self.seed,
             "steps": steps,
             "guidance_scale": self.cfg_scale,

@@ -151,10 +151,11 @@ def test_work_is_steps_of_pictures_at_the_native_size():
 
 def test_keys_are_found_by_their_hashes():
     ring = KeyRing([Key("ann", digest("a" * 20), Limits())], Limits())
-    assert ring.find(f"Bearer {'a' * 20}").name == "ann"
+    assert ring.find(f"Bearer {'a' * 20}").client == "ann"
     for wrong in (None, "", "Bearer", f"Bearer {'a' * 21}", f"Digest {'a' * 20}", "Basic x"):
         assert ring.find(wrong) is None
-    assert KeyRing([], Limits()).find(None).name == "anonymous"
+    anonymous = KeyRing([], Limits()).find(None)
+    assert (anonymous.name, anonymous.client) == ("anonymous", None)
 
 
 def test_a_file_of_keys_has_limits_of_its_own(tmp_path):
@@ -169,6 +170,7 @@ def test_a_file_of_keys_has_limits_of_its_own(tmp_path):
     [
         ("", "has none"),
         ("x", "keys of"),
+        (f"['a b']\nsha256 = '{'0' * 64}'", "must be named by"),
         ("ann = 1", "must be a table"),
         ("[ann]\nsha256 = 'x'", "64 hexadecimal digits"),
         (f"[ann]\nsha256 = '{'0' * 64}'\nrate = 1", "has rate; known are sha256"),

@@ -30,19 +30,20 @@ def api(gateway):
 
 def test_webuiapi_paints_what_grpc_paints(api, server):
     result = api.txt2img(
-        prompt="a red circle", negative_prompt="blue", seed=7, steps=4, width=64, height=32,
+        prompt="a (red:1.3) circle", negative_prompt="blue", seed=7, steps=4, width=64, height=32,
         cfg_scale=2, sampler_name="DPM++ 2M", scheduler="Karras", batch_size=2, n_iter=2,
     )  # fmt: skip
     with Client(server.address) as client:
         wanted = client.generate(
-            "a red circle", negative_prompt="blue", seed=7, steps=4, width=64, height=32,
-            guidance_scale=2, sampler="dpmpp_2m", sigma_schedule="karras", num_images=4,
+            "a (red:1.3) circle", negative_prompt="blue", seed=7, steps=4, width=64, height=32,
+            prompt_syntax="a1111", guidance_scale=2, sampler="dpmpp_2m", sigma_schedule="karras",
+            num_images=4,
         )  # fmt: skip
     assert [image.tobytes() for image in result.images] == [image.tobytes() for image in wanted]
     assert result.info["all_seeds"] == [7, 8, 9, 10]
     assert result.info["sampler_name"] == "DPM++ 2M"
     assert "Steps: 4" in result.info["infotexts"][0]
-    assert result.parameters["prompt"] == "a red circle"
+    assert result.parameters["prompt"] == "a (red:1.3) circle"
 
 
 def test_webuiapi_finds_what_it_asks_for_at_its_start(api, gateway, server):

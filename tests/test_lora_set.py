@@ -226,7 +226,11 @@ def test_factors_are_halved_with_the_weights(source, files):
         (["--lora-set", "a={ink}", "--lora", "{ink}"], "--lora fuses"),
         (["--lora-set", "a={ink}", "--prune", "unet=0.2"], "cannot be combined with --prune"),
         (["--lora-set", "a=nowhere.safetensors"], "nowhere.safetensors is not there"),
-        (["--only", "fusion"], "has another --lora-set, and --only leaves it out"),
+        (["--only", "fusion"], "has other tensors than this checkpoint's"),
+        (
+            ["--only", "fusion", "--lora-set", "ink={film}", "--lora-set", "film={ink}"],
+            "has another --lora-set, and --only leaves it out",
+        ),
     ],
 )
 def test_options_that_do_not_fit_are_refused(source, files, served, options, message, tmp_path):

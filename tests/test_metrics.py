@@ -19,7 +19,7 @@ from twinbrush.engine import metrics
 from twinbrush.engine.generation import EngineError
 from twinbrush.engine.limits import Limits
 from twinbrush.engine.request_ids import LONGEST, LineFormatter, named, request_id_of
-from twinbrush.engine.telemetry import Marks
+from twinbrush.engine.tracing import Marks, Origin
 
 PROMETHEUS = ROOT / "deploy" / "prometheus"
 OWN = re.compile(r"twinbrush_\w+")
@@ -65,10 +65,12 @@ def test_every_image_is_recorded_with_all_its_stages(repository, recorded):
 
 
 def test_the_stages_of_an_image_add_up_to_its_time():
-    marks = Marks(1.0, 3.0, 7.0, 15.0, 31.0, 63.0)
-    stages = marks.stages(127.0)
-    assert tuple(stages) == metrics.STAGES
-    assert list(stages.values()) == [2 + 8, 4, 16, 32, 64]
+    marks = Marks(
+        1.0, 3.0, 7.0, denoising=15.0, call_began=29.0, denoised=31.0, decoded=63.0, finished=127.0
+    )
+    stages = marks.stages()
+    assert {stage.name for stage in stages} == set(metrics.STAGES)
+    assert [stage.seconds for stage in stages] == [2, 4, 8, 16, 32, 64]
 
 
 def test_rows_of_shared_calls_and_their_share_of_the_capacity(repository, recorded):
@@ -127,7 +129,7 @@ def test_a_failed_call_is_counted_and_the_log_names_its_requests(repository, rec
     caplog.set_level(logging.WARNING)
     ended = threading.Event()
     engine.submit(
-        request(engine, num_images=2), lambda event: ended.set(), request_id="mine\nINFO forged"
+        request(engine, num_images=2), lambda event: ended.set(), Origin("mine\nINFO forged")
     )
     assert ended.wait(30)
     engine.close()

@@ -32,9 +32,9 @@ class Relay:
         self.client = RelayClient(address)
 
     def serve(self) -> RelayServer:
-        def submit(given, reply, request_id):
+        def submit(given, reply, origin):
             request = GenerationRequest.parse(given, self.engine.config)
-            return self.engine.submit(request, reply, request_id)
+            return self.engine.submit(request, reply, origin)
 
         return RelayServer(self.address, submit)
 

@@ -623,3 +623,18 @@ def test_two_hundred_mixed_requests_end_each_in_one_way(server):
         thread.join(180)
     assert len(outcomes) == 200
     assert [pair for pair in outcomes if pair[0] != pair[1]] == []
+
+
+@pytest.mark.parametrize(
+    "path", ["systemsharedmemory/region/x/register", "repository/index", "logging", "trace/setting"]
+)
+def test_clients_neither_map_memory_nor_change_the_server(server, path):
+    body = json.dumps({"key": "/x", "offset": 0, "byte_size": 64}).encode()
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(urllib.request.Request(f"{server.url}/v2/{path}", body), timeout=30)
+    assert refused.value.code == 403
+    with (
+        grpc.InferenceServerClient(server.address) as client,
+        pytest.raises(InferenceServerException),
+    ):
+        client.register_system_shared_memory("x", "/x", 64)

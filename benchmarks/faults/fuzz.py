@@ -195,7 +195,11 @@ def _frame(rng: random.Random) -> bytes:
          rng.choice((0, 1, 4, 8, len(body), 2**40, -1))]
         for _ in range(rng.randrange(4))
     ]  # fmt: skip
-    header: Any = {"ticket": rng.choice((0, 1, None, "a")), "fields": layout, "id": "fuzz"}
+    header: Any = {
+        "ticket": rng.choice((0, 1, None, "a")),
+        "fields": layout,
+        "origin": ["fuzz", ""],
+    }
     if rng.random() < 0.3:
         header = rng.choice((1, [], None, {"ticket": 1}, {"fields": 3, "ticket": 1}, {"id": []}))
     data = rng.randbytes(20) if rng.random() < 0.1 else json.dumps(header).encode()

@@ -41,12 +41,12 @@ def cancel(repository: Path, rounds: int = 40) -> dict:
 def _one_cancel(server: Serving, by_id: bool) -> tuple[float, int]:
     """Milliseconds until no request lives, and UNet calls that began after the cancel."""
     answers: queue.SimpleQueue = queue.SimpleQueue()
-    fields = wire.inputs({"prompt": "a red circle", "steps": 50, "image_format": "png"})
+    fields = wire.inputs({"prompt": "a red circle", "steps": 50, "num_images": 8})
     with (
         grpc.InferenceServerClient(server.address) as client,
         grpc.InferenceServerClient(server.address) as other,
     ):
-        other.is_server_live()
+        other.start_stream(lambda result, error: None)  # a connection that stands already
         client.start_stream(lambda result, error: answers.put(error))
         client.async_stream_infer(STREAM, fields, request_id="leaving")
         answers.get(timeout=30)
@@ -54,7 +54,6 @@ def _one_cancel(server: Serving, by_id: bool) -> tuple[float, int]:
         if by_id:
             target = grpc.InferInput("cancel", [1], "BYTES")
             target.set_data_from_numpy(np.array([b"leaving"], object))
-            other.start_stream(lambda result, error: None)
             other.async_stream_infer(STREAM, [target])
             while answers.get(timeout=30) is None:
                 pass

@@ -92,15 +92,16 @@ def make_openvino(checkpoint: Path, folder: Path) -> None:
     side, width = unet.config.sample_size, unet.config.cross_attention_dim
     latents = torch.randn(2, unet.config.in_channels, 16, 16)
     steps = {
-        "sample": latents, "timestep": torch.tensor([1.0, 2.0]),
+        "sample": latents, "timestep": torch.tensor([1, 2]),
         "encoder_hidden_states": torch.randn(2, ids.shape[1], width),
         "timestep_cond": torch.randn(2, unet.config.time_cond_proj_dim),
     }  # fmt: skip
+    text_class, unet_class, decoder_class = _wrappers()
     with torch.no_grad():
         for part, module, example, outputs in (
-            ("text_encoder", _Text(text_encoder), {"input_ids": ids}, ["last_hidden_state"]),
-            ("unet", _UNet(unet), steps, ["out_sample"]),
-            ("vae_decoder", _Decoder(vae), {"latent_sample": latents}, ["sample"]),
+            ("text_encoder", text_class(text_encoder), {"input_ids": ids}, ["last_hidden_state"]),
+            ("unet", unet_class(unet), steps, ["out_sample"]),
+            ("vae_decoder", decoder_class(vae), {"latent_sample": latents}, ["sample"]),
         ):
             model = ov.convert_model(module, example_input=example)
             for port, name in zip(model.outputs, outputs, strict=True):
@@ -118,8 +119,9 @@ def make_openvino(checkpoint: Path, folder: Path) -> None:
     index = {
         "_class_name": "LatentConsistencyModelPipeline",
         "tokenizer": ["transformers", "CLIPTokenizer"],
-        "text_encoder": ["optimum", "OVModelTextEncoder"], "unet": ["optimum", "OVModelUnet"],
-        "vae_decoder": ["optimum", "OVModelVaeDecoder"], "scheduler": ["diffusers", "LCMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+        "scheduler": ["diffusers", "LCMScheduler"],
     }  # fmt: skip
     (folder / "model_index.json").write_text(json.dumps(index))
 
@@ -130,8 +132,8 @@ def _save_tokenizer(ov, tokenizer, folder: Path) -> None:
     ov.save_model(convert_tokenizer(tokenizer), folder / "openvino_tokenizer.xml")
 
 
-def _modules():
-    """Wrappers whose forward takes the tensors by name and returns one."""
+def _wrappers():
+    """Module classes whose forward takes the tensors by name and returns one."""
     from torch import nn
 
     class Text(nn.Module):
@@ -154,15 +156,3 @@ def _modules():
             return self.inner.decode(latent_sample, return_dict=False)[0]
 
     return Text, UNet, Decoder
-
-
-def _Text(module):  # noqa: N802
-    return _modules()[0](module)
-
-
-def _UNet(module):  # noqa: N802
-    return _modules()[1](module)
-
-
-def _Decoder(module):  # noqa: N802
-    return _modules()[2](module)

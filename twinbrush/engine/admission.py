@@ -67,14 +67,12 @@ class Admission:
         if not theirs:
             return
         work = sum(g.work for g in theirs)
-        most, requests = (
-            self._client_share * self._max_work,
-            self._client_share * self._max_requests,
-        )
+        most = self._client_share * self._max_work
+        requests = max(1, int(self._client_share * self._max_requests))
         if work + generation.work > most:
             has = f"{work:.0f} of {most:.0f} units of work, the request needs {generation.work:.0f}"
         elif len(theirs) + 1 > requests:
-            has = f"{len(theirs)} of {requests} requests"
+            has = f"{len(theirs)} of {requests:g} requests"
         else:
             return
         after = self._seconds(work)

@@ -17,7 +17,7 @@ from twinbrush.engine.config import PipelineConfig
 from twinbrush.engine.denoise import Painting
 from twinbrush.engine.generation import Generation
 from twinbrush.engine.models import Models
-from twinbrush.engine.telemetry import Marks
+from twinbrush.engine.tracing import Marks
 
 DECODER = "vqgan_decoder"
 IMAGE_ENCODERS = 2  # threads that write PNG and JPEG

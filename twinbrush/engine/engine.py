@@ -38,13 +38,13 @@ from twinbrush.engine.plan import Planner
 from twinbrush.engine.prompt import PromptTokenizer
 from twinbrush.engine.request import GenerationRequest
 from twinbrush.engine.request_ids import named
-from twinbrush.engine.telemetry import Marks, ObservedModels, Telemetry
+from twinbrush.engine.telemetry import ObservedModels, Telemetry
 from twinbrush.engine.threads import Watchdog, start_guarded
+from twinbrush.engine.tracing import Marks, Origin, Tracer
 
 log = logging.getLogger(__name__)
 
 MEGABYTE = 2**20
-FIRST_NOISES = 256  # live images up to which noise is drawn before the first call
 # How runtimes word that memory is exhausted.
 OUT_OF_MEMORY = ("out of memory", "failed to allocate memory", "bad_alloc", "memoryerror")
 
@@ -61,6 +61,7 @@ class Engine:
             model call does not return; by default every request ends with INTERNAL.
         beat: called about twice a second while the engine is well.
         observer: takes the values of the metrics.
+        tracer: takes the spans of traces.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Engine:
         fail: Callable[[str], None] | None = None,
         beat: Callable[[], None] = lambda: None,
         observer: Observer | None = None,
+        tracer: Tracer | None = None,
     ):
         limits = limits or Limits()
         self.config = config = limits.bounded(config)
@@ -82,7 +84,7 @@ class Engine:
         self._fail = fail or self._give_up
         self._latent_to_rgb = np.array(config.latent_to_rgb, np.float32)
         self._costs = Costs()
-        self._telemetry = Telemetry(observer or Unobserved(), config)
+        self._telemetry = Telemetry(observer or Unobserved(), config, tracer)
         models = ObservedModels(models, self._telemetry)
         self._work = threading.Condition()  # guards what follows, and every `ended`
         self._batcher = StepBatcher(self._call_rows, self._costs.seconds)
@@ -130,12 +132,15 @@ class Engine:
         return cls(models, pipeline, tokenizer, Limits.of_config(config, device), **options)
 
     def submit(
-        self, request: GenerationRequest, reply: Callable[[Event], None], request_id: str = ""
+        self,
+        request: GenerationRequest,
+        reply: Callable[[Event], None],
+        origin: Origin = Origin(),  # noqa: B008 (it is frozen)
     ) -> Generation:
         """Takes a request and returns at once.
 
         `reply` receives its events in order from one thread, `End` last and exactly once. Logs
-        name it by `request_id`, or by a new one where that is empty.
+        and traces name it by its `origin`.
 
         Raises:
             InvalidArgument: its pictures do not fit into memory.
@@ -150,7 +155,7 @@ class Engine:
         )
         files = self._cached_files(request)
         work = 0.0 if files else self._plan.work(request)
-        generation = Generation(request, work, warnings, reply, self._end, request_id)
+        generation = Generation(request, work, warnings, reply, self._end, origin)
         if request.deadline_ms:
             generation.deadline = generation.submitted + request.deadline_ms / 1000
         try:
@@ -263,10 +268,9 @@ class Engine:
             self._work.notify_all()
 
     def _draw_first_noise(self, made: Sequence[LiveImage]) -> None:
-        """Draws it beside UNet calls, where few images live: one that waits should stay small."""
-        if len(self._images) < FIRST_NOISES:
-            for image in made:
-                image.painting.begin()
+        """Draws it beside UNet calls, for as many as one holds: what waits longer stays small."""
+        for image in made[: max(0, self._limits.max_rows - len(self._images))]:
+            image.painting.begin()
 
     # Denoise ----------------------------------------------------------------------------
 
@@ -298,11 +302,14 @@ class Engine:
             self._batcher.advance([image.claim for image in call])
             for image, count in zip(call, counts, strict=True):
                 image.marks.denoising = image.marks.denoising or started
-                image.marks.denoised = ended
+                image.marks.call_began, image.marks.denoised = started, ended
                 self._admission.complete(image.generation, self._plan.call_work(key, count))
                 if image.painting.finished:
                     self._images.pop(image.claim, None)
-        self._telemetry.unet_call(key, sum(counts), self._rows(key))
+        self._telemetry.unet_call(
+            key, sum(counts), self._rows(key),
+            [image.marks for image in call], [image.generation.request_id for image in call],
+        )  # fmt: skip
         for image in call:
             if not image.generation.ended:
                 self._report(image)
@@ -374,9 +381,12 @@ class Engine:
     # Reply ------------------------------------------------------------------------------
 
     def _finish(self, image: LiveImage, data: bytes) -> None:
+        generation = image.generation
+        image.marks.finished = time.monotonic()
+        generation.finished[image.index] = image.marks
         self._telemetry.image_finished(image.claim.key, image.marks)
-        self._image_cache.add(image.generation.request, image.index, data)
-        self._send(image.generation, image.index, data)
+        self._image_cache.add(generation.request, image.index, data)
+        self._send(generation, image.index, data)
 
     def _send(self, generation: Generation, index: int, file: bytes) -> None:
         event = Finished(index, generation.request.seed + index, file, generation.warnings)
@@ -410,8 +420,7 @@ class Engine:
             generation.claims.clear()
             self._to_reply.put((generation, partial(End, error)))  # before `close` stops the queue
             self._work.notify_all()
-        seconds = time.monotonic() - generation.submitted
-        self._telemetry.request_ended(seconds, error.code if error else "OK", generation.work)
+        self._telemetry.request_ended(generation.trace(error), generation.work)
 
     def _end_failed(
         self,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from twinbrush.engine.batcher import Claim
 from twinbrush.engine.request import GenerationRequest, InvalidArgument
 from twinbrush.engine.request_ids import named, request_id_of
+from twinbrush.engine.tracing import Marks, Origin, RequestTrace
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +83,8 @@ class Generation:
     Attributes:
         request: the validated fields.
         request_id: by which logs, errors and traces name it.
+        origin: the same, and the client's span.
+        finished: when the stages of its finished images began, by index.
         work: its cost that is still ahead, see `Planner.work`.
         submitted: absolute seconds of the monotonic clock.
         deadline: absolute seconds of the monotonic clock, or None.
@@ -97,10 +100,12 @@ class Generation:
         warnings: tuple[str, ...],
         reply: Callable[[Event], None],
         end: Callable[[Generation, EngineError | None], None],
-        request_id: str = "",
+        origin: Origin = Origin(),  # noqa: B008 (it is frozen)
     ):
         self.request, self.work, self.warnings, self.reply = request, work, warnings, reply
-        self.request_id = request_id_of(request_id)
+        self.request_id = request_id_of(origin.request_id)
+        self.origin = Origin(self.request_id, origin.traceparent)
+        self.finished: dict[int, Marks] = {}
         self.submitted = time.monotonic()
         self.deadline: float | None = None
         self.claims: list[Claim] = []
@@ -114,3 +119,16 @@ class Generation:
         From any thread, at any time; has no effect on a request that has ended.
         """
         self._end(self, EngineError("CANCELLED", "the request was cancelled"))
+
+    def trace(self, error: EngineError | None) -> RequestTrace:
+        """The request as it ends now."""
+        request = self.request
+        attributes = {
+            name: getattr(request, name)
+            for name in ("width", "height", "steps", "num_images", "sampler", "guidance_scale",
+                         "priority")
+        }  # fmt: skip
+        code = error.code if error else "OK"
+        return RequestTrace(
+            self.origin, self.submitted, time.monotonic(), code, attributes, dict(self.finished)
+        )

@@ -6,9 +6,7 @@ Knows the engine's nouns and the table of metrics; knows nothing of who reads th
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -17,40 +15,7 @@ from twinbrush.engine.claims import CallKey
 from twinbrush.engine.config import PipelineConfig
 from twinbrush.engine.metrics import Observer
 from twinbrush.engine.models import Models
-
-
-@dataclass
-class Marks:
-    """When an image's stages began, in seconds of the monotonic clock.
-
-    Attributes:
-        submitted: admission of its request.
-        encoding: its texts' encoding began.
-        encoded: it waits for its first UNet call.
-        denoising: its first UNet call began.
-        denoised: its last UNet call was done.
-        decoded: its pixels were there.
-    """
-
-    submitted: float
-    encoding: float
-    encoded: float
-    denoising: float = 0.0
-    denoised: float = 0.0
-    decoded: float = 0.0
-
-    def stages(self, finished: float) -> dict[str, float]:
-        """Seconds in each of `metrics.STAGES`; they add up to the image's whole time."""
-        times = [getattr(self, mark.name) for mark in fields(self)] + [finished]
-        spans = [after - before for before, after in pairwise(times)]
-        before_encoding, encode, before_call, denoise, decode, encode_image = spans
-        return {
-            "queue": before_encoding + before_call,
-            "encode": encode,
-            "denoise": denoise,
-            "decode": decode,
-            "encode_image": encode_image,
-        }
+from twinbrush.engine.tracing import Marks, RequestTrace, Tracer
 
 
 class Telemetry:
@@ -59,10 +24,11 @@ class Telemetry:
     Args:
         observer: takes the values.
         config: of the checkpoint, whose native side divides sizes into classes.
+        tracer: takes spans, if any.
     """
 
-    def __init__(self, observer: Observer, config: PipelineConfig):
-        self._record = observer.record
+    def __init__(self, observer: Observer, config: PipelineConfig, tracer: Tracer | None = None):
+        self._record, self._tracer = observer.record, tracer
         self._native, self._scale = config.native_side, config.scale_factor
 
     def size_class(self, key: CallKey) -> str:
@@ -78,10 +44,17 @@ class Telemetry:
     def tick(self, seconds: float) -> None:
         self._record(metrics.TICK_SECONDS, seconds)
 
-    def unet_call(self, key: CallKey, rows: int, capacity: int) -> None:
+    def unet_call(
+        self, key: CallKey, rows: int, capacity: int, images: Sequence[Marks], ids: Sequence[str]
+    ) -> None:
+        """A call that is done, with the images and the ids of the requests in it."""
         size = self.size_class(key)
         self._record(metrics.CALL_ROWS, rows, size)
         self._record(metrics.CALL_FILL, min(1.0, rows / capacity), size)
+        if self._tracer is not None:
+            span = self._tracer.call(images[0].call_began, images[0].denoised, rows, ids)
+            for marks in images:
+                marks.calls.append(span)
 
     def call_retried(self) -> None:
         self._record(metrics.CALL_RETRIES, 1)
@@ -89,14 +62,19 @@ class Telemetry:
     def image_finished(self, key: CallKey, marks: Marks) -> None:
         size = self.size_class(key)
         self._record(metrics.IMAGES, 1, size)
-        for stage, seconds in marks.stages(time.monotonic()).items():
-            self._record(metrics.STAGE_SECONDS, seconds, stage, size)
+        seconds: dict[str, float] = dict.fromkeys(metrics.STAGES, 0.0)
+        for stage in marks.stages():
+            seconds[stage.name] += stage.seconds
+        for name, value in seconds.items():
+            self._record(metrics.STAGE_SECONDS, value, name, size)
 
-    def request_ended(self, seconds: float, code: str, work_left: float) -> None:
+    def request_ended(self, trace: RequestTrace, work_left: float) -> None:
         """A request's end, with the work that is no longer needed."""
-        self._record(metrics.REQUEST_SECONDS, seconds, code)
-        if code != "OK":
-            self._record(metrics.WORK_SAVED, work_left, code)
+        self._record(metrics.REQUEST_SECONDS, trace.ended - trace.began, trace.code)
+        if trace.code != "OK":
+            self._record(metrics.WORK_SAVED, work_left, trace.code)
+        if self._tracer is not None:
+            self._tracer.request(trace)
 
     def texts(self, hits: int, misses: int, cached_bytes: int) -> None:
         self._record(metrics.CACHE_TEXTS, hits, "hit")

@@ -17,15 +17,31 @@ import numpy as np
 
 PRECISIONS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
 PARAMETERS = {"precision", "num_of_threads"}
+ONNX_TYPES = {"f32": "float", "f16": "float16", "i64": "int64", "i32": "int32", "u8": "uint8"}
 WAVES = ("Sin", "Cos")
 MAX_FRONT = 32  # nodes before a sine; more is no timestep
 
 
 @dataclass(frozen=True)
 class Argument:
-    """An input or output by name."""
+    """An input or output.
+
+    Attributes:
+        name: of the tensor.
+        shape: sizes; None where one varies.
+        type: element type as ONNX Runtime writes it, such as "tensor(float)".
+    """
 
     name: str
+    shape: list[int | None]
+    type: str
+
+    @classmethod
+    def of(cls, port: Any) -> Argument:
+        """An argument of an OpenVINO port."""
+        shape = [size.get_length() if size.is_static else None for size in port.get_partial_shape()]
+        kind = port.get_element_type().get_type_name()
+        return cls(port.get_any_name(), shape, f"tensor({ONNX_TYPES.get(kind, kind)})")
 
 
 def is_installed() -> bool:
@@ -54,8 +70,8 @@ class OpenVinoSession:
         precision, threads = parse_parameters(parameters, threads)
         core = openvino.Core()
         whole = core.read_model(str(model))
-        self._inputs = [Argument(port.get_any_name()) for port in whole.inputs]
-        self._outputs = [Argument(port.get_any_name()) for port in whole.outputs]
+        self._inputs = [Argument.of(port) for port in whole.inputs]
+        self._outputs = [Argument.of(port) for port in whole.outputs]
         settings = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "ENABLE_CPU_PINNING": False}
         front, body = _cut(openvino, whole)
         hint = {"INFERENCE_PRECISION_HINT": PRECISIONS[precision]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -33,7 +34,9 @@ from twinbrush.engine.request import (
     unknown_input,
 )
 from twinbrush.engine.request_ids import LineFormatter
+from twinbrush.engine.tracing import Origin
 from twinbrush.memory import device_memory
+from twinbrush.otlp import open_tracer
 from twinbrush.triton.answer import Answer, RequestMetrics
 from twinbrush.triton.cancel_watch import CancelWatch
 from twinbrush.triton.metrics import TritonMetrics
@@ -42,6 +45,8 @@ from twinbrush.triton.relay import RelayClient, RelayServer, relay_address
 
 log = logging.getLogger(__name__)
 UNARY_METRICS = (REQUESTS_LIVE, REQUESTS_ENDED, REFUSALS)
+TRACE_PARENT = "traceparent"  # a header that the launcher has forwarded, or a parameter
+TRACE_PARENT_FORM = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 MAX_PARAMETERS = 1 << 16  # bytes of a request's parameters, as JSON
 # The parameter that Triton makes of a header which --grpc-header-forward-pattern lets through: a
 # proxy's word on who asks.
@@ -59,9 +64,10 @@ class StreamModel:
         config = json.loads(args["model_config"])
         self._inputs = _input_names(config)
         self._control = Control.from_environment()
+        self._tracer = open_tracer(config)
         self._engine = Engine.of_model(
             folder, config, self.open_models(folder, config), device_memory(),
-            fail=_end_process, beat=self._beat, observer=self._observer,
+            fail=_end_process, beat=self._beat, observer=self._observer, tracer=self._tracer,
         )  # fmt: skip
         self._relay = RelayServer(relay_address(), self._submit)
         self._watch = CancelWatch(_end_process)
@@ -69,7 +75,7 @@ class StreamModel:
 
     def open_models(self, folder: Path, config: Mapping[str, Any]) -> Models:
         """The networks behind the engine in `folder`, by the parameter `runtime`."""
-        return open_models(folder.parent, config)
+        return open_models(folder.parent, config, _end_process)
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
@@ -94,6 +100,8 @@ class StreamModel:
         self._engine.close()
         self._watch.close()
         self._observer.close()
+        if self._tracer is not None:
+            self._tracer.close()
 
     def _start(self, request: Any, answer: Answer) -> None:
         fields = _fields(request, self._inputs, self._observer)
@@ -114,7 +122,7 @@ class StreamModel:
                 forget()
             _tell(answer, event)
 
-        generation = self._submit(fields, reply, answer.request_id)
+        generation = self._submit(fields, reply, _origin(request, answer))
         if request_id:
             self._live[answer] = request_id, generation
         self._watch.add(answer, generation.cancel)
@@ -122,11 +130,11 @@ class StreamModel:
             forget()
 
     def _submit(
-        self, fields: dict[str, np.ndarray], reply: Callable[[Event], None], request_id: str
+        self, fields: dict[str, np.ndarray], reply: Callable[[Event], None], origin: Origin
     ) -> Generation:
         with _refusals(self._observer):
             request = GenerationRequest.parse(fields, self._engine.config)
-        return self._engine.submit(request, reply, request_id)
+        return self._engine.submit(request, reply, origin)
 
     def _cancel(self, target: np.ndarray, others: dict[str, Any], answer: Answer) -> None:
         name = target.reshape(-1)[0].decode("utf-8", "replace")
@@ -162,7 +170,7 @@ class UnaryModel:
         for request in requests:
             answer = Answer(request, self._metrics)
             try:
-                self._start(_fields(request, self._inputs, self._observer), answer)
+                self._start(request, answer)
             except Exception as error:
                 self._watch.discard(answer)
                 answer.fail(EngineError.of(error, answer.request_id))
@@ -172,7 +180,9 @@ class UnaryModel:
         self._watch.close()
         self._observer.close()
 
-    def _start(self, fields: dict[str, np.ndarray], answer: Answer) -> None:
+    def _start(self, request: Any, answer: Answer) -> None:
+        fields = _fields(request, self._inputs, self._observer)
+
         def done(outcome: list[Finished] | EngineError) -> None:
             self._watch.discard(answer)
             try:
@@ -185,7 +195,7 @@ class UnaryModel:
         ticket = self._relay.new_ticket()
         self._watch.add(answer, lambda: self._relay.cancel(ticket))
         fields |= {"progress": np.array([False])}
-        self._relay.submit(ticket, fields, done, answer.request_id)
+        self._relay.submit(ticket, fields, done, _origin(request, answer))
 
 
 def _stacked(images: list[Finished]) -> dict[str, Any]:
@@ -194,6 +204,13 @@ def _stacked(images: list[Finished]) -> dict[str, Any]:
         "seed": [image.seed for image in images],
         "warning": "; ".join(images[0].warnings).encode(),
     }
+
+
+def _origin(request: Any, answer: Answer) -> Origin:
+    """A request's id, and the client's span where it names one that W3C's form allows."""
+    parent = json.loads(request.parameters() or "{}").get(TRACE_PARENT, "")
+    valid = isinstance(parent, str) and TRACE_PARENT_FORM.fullmatch(parent)
+    return Origin(answer.request_id, parent if valid else "")
 
 
 def _input_names(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -237,7 +254,7 @@ def _copied(request: Any, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     given = json.loads(parameters)
     client = given.pop(CLIENT_HEADER, None)
     for name, value in given.items():
-        if name != "id" and not name.startswith("triton_"):
+        if name not in ("id", TRACE_PARENT) and not name.startswith("triton_"):
             raise unknown_input(name, value, names)
     tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
     check_sizes(tensors)

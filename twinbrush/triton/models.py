@@ -9,13 +9,23 @@ import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
 
 from twinbrush import doors
 from twinbrush.engine.generation import EngineError
+from twinbrush.engine.threads import Fail
 
 # Messages of a server that has been told to end while requests live.
 SHUTDOWN = ("Server not ready", "Server is stopping")
+UNHEALTHY = "is not healthy"  # of a Python backend's process
 
 
 class TritonModels:
-    """`Models` that are called inside the server."""
+    """`Models` that are called inside the server.
+
+    Args:
+        fail: called with a sentence when a model's process hangs or has died: the server never
+            starts it again, so every later call would fail.
+    """
+
+    def __init__(self, fail: Fail):
+        self._fail = fail
 
     def run(self, model: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """See `Models.run`."""
@@ -31,5 +41,7 @@ class TritonModels:
             reason = response.error().message()
             if any(text in reason for text in SHUTDOWN):
                 raise EngineError.of_shutdown()
+            if UNHEALTHY in reason:
+                self._fail(f"{model}: {reason}")
             raise RuntimeError(f"{model}: {reason}")
         return {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()}

@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from twinbrush.engine.models import Models
+from twinbrush.engine.threads import Fail
 from twinbrush.runtime_choice import Runtime, chosen_runtime
 
 
-def open_models(model_repository: Path, config: Mapping[str, Any]) -> Models:
+def open_models(model_repository: Path, config: Mapping[str, Any], fail: Fail) -> Models:
     """The networks beside the engine's model.
 
     Args:
         model_repository: the engine's folder as Triton names it; it may be a link into the
             repository that holds the networks.
         config: the engine's `config.pbtxt` in Triton's JSON form.
+        fail: called with a sentence when a served network hangs or has died.
 
     Raises:
         ValueError: the parameter `runtime` is not allowed.
@@ -29,4 +31,4 @@ def open_models(model_repository: Path, config: Mapping[str, Any]) -> Models:
         return LocalModels(model_repository.resolve().parent, on_gpu=True)
     from twinbrush.triton.models import TritonModels
 
-    return TritonModels()
+    return TritonModels(fail)

@@ -30,9 +30,10 @@ from twinbrush.engine.generation import (
     Generation,
     Progress,
 )
+from twinbrush.engine.tracing import Origin
 
 log = logging.getLogger(__name__)
-Submit = Callable[[dict[str, np.ndarray], Callable[[Event], None], str], Generation]
+Submit = Callable[[dict[str, np.ndarray], Callable[[Event], None], Origin], Generation]
 Done = Callable[[list[Finished] | EngineError], None]
 
 LENGTHS = struct.Struct("<II")  # of header and body, in bytes
@@ -51,8 +52,8 @@ def relay_address() -> str:
 class RelayServer:
     """Takes requests from the socket to `submit`, and brings back what it replies.
 
-    `submit` takes fields, a callback for events, and the request's id. What it raises is the end of
-    its request.
+    `submit` takes fields, a callback for events, and the request's origin. What it raises is the
+    end of its request.
 
     Raises:
         OSError: the address is taken.
@@ -97,23 +98,23 @@ class _Connection(socketserver.StreamRequestHandler):
                 message, body = frame
                 ticket = message["ticket"]
                 if "fields" in message:
-                    self._start(ticket, message["fields"], body, message["id"])
+                    self._start(ticket, message["fields"], body, Origin(*message["origin"]))
                 elif (generation := self._live.get(ticket)) is not None:
                     generation.cancel()
         finally:
             for generation in list(self._live.values()):
                 generation.cancel()
 
-    def _start(self, ticket: int, layout: list[list], body: bytes, request_id: str) -> None:
+    def _start(self, ticket: int, layout: list[list], body: bytes, origin: Origin) -> None:
         def reply(event: Event) -> None:
             if isinstance(event, End):
                 self._live.pop(ticket, None)
             self._send(ticket, event)
 
         try:
-            generation = self.server.submit(_unpacked(layout, body), reply, request_id)
+            generation = self.server.submit(_unpacked(layout, body), reply, origin)
         except Exception as error:
-            self._send(ticket, End(EngineError.of(error, request_id)))
+            self._send(ticket, End(EngineError.of(error, origin.request_id)))
             return
         self._live[ticket] = generation
         if generation.ended:  # before it was known here
@@ -147,17 +148,24 @@ class RelayClient:
         return next(self._tickets)
 
     def submit(
-        self, ticket: int, fields: Mapping[str, np.ndarray], done: Done, request_id: str = ""
+        self,
+        ticket: int,
+        fields: Mapping[str, np.ndarray],
+        done: Done,
+        origin: Origin = Origin(),  # noqa: B008 (it is frozen)
     ) -> None:
         """`done` is called once, from another thread, with the images by index or the error.
 
-        The engine's log names the request by `request_id`.
+        The engine's log and traces name the request by its `origin`.
 
         Raises:
             EngineError: the engine is not there.
         """
         layout, body = _packed(fields)
-        message = _frame({"ticket": ticket, "fields": layout, "id": request_id}, body)
+        message = _frame(
+            {"ticket": ticket, "fields": layout, "origin": [origin.request_id, origin.traceparent]},
+            body,
+        )
         with self._lock:
             self._waiting[ticket] = ([], done)
             try:
