@@ -32,7 +32,10 @@ class DrainingServer(uvicorn.Server):
             host, port = self.servers[0].sockets[0].getsockname()[:2]
             scheme = "https" if self.config.is_ssl else "http"
             host = f"[{host}]" if ":" in host else host
-            print(f"gateway: {scheme}://{host}:{port} serves /v1, /sdapi/v1 and /docs", flush=True)
+            print(
+                f"gateway: {scheme}://{host}:{port} serves the page, /v1, /sdapi/v1 and /docs",
+                flush=True,
+            )
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._gate.draining:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from harness import ROOT, free_ports
 
-START_SECONDS = 60
+START_SECONDS = 120
 
 
 @dataclass

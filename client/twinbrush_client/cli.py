@@ -122,6 +122,8 @@ def status(as_json: AsJson = False, server: Server = DEFAULT_ADDRESS) -> None:
     sizes = info.sizes
     console.print(f"ready: Twinbrush {info.version} at {server}")
     console.print(f"checkpoint: {_escaped(info.checkpoint)}")
+    if info.device:
+        console.print(f"device: {info.device}")
     console.print(f"samplers: {', '.join(info.samplers)} (default {info.defaults['sampler']})")
     if info.loras:
         console.print(f"loras: {', '.join(info.loras)}")
@@ -132,17 +134,22 @@ def status(as_json: AsJson = False, server: Server = DEFAULT_ADDRESS) -> None:
 
 @app.command()
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A picture.")], as_json: AsJson = False
+    files: Annotated[list[Path], typer.Argument(help="Pictures.", metavar="FILE...")],
+    as_json: AsJson = False,
 ) -> None:
-    """Shows how a picture was made, from the file itself."""
+    """Shows how pictures were made, from the files themselves; as JSON, a list where several."""
     console = _console(as_json)
     with _errors(console):
-        story = read_story(file)
+        stories = [read_story(file) for file in files]
     if as_json:
-        sys.stdout.write(json.dumps(story, ensure_ascii=False, indent=2) + "\n")
+        shown = stories if len(files) > 1 else stories[0]
+        sys.stdout.write(json.dumps(shown, ensure_ascii=False, indent=2) + "\n")
         return
-    for name, value in story.items():
-        console.print(f"{name}: {_escaped(str(value))}", soft_wrap=True)
+    for file, story in zip(files, stories, strict=True):
+        if len(files) > 1:
+            console.print(f"\nfile: {_escaped(str(file))}", soft_wrap=True)
+        for name, value in story.items():
+            console.print(f"{name}: {_escaped(str(value))}", soft_wrap=True)
 
 
 @app.command(

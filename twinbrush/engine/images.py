@@ -45,12 +45,14 @@ def to_pixels(image: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: a number is not finite, as where FP16 is too narrow for a network.
     """
-    if not np.isfinite(image).all():
-        raise ValueError("the picture has numbers that are not finite")
     pixels = np.empty((*image.shape[1:], 3), np.uint8)
+    scratch = np.empty((BLOCK, image.shape[2]), image.dtype)
     for top in range(0, len(pixels), BLOCK):  # whose temporaries stay in a core's cache
         for channel, plane in enumerate(image[:, top : top + BLOCK]):
-            scaled = np.clip(plane, -1, 1)
+            if not np.isfinite(plane).all():
+                raise ValueError("the picture has numbers that are not finite")
+            scaled = np.maximum(plane, -1, out=scratch[: len(plane)])
+            np.minimum(scaled, 1, out=scaled)
             scaled += 1
             scaled *= 127.5
             pixels[top : top + BLOCK, :, channel] = np.rint(scaled, out=scaled)
