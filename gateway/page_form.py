@@ -54,13 +54,15 @@ def size_text(width: object, height: object) -> str:
 def sizes(info: ServerInfo) -> list[str]:
     """Sizes to choose from: usual shapes at the native area and above, that the server allows."""
     native, step, largest = (info.sizes[name] for name in ("native", "multiple_of", "largest"))
+    most = info.sizes.get("max_pixels") or largest**2
     found = {(info.defaults["width"], info.defaults["height"]): None}
     for scale in SCALES:
         for across, down in SHAPES:
             stretch = (across / down) ** 0.5
             width = round(native * scale * stretch / step) * step
             height = round(native * scale / stretch / step) * step
-            if step <= min(width, height) and max(width, height) <= largest:
+            fits = max(width, height) <= largest and width * height <= most
+            if fits and min(width, height) >= step:
                 found[width, height] = None
     return [size_text(width, height) for width, height in found]
 

@@ -140,7 +140,8 @@ def test_signatures_name_every_field():
 
 def test_info_tells_what_is_served(client):
     info = client.info()
-    assert info.sizes == {"native": 32, "multiple_of": 8, "largest": 128}
+    sizes = {"native": 32, "multiple_of": 8, "largest": 128, "max_pixels": None}
+    assert info.sizes == sizes
     assert "ddim" in info.samplers
     assert info.defaults["num_images"] == 1
     assert {field["name"] for field in info.fields} == {*DATA_TYPES}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 
 import pytest
@@ -20,7 +21,16 @@ from gateway.gate import Gate
 from gateway.keys import Key, KeyFileError, KeyRing, Limits, digest, read_keys
 from gateway.limits import Meter
 from gateway.pool import Pool, work_of
-from twinbrush_client import Cancelled, Picture, Progress, ServerInfo, ServerUnavailable
+from twinbrush_client import (
+    Cancelled,
+    DeadlineExceeded,
+    Picture,
+    Progress,
+    QueueFull,
+    ServerInfo,
+    ServerUnavailable,
+    TwinbrushError,
+)
 
 INFO = ServerInfo(
     version="1", checkpoint="tiny", samplers=["ddim", "euler"], image_formats=["png"],
@@ -267,6 +277,25 @@ def test_files_are_signed_expire_and_are_bounded():
     assert files.bytes == 0
     with pytest.raises(ValueError, match="101 bytes"):
         files.add(b"c" * 101, "png")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (QueueFull("RESOURCE_EXHAUSTED", "the queue is full", 2.5), 429, "queue_full"),
+        (ServerUnavailable("UNAVAILABLE", "draining"), 503, "server_unavailable"),
+        (DeadlineExceeded("DEADLINE_EXCEEDED", "late"), 504, "deadline_exceeded"),
+        (TwinbrushError("INTERNAL", "a fault"), 500, "server_error"),
+    ],
+)
+def test_errors_of_servers_have_their_status_and_say_when_to_try_again(error, status, code):
+    made = ApiError.of(error)
+    answers = made.response("/v1/images/generations"), made.response("/sdapi/v1/txt2img")
+    assert {answer.status_code for answer in answers} == {status}
+    assert json.loads(answers[0].body)["error"]["code"] == code
+    assert json.loads(answers[1].body)["detail"] == str(error)
+    wanted = {429: "3", 503: "1"}.get(status)
+    assert answers[0].headers.get("retry-after") == wanted
 
 
 def test_a_pool_without_servers_is_unavailable():

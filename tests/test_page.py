@@ -8,6 +8,7 @@ import shutil
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
@@ -238,12 +239,18 @@ def info() -> ServerInfo:
     return ServerInfo("1", "tiny", ["lcm", "ddim"], ["png", "raw"], defaults, sizes, fields)
 
 
+def sides_of(size: str) -> tuple[int, int]:
+    width, height = size.split(" × ")
+    return int(width), int(height)
+
+
 def test_offered_sizes_are_ones_that_the_server_takes(info):
     offered = form.sizes(info)
     assert offered[0] == "64 × 64"
-    sides = [int(side) for size in offered for side in re.findall(r"\d+", size)]
-    assert all(side % 16 == 0 and side <= 96 for side in sides)
+    assert all(side % 16 == 0 and side <= 96 for size in offered for side in sides_of(size))
     assert len(set(offered)) == len(offered) > 3
+    few = form.sizes(replace(info, sizes=info.sizes | {"max_pixels": 64 * 64}))
+    assert all(width * height <= 64 * 64 for width, height in map(sides_of, few))
 
 
 def test_a_forms_values_survive_the_way_through_a_picture(info):

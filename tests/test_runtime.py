@@ -9,7 +9,6 @@ import time
 
 import numpy as np
 import pytest
-import tritonclient.grpc as grpc
 from test_server import STUB, processes
 
 from twinbrush.runtime_choice import Runtime, chosen_runtime, configured_runtime
@@ -85,10 +84,8 @@ def test_in_process_paints_the_same_bytes_loads_the_doors_alone_and_ends_with_it
     other = start_server(repository, "--runtime", "in_process")
     other.wait_for("ready in")
     assert paint(other.address) == paint(server.address)
-    with grpc.InferenceServerClient(other.address) as client:
-        index = client.get_model_repository_index().models
-        assert {model.name for model in index} == {"text_to_image", "text_to_image_stream"}
     stubs = {pid: line for pid, line in processes(other.process.pid).items() if STUB in line}
+    assert len(stubs) == 2
     (engine,) = [pid for pid, line in stubs.items() if "text_to_image_stream_0" in line]
     os.kill(engine, signal.SIGKILL)
     until = time.monotonic() + 30

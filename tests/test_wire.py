@@ -117,7 +117,7 @@ def test_a_server_describes_itself_over_grpc_and_http(server):
     assert (error, event["event"]) == (None, b"info")
     info = json.loads(event["info"])
     assert info["defaults"]["image_format"] == "png_base64"
-    assert info["sizes"] == {"native": 32, "multiple_of": 8, "largest": 128}
+    assert info["sizes"] == {"native": 32, "multiple_of": 8, "largest": 128, "max_pixels": None}
     assert [field["name"] for field in info["fields"]] == list(DATA_TYPES)
     answer = post(server, f"{STREAM}/generate", prompt=None, info=True)
     assert json.loads(json.loads(answer)["info"]) == info
@@ -534,7 +534,7 @@ def test_a_full_queue_refuses_and_recovers(repository, start_server, tmp_path):
     config = copy / STREAM / "config.pbtxt"
     text = config.read_text()
     assert 'key: "queue_size" value: { string_value: "512" }' in text
-    config.write_text(text.replace('"queue_size" value: { string_value: "128"',
+    config.write_text(text.replace('"queue_size" value: { string_value: "512"',
                                    '"queue_size" value: { string_value: "2"'))  # fmt: skip
     server = start_server(copy)
     server.wait_for("ready in")

@@ -267,8 +267,6 @@ class TritonProcess:
             f"--metrics-port={options.metrics_port}",
             f"--exit-timeout-secs={options.exit_timeout:.0f}",
             "--disable-auto-complete-config",
-            "--http-header-forward-pattern=(?i)traceparent",
-            "--grpc-header-forward-pattern=traceparent",
         ]
         for backend in ("python", "onnxruntime"):
             if not (backends / backend / STUB).exists():

@@ -45,7 +45,7 @@ from twinbrush.triton.relay import RelayClient, RelayServer, relay_address
 
 log = logging.getLogger(__name__)
 UNARY_METRICS = (REQUESTS_LIVE, REQUESTS_ENDED, REFUSALS)
-TRACE_PARENT = "traceparent"  # a header that the launcher has forwarded, or a parameter
+TRACE_PARENT = "traceparent"  # a parameter, or a header that Triton lets through
 TRACE_PARENT_FORM = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 MAX_PARAMETERS = 1 << 16  # bytes of a request's parameters, as JSON
 # The parameter that Triton makes of a header which --grpc-header-forward-pattern lets through: a

@@ -19,7 +19,7 @@ def open_models(model_repository: Path, config: Mapping[str, Any], fail: Fail) -
         model_repository: the engine's folder as Triton names it; it may be a link into the
             repository that holds the networks.
         config: the engine's `config.pbtxt` in Triton's JSON form.
-        fail: called with a sentence when a served network hangs or has died.
+        fail: called with a sentence when the process of a network hangs or has died.
 
     Raises:
         ValueError: the parameter `runtime` is not allowed.
