@@ -27,7 +27,7 @@ import export.repository as repository_module
 from examples.scenes import world
 from export import pipeline, scheduler
 from export.checkpoint import open_checkpoint
-from export.convert import ParityError, parity_error, to_onnx
+from export.convert import ParityError, parity_error, to_onnx, trace
 from export.precision import Precision
 from export.repository import MODELS, build, load_parts
 from export.staging import STAGE, staging
@@ -605,6 +605,7 @@ def test_a_model_that_pytorch_cannot_convert_is_named(refused, monkeypatch):
 
     monkeypatch.setattr("export.clip_text.ClipText.forward", forward)
     monkeypatch.setattr(repository_module, "to_onnx", to_onnx)  # not what was converted before
+    monkeypatch.setattr("export.convert.trace", trace)
     assert "clip_text cannot be converted to ONNX: no such attention" in refused()
 
 

@@ -47,8 +47,8 @@ def processes(parent: int) -> dict[int, str]:
 
 def leftovers(server) -> set[Path]:
     """What this server, not one of other tests, may leave: shared memory and a folder."""
-    segments = Path("/dev/shm").glob(f"*twinbrush_{server.process.pid}_*")
-    return {*segments, *Path(tempfile.gettempdir()).glob(f"twinbrush-{server.process.pid}-*")}
+    segments = Path("/dev/shm").glob(f"*twinbrush_ns*_{server.process.pid}_*")
+    return {*segments, *Path(tempfile.gettempdir()).glob(f"twinbrush-ns*-{server.process.pid}-*")}
 
 
 def assert_gone(server, family: dict[int, str]) -> None:

@@ -569,7 +569,7 @@ def recovered(server) -> bool:
 def outcome(server, kind: str, streamed: bool, fields: dict) -> str:
     """How one request of the crowd ended: image, error or cancel, or what broke."""
     if kind == "cancel":
-        return outcome_of_a_cancel(server, fields | {"num_images": 8})
+        return outcome_of_a_cancel(server, fields | {"num_images": 16})
     if kind == "error":
         fields = fields | {"steps": 0}
     images, error = 0, None
