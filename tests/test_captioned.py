@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import io
 import json
 import tarfile
@@ -29,6 +30,12 @@ from training.captioned import Captioned, CaptionedBatches, Place
 from training.preparation import Bound, Fetcher, LeftOut, Preparation, clean_caption
 
 FORMATS = ("jsonl", "csv", "texts", "tar", "parquet")
+
+
+@pytest.fixture(autouse=True)
+def frozen_objects():
+    """The library collects garbage after each file, which all of torch's objects make slow."""
+    gc.freeze()
 
 
 def encoded(size=(80, 72), colour=(200, 30, 30), kind="JPEG") -> bytes:
