@@ -1,7 +1,6 @@
 """Pixels become a PNG file, quickly: one filter for all rows, and ISA-L's compression.
 
-ISA-L at its level 1 behind the filter `Up` takes a tenth of the time of Pillow's zlib at its level
-1, and its files are no larger. Knows nothing of what the text chunks say.
+ISA-L is many times faster than the zlib behind Pillow. Knows nothing of what the text chunks say.
 """
 
 from __future__ import annotations
