@@ -17,9 +17,9 @@ demo: $(EXPORTED)
 	@python -m twinbrush.server --http-port 0 --grpc-port 0 --metrics-port 0 \
 		--then 'twinbrush generate "$$PROMPT"'
 
-# Two processes of one thread: what takes long, torch.export, uses one.
+# Processes of one thread, because torch.export uses one; some tests wait for servers meanwhile.
 test: $(EXPORTED) $(DEVELOPED)
-	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 python -m pytest -n 3 --dist loadfile
 
 # Triton and, beside it, the gateway on http://127.0.0.1:8080; Ctrl-C ends both.
 serve: $(EXPORTED)

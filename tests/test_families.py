@@ -94,8 +94,8 @@ def paint_served(repository: Path, family: Family, models=None, **fields: np.nda
 # their parts run in PyTorch here; `family_table` exports these too.
 NOT_EXPORTED = (
     "stabilityai/stable-diffusion-2-1-base", "stabilityai/stable-diffusion-2",
-    "stabilityai/sd-turbo", "nota-ai/bk-sdm-small", "segmind/small-sd",
-    "latent-consistency/lcm-sdxl", "segmind/Segmind-Vega",
+    "stabilityai/sd-turbo", "nota-ai/bk-sdm-small", "segmind/small-sd", "segmind/tiny-sd",
+    "latent-consistency/lcm-sdxl", "segmind/Segmind-Vega", "nota-ai/bk-sdm-tiny",
 )  # fmt: skip
 
 
