@@ -11,7 +11,7 @@ DEVELOPED := .venv/.developed
 EXPORTED := model_repository/MANIFEST.json
 CHECKED := twinbrush networks export training client gateway benchmarks examples tests backends model_repository
 
-.PHONY: demo test serve bench perf-analyzer lint clean
+.PHONY: demo test test-all serve bench perf-analyzer lint clean
 
 demo: $(EXPORTED)
 	@python -m twinbrush.server --http-port 0 --grpc-port 0 --metrics-port 0 \
@@ -20,6 +20,9 @@ demo: $(EXPORTED)
 # Processes of one thread, because torch.export uses one; some tests wait for servers meanwhile.
 test: $(EXPORTED) $(DEVELOPED)
 	OMP_NUM_THREADS=1 python -m pytest -n 3 --dist loadfile
+
+test-all: $(EXPORTED) $(DEVELOPED)
+	OMP_NUM_THREADS=1 python -m pytest -n 3 --dist loadfile -m "slow or not slow"
 
 # Triton and, beside it, the gateway on http://127.0.0.1:8080; Ctrl-C ends both.
 serve: $(EXPORTED)

@@ -95,7 +95,7 @@ def paint_served(repository: Path, family: Family, models=None, **fields: np.nda
 NOT_EXPORTED = (
     "stabilityai/stable-diffusion-2-1-base", "stabilityai/stable-diffusion-2",
     "stabilityai/sd-turbo", "nota-ai/bk-sdm-small", "segmind/small-sd", "segmind/tiny-sd",
-    "latent-consistency/lcm-sdxl", "segmind/Segmind-Vega", "nota-ai/bk-sdm-tiny",
+    "latent-consistency/lcm-sdxl", "segmind/Segmind-Vega", "nota-ai/bk-sdm-tiny", "segmind/SSD-1B",
 )  # fmt: skip
 
 

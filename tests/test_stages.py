@@ -242,6 +242,7 @@ def test_all_stages_make_a_checkpoint_that_export_takes(tmp_path, monkeypatch):
     assert str(tmp_path) not in (checkpoint / "unet" / "config.json").read_text()
 
 
+@pytest.mark.slow
 def test_painters_that_were_stopped_end_as_undisturbed_ones(tmp_path, monkeypatch):
     monkeypatch.setattr(world, "SCENES", 100)
     monkeypatch.setattr(diffusion, "Painter", partial(diffusion.Painter, channels=32))

@@ -42,7 +42,7 @@ def planned(trt, repository, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(params=Precision)
+@pytest.fixture(params=[Precision.FP32, pytest.param(Precision.FP16, marks=pytest.mark.slow)])
 def demo(request, tmp_path):
     """The demo checkpoint; in FP32 as `make` has exported it, where it has."""
     made = ROOT / "model_repository"

@@ -131,7 +131,11 @@ def test_a_stage_does_not_overwrite_what_it_starts_from(refused, tmp_path, tmp_p
 
 @pytest.mark.parametrize(
     ("stage", "steps", "kind"),
-    [("bert", 12, None), ("vqgan", 16, None), ("clip", 12, "tar")],  # four are the decoder's
+    [
+        pytest.param("bert", 12, None, marks=pytest.mark.slow),
+        pytest.param("vqgan", 16, None, marks=pytest.mark.slow),  # four are the decoder's
+        ("clip", 12, "tar"),
+    ],
 )
 def test_a_killed_stage_ends_with_the_weights_of_an_undisturbed_one(tmp_path, stage, steps, kind):
     flags = ["--steps", str(steps), "--save-every", "3"]
@@ -234,6 +238,7 @@ def test_every_stage_trains_on_captioned_pictures(tmp_path):
         reward.train(Run(checkpoint, runs, 4, 4, source=source))
 
 
+@pytest.mark.slow
 def test_all_stages_run_in_order_and_tell_their_times(tmp_path, monkeypatch):
     monkeypatch.setattr(world, "SCENES", 100)
     monkeypatch.setattr(diffusion, "Painter", partial(diffusion.Painter, channels=32))

@@ -297,6 +297,7 @@ def test_bert_is_told_of_order_and_of_sizes(checkpoint, monkeypatch):
     assert any(told == sizes_named(s, caption) != caption for s, caption, told in heard)
 
 
+@pytest.mark.slow
 def test_bert_learns_it(checkpoint, monkeypatch):
     """One that has not yet, on the same captions in every step."""
     torch.manual_seed(0)
