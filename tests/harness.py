@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -245,6 +246,16 @@ class Server:
                 raise AssertionError(f"no {text!r}, exit code {self.process.poll()}: {self.text()}")
             time.sleep(0.05)
 
+    def wait_until_ready(self) -> None:
+        until = time.monotonic() + START_SECONDS
+        while time.monotonic() < until:
+            with suppress(OSError):
+                urllib.request.urlopen(f"{self.url}/v2/health/ready", timeout=5).close()
+                return
+            assert self.process.poll() is None, self.text()
+            time.sleep(0.2)
+        raise AssertionError(f"the server is not ready: {self.text()}")
+
     def stop(self) -> int:
         self.process.terminate()
         return self.process.wait(30)
@@ -304,6 +315,13 @@ def start_server(tmp_path_factory) -> Iterator[StartServer]:
 @pytest.fixture(scope="session")
 def server(repository, start_server) -> Server:
     """The real server on the tiny checkpoint, shared by all end-to-end tests."""
-    server = start_server(repository)
+    server = start_server(repository, "--restart")
     server.wait_for("ready in")
     return server
+
+
+@pytest.fixture(autouse=True)
+def shared_server_is_up(request) -> None:
+    """Waits while the shared server starts again: Triton 24.10 can crash as a client leaves."""
+    if "server" in request.fixturenames:
+        request.getfixturevalue("server").wait_until_ready()

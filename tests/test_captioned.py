@@ -262,7 +262,7 @@ def test_the_web_answers_in_every_way(tmp_path):
 
 def test_downloads_run_side_by_side_and_never_more_than_allowed(tmp_path):
     with web() as url:
-        rows = [{"url": f"{url}/slow-good/{i}"} for i in range(24)]
+        rows = [{"url": f"{url}/slow-good/{i}"} for i in range(48)]
         one_epoch(Captioned(coyo(tmp_path / "c", url, rows), Preparation(fetchers=3)))
     assert Web.most == 3
 
