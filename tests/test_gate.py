@@ -108,7 +108,7 @@ def test_large_pictures_are_painted_one_at_a_time(tiny, served, monkeypatch):
     for side, most in ((16, 2), (32, 32)):
         monkeypatch.setattr("export.gate.SHARED_SIDE", side)
         rows.clear()
-        assert len(gate._paint(served, {}, list(PROMPTS[:4]))) == 4
+        assert len(gate._paint(served, {}, {}, list(PROMPTS[:4]))) == 4
         assert (max(rows) <= 2) == (most == 2)
 
 
@@ -142,7 +142,7 @@ class SceneGate(Gate):
     def _export_plain(self, folder):
         return {name: folder / f"{name}.onnx" for name in self._optimised}
 
-    def _paint(self, stage, files, prompts):
+    def _paint(self, stage, files, configs, prompts):
         spoilt = sum(n for name, n in self.spoils.items() if files[name].is_relative_to(stage))
         blank = np.zeros((64, 64, 3), np.uint8)
         return [
@@ -198,7 +198,7 @@ def test_models_that_cannot_paint_are_refused_in_one_sentence(scene_gate, tmp_pa
     skeleton(tmp_path / "repository")
     empty = {"unet": stage / "unet" / "1" / "model.onnx"}
     with pytest.raises(GateError, match="the gate cannot paint: ONNX Runtime cannot load"):
-        Gate._paint(gate, stage, empty, ["a red circle"])
+        Gate._paint(gate, stage, empty, {}, ["a red circle"])
 
 
 def test_psnr_is_what_its_formula_says():
