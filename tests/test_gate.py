@@ -142,6 +142,9 @@ class SceneGate(Gate):
     def _export_plain(self, folder):
         return {name: folder / f"{name}.onnx" for name in self._optimised}
 
+    def _plain_configs(self, configs, folder):
+        return configs
+
     def _paint(self, stage, files, configs, prompts):
         spoilt = sum(n for name, n in self.spoils.items() if files[name].is_relative_to(stage))
         blank = np.zeros((64, 64, 3), np.uint8)
