@@ -70,7 +70,7 @@ class TritonMetrics:
             while not self._changes.empty():
                 waiting.append(self._changes.get())
             self._flush(change for change in waiting if change is not None)
-            if waiting[-1] is None:
+            if None in waiting:
                 return
 
     def _flush(self, changes: Iterable[Change]) -> None:
