@@ -148,10 +148,10 @@ def test_all_addresses_of_a_name_are_servers(monkeypatch):
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("server", ["", "host", "host:", ":1", "host:0", "host:x", "host:65536"])
-def test_a_server_that_is_no_address_is_refused(server):
+@pytest.mark.parametrize("address", ["", "host", "host:", ":1", "host:0", "host:x", "host:65536"])
+def test_a_server_that_is_no_address_is_refused(address):
     with pytest.raises(ValueError, match="must be host:port"):
-        split(server)
+        split(address)
 
 
 def test_work_is_steps_of_pictures_at_the_native_size():
