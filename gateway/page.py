@@ -33,6 +33,9 @@ from twinbrush_client.story import fields_of, read_story
 DOORS = ("/v1/", "/sdapi/", "/health/", "/metrics")
 MOST_UPLOADED = "64mb"
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+# Between two looks of Gradio's queue at what waits; by default it looks 1,000 times a second, which
+# takes some percent of a core.
+QUEUE_SECONDS = 0.02
 GONE = "This picture is no longer kept here; a downloaded file of it still has its settings."
 LOGIN = "The name of an API key, and the key as the password."
 
@@ -75,6 +78,7 @@ def build(studio: Studio, keys: KeyRing) -> gr.Blocks:
     with gr.Blocks(title="Twinbrush", analytics_enabled=False, delete_cache=(600, 600)) as page:
         layout = lay_out()
         _connect(page, layout, Handlers(studio, keys, layout))
+    page._queue.sleep_when_free = QUEUE_SECONDS
     return page
 
 

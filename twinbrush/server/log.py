@@ -92,10 +92,13 @@ class ServerOutput:
     def __init__(self, rename: Callable[[str], str] = lambda line: line):
         self._rename = rename
         self.lines: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
+        self.started_models: set[str] = set()  # for which the server has started a stub
 
     def add(self, raw: bytes) -> str:
         line = self._rename(raw.decode("utf-8", "replace").rstrip())
         self.lines.append(line)
+        if match := INSTANCE.search(line):
+            self.started_models = self.started_models | {match[1]}
         return line
 
     def load_failures(self) -> dict[str, str]:
@@ -109,10 +112,6 @@ class ServerOutput:
                 failures[match[1] or match[2]] = reason + syntax_error
                 syntax_error = ""
         return failures
-
-    def started_models(self) -> set[str]:
-        """The models for which the server has started a stub."""
-        return {match[1] for line in list(self.lines) if (match := INSTANCE.search(line))}
 
     def tail(self) -> str:
         return "\n".join([line for line in list(self.lines) if not TABLE.match(line)][-12:])
