@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -349,6 +350,23 @@ def test_a_python_without_its_shared_library_is_named(tmp_path, monkeypatch):
 )  # fmt: skip
 def test_a_line_of_the_server_has_a_level_and_a_source(line, parsed):
     assert parse(line) == parsed
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_a_full_disk_under_the_log_ends_nothing(form, monkeypatch):
+    with open(os.open("/dev/full", os.O_WRONLY), "wb", buffering=0) as full:
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(full, write_through=True))
+        monkeypatch.setattr(sys, "stderr", sys.stdout)
+        log = Log(form)
+        log.say("ready")
+        log.complain("it ended")
+        log.relay("a line")
+        monkeypatch.undo()
+
+
+def test_a_line_of_many_brackets_is_read():
+    line = f"I1129 06:59:27.296306 17383 http.cc:12] {'[' * 100_000}"
+    assert parse(line)[:2] == ("info", "triton")
 
 
 def test_json_lines_carry_time_level_source_message_and_request_id(capsys):
