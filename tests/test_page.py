@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import re
 import shutil
@@ -19,6 +20,7 @@ from gateway import page_html as html
 from gateway.app import Settings, create_app
 from gateway.gate import Gate
 from gateway.keys import Key, KeyRing, Limits, digest
+from gateway.page import QUEUE_SECONDS
 from gateway.pool import Pool
 from twinbrush_client import Client, InvalidRequest, ServerInfo
 from twinbrush_client.story import read_story
@@ -226,6 +228,22 @@ def test_with_keys_the_page_asks_for_one():
     right = {"username": "artist", "password": "tb-a-long-secret"}
     assert client.post("/login", data=right).status_code == 200
     assert client.get("/config").status_code == 200
+
+
+def test_a_page_that_nobody_uses_does_not_look_at_its_queue_all_the_time(monkeypatch):
+    looks, sleep = [], asyncio.sleep
+
+    async def counted(seconds, *result):
+        looks.append(seconds)
+        return await sleep(seconds, *result)
+
+    monkeypatch.setattr(asyncio, "sleep", counted)
+    with TestClient(create_app(Pool([], 5), Settings(), Gate())) as client:
+        client.get("/config")  # which starts the queue
+        looks.clear()
+        time.sleep(0.5)
+        assert 5 < len(looks) < 60
+        assert QUEUE_SECONDS in looks
 
 
 @pytest.fixture(scope="module")

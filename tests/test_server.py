@@ -146,7 +146,7 @@ def test_deaths_leave_a_start_that_gives_up_its_other_tries(monkeypatch, reposit
         raise next(ends)
 
     monkeypatch.setattr(launcher, "serve", serve)
-    monkeypatch.setattr(launcher, "pause", lambda _: None)
+    monkeypatch.setattr(launcher, "Signals", lambda _: SimpleNamespace(wait=lambda _: None))
     with pytest.raises(Ends):
         launcher.main(
             repository, http_port=0, grpc_port=0, metrics_port=0, restart=True, no_verify=True

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
+from unicodedata import category
 
 import typer
 from rich.console import Console
@@ -33,6 +34,7 @@ from twinbrush_client.wire import Picture
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended
 STDIN = "-"
+CONTROLS = ("Cc", "Cs")  # Unicode's categories of control characters and lone surrogates
 Server = Annotated[str, typer.Option(envvar="TWINBRUSH_SERVER", help="Server's gRPC address.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -106,7 +108,7 @@ def generate(
              "warning": picture.warning}
             for job, picture, path in painted
         ]  # fmt: skip
-        sys.stdout.write(json.dumps(rows, ensure_ascii=False, indent=2) + "\n")
+        _print_json(rows)
 
 
 @app.command()
@@ -116,7 +118,7 @@ def status(as_json: AsJson = False, server: Server = DEFAULT_ADDRESS) -> None:
     with _errors(console), Client(server, timeout=10, max_retries=0) as client:
         info = client.info()
     if as_json:
-        sys.stdout.write(json.dumps(asdict(info), ensure_ascii=False, indent=2) + "\n")
+        _print_json(asdict(info))
         return
     defaults = ", ".join(f"{name} {info.defaults[name]}" for name in ("steps", "guidance_scale"))
     sizes = info.sizes
@@ -142,14 +144,13 @@ def inspect(
     with _errors(console):
         stories = [read_story(file) for file in files]
     if as_json:
-        shown = stories if len(files) > 1 else stories[0]
-        sys.stdout.write(json.dumps(shown, ensure_ascii=False, indent=2) + "\n")
+        _print_json(stories if len(files) > 1 else stories[0])
         return
     for file, story in zip(files, stories, strict=True):
         if len(files) > 1:
             console.print(f"\nfile: {_escaped(str(file))}", soft_wrap=True)
         for name, value in story.items():
-            console.print(f"{name}: {_escaped(str(value))}", soft_wrap=True)
+            console.print(f"{_escaped(name)}: {_escaped(str(value))}", soft_wrap=True)
 
 
 @app.command(
@@ -253,5 +254,14 @@ def _paint(
     return sorted(painted, key=lambda row: (row[0].number, row[1].index))
 
 
+def _print_json(value: Any) -> None:
+    text = json.dumps(value, ensure_ascii=False, indent=2) + "\n"
+    # Lone surrogates have no UTF-8; with a backslash they are JSON's escapes.
+    sys.stdout.write(text.encode("utf-8", "backslashreplace").decode())
+
+
 def _escaped(text: str) -> str:
-    return text.replace("[", "\\[")
+    """Text of a file or a server for the console: as it is, without codes that steer terminals."""
+    shown = "".join(ascii(c)[1:-1] if category(c) in CONTROLS and c not in "\n\t" else c
+                    for c in text)  # fmt: skip
+    return shown.replace("[", "\\[")
