@@ -84,11 +84,13 @@ def create_app(pool: Pool, settings: Settings, gate: Gate) -> FastAPI:
 
 
 def _add_health(app: FastAPI, pool: Pool, gate: Gate, metrics: Metrics) -> None:
+    @app.head("/health/live", include_in_schema=False)
     @app.get("/health/live", tags=["operation"])
     async def live() -> Response:
         """200 while the process answers."""
         return JSONResponse({"state": "draining" if gate.draining else "live"})
 
+    @app.head("/health/ready", include_in_schema=False)
     @app.get("/health/ready", tags=["operation"], responses={503: {}})
     async def ready() -> Response:
         """200 where requests are taken: a server is well, and no drain has begun."""

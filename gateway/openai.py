@@ -41,6 +41,7 @@ def router(studio: Studio) -> APIRouter:
         generation = _Generation(studio, body, await studio.info(body.model), request)
         return await (generation.stream() if body.stream else generation.answer())
 
+    @routes.post("/images/variations", responses={200: {"description": "Never, so far."}})
     @routes.post("/images/edits", responses={200: {"description": "Never, so far."}})
     async def edit() -> Response:
         """Refuses: no checkpoint takes image inputs yet."""

@@ -115,8 +115,10 @@ class Handlers:
             info = await self._studio.pool.info()
             fields = form.request_fields(given, others, info)
             yield {layout.controls["seed"]: given["seed"]}
-            with self._studio.meter.admit(self._key(request), work_of(fields, info)):
-                async with aclosing(tab.paint(given["prompt"], fields, info.defaults)) as views:
+            key = self._key(request)
+            with self._studio.meter.admit(key, work_of(fields, info)):
+                painting = tab.paint(given["prompt"], fields, info.defaults, key.client)
+                async with aclosing(painting) as views:
                     async for view in views:
                         yield self._state(tab, view)
         except (TwinbrushError, ApiError) as error:
@@ -166,7 +168,10 @@ class Handlers:
         others = form.without_control(fields)
         values = form.control_values(fields, info)
         told = html.status("The settings of the picture are in the form; Paint repeats it.")
-        return {layout.controls[name]: values[name] for name in self._names} | {
+        found = {layout.controls[name]: values[name] for name in self._names}
+        if values["lora"]:
+            found[layout.controls["lora"]] = gr.update(value=values["lora"], visible=True)
+        return found | {
             layout.keep: True,
             layout.others: others,
             layout.restored: html.others(others),
@@ -220,5 +225,5 @@ def _connect(page: gr.Blocks, layout: Layout, do: Handlers) -> None:
 def _without_path(error: Exception) -> str:
     """An error of a file that the user knows by another name than the server does."""
     if isinstance(error, InvalidRequest):
-        return sentence(re.sub(r"^file='[^']*' is invalid: it", "The file", str(error)))
+        return sentence(re.sub(r"^file=.* is invalid: ", "The file ", str(error)))
     return "The file cannot be read."

@@ -77,7 +77,11 @@ class Tab:
             self._running.cancel()
 
     async def paint(
-        self, prompt: str, fields: Mapping[str, Any], defaults: Mapping[str, Any]
+        self,
+        prompt: str,
+        fields: Mapping[str, Any],
+        defaults: Mapping[str, Any],
+        client: str | None = None,
     ) -> AsyncGenerator[View, None]:
         """The states of a request, the last one at its end. Leaving it ends the request.
 
@@ -85,13 +89,16 @@ class Tab:
             prompt: what to paint.
             fields: the request's other fields.
             defaults: the server's values of those that are left out.
+            client: by which the server gives callers shares of its queue.
         """
         known = {**defaults, **fields}
         self._begin(known)
         yield self._view()
         try:
             every = preview_every(known["steps"])
-            self._running = self._studio.pool.stream(prompt, **fields, preview_every=every)
+            self._running = self._studio.pool.stream(
+                prompt, **fields, preview_every=every, client=client
+            )
             if self._cancelled:
                 self._running.cancel()
             async with aclosing(_batches(self._running)) as batches:

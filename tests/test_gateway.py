@@ -158,8 +158,11 @@ def test_fields_without_an_effect_are_taken(client):
 def test_image_inputs_are_refused(client):
     buffer = io.BytesIO()
     Image.new("RGB", (32, 32)).save(buffer, "png")
+    file = ("a.png", buffer.getvalue())
     with pytest.raises(openai.BadRequestError, match="Image inputs are not served"):
-        client.images.edit(image=("a.png", buffer.getvalue()), prompt="a red circle")
+        client.images.edit(image=file, prompt="a red circle")
+    with pytest.raises(openai.BadRequestError, match="Image inputs are not served"):
+        client.post("/images/variations", cast_to=object, files={"image": file}, body={"n": 1})
 
 
 def test_every_answer_has_its_request_id(gateway):
@@ -177,6 +180,16 @@ def test_errors_of_routes_and_bodies_have_openais_form(gateway):
         )  # fmt: skip
     answer = gateway.call(GENERATIONS, {"prompt": "x"}, content_type="text/plain")
     assert "content-type: application/json" in answer.json()["error"]["message"]
+    answer = gateway.call(GENERATIONS, {"prompt": "x"}, content_encoding="gzip")
+    assert (answer.status, answer.json()["error"]["code"]) == (415, "unsupported_encoding")
+    answer = gateway.call(GENERATIONS, {"prompt": "x", "\ud800": 1})
+    assert (answer.status, answer.json()["error"]["param"]) == (400, "\\ud800")
+
+
+@pytest.mark.parametrize("path", ["/health/live", "/health/ready"])
+def test_probes_may_ask_without_a_body(gateway, path):
+    answer = gateway.call(path, method="HEAD")
+    assert (answer.status, answer.data) == (200, b"")
 
 
 def post_and_leave(gateway, body, wait):

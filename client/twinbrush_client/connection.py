@@ -15,7 +15,13 @@ from typing import Any
 
 import grpc
 
-from twinbrush_client.errors import QueueFull, ServerUnavailable, TwinbrushError, error_of
+from twinbrush_client.errors import (
+    QueueFull,
+    ServerUnavailable,
+    TwinbrushError,
+    error_of,
+    invalid,
+)
 
 DEFAULT_ADDRESS = "127.0.0.1:8001"
 TIMEOUT = 300.0  # seconds
@@ -48,6 +54,12 @@ class Connection:
     headers: Mapping[str, str] = field(default_factory=dict)
     tls: bool | str | Path = False
     credentials: grpc.ChannelCredentials | None = None
+
+    def __post_init__(self) -> None:
+        """Raises InvalidRequest where the address is a URL."""
+        if "://" in self.address and not self.address.startswith(("dns://", "unix://")):
+            allowed = "must be host:port of the server's gRPC endpoint, such as 127.0.0.1:8001"
+            raise invalid("address", self.address, allowed)
 
     def channel(self, kind: Any) -> Any:
         """A channel of `grpc` or of `grpc.aio`.

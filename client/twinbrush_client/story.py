@@ -10,6 +10,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from twinbrush_client.errors import invalid
 from twinbrush_client.fields import DATA_TYPES
+from twinbrush_client.wire import checked
 
 
 def read_story(file: Path | IO[bytes]) -> dict[str, Any]:
@@ -25,6 +26,10 @@ def read_story(file: Path | IO[bytes]) -> dict[str, Any]:
             settings, text = _texts(image)
     except UnidentifiedImageError:
         raise invalid("file", name, "is no picture") from None
+    except Exception as error:  # a damaged file may raise anything
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise invalid("file", name, "is damaged") from None
     try:
         story = json.loads(settings) if settings else None
     except ValueError:
@@ -40,11 +45,13 @@ def fields_of(story: dict[str, Any]) -> dict[str, Any]:
     """The request fields of a story; sending them again paints the picture again.
 
     Raises:
-        InvalidRequest: the story has no prompt.
+        InvalidRequest: the story has no prompt, or a value of the wrong type.
     """
-    if "prompt" not in story:
+    if not isinstance(story.get("prompt"), str):
         raise invalid("file", "parameters", "was not made by Twinbrush, so it cannot be repeated")
-    return {name: value for name, value in story.items() if name in DATA_TYPES}
+    fields = {name: value for name, value in story.items() if name in DATA_TYPES}
+    checked({name: value for name, value in fields.items() if name != "prompt"})
+    return fields
 
 
 def parameters_of(image: Image.Image) -> str:
