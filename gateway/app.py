@@ -28,7 +28,7 @@ from gateway.painting import Studio
 from gateway.pool import Pool
 from gateway.validation import error_of
 
-CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+CODES = {400: "invalid_body", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 DESCRIPTION = "OpenAI's images API and A1111's API over Twinbrush servers."
 
 

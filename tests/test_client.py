@@ -7,6 +7,7 @@ import inspect
 import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import grpc
 import numpy as np
@@ -179,6 +180,23 @@ def test_a_server_that_is_not_there_is_an_error():
         with pytest.raises(ServerUnavailable, match="no server answers"):
             list(client.stream("a red circle"))
     assert error.value.code == "UNAVAILABLE"
+
+
+@pytest.mark.parametrize("address", ["", "localhost", "http://localhost:8001", "a b:1"])
+def test_an_address_without_a_port_or_with_a_scheme_is_refused(address):
+    with pytest.raises(InvalidRequest, match="must be host:port of the server's gRPC endpoint"):
+        Client(address)
+
+
+def test_a_server_that_speaks_http_is_named():
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        address = f"127.0.0.1:{http.server_port}"
+        with Client(address, max_retries=0) as client:
+            with pytest.raises(ServerUnavailable, match=f"{address} speaks HTTP; the gRPC port"):
+                client.info()
+            assert not client.ready()
+        http.shutdown()
 
 
 def test_a_proxy_in_the_environment_is_not_used_on_loopback(client, monkeypatch, server):

@@ -125,6 +125,7 @@ def test_a_file_of_its_own_name_is_never_overwritten_silently(server, tmp_path):
         (["--like", "/dev/null"], "is no picture"),
         (["--prompts", "/no/such/file"], "cannot use /no/such/file: No such file"),
         (["--prompts", sys.executable], "must be text in UTF-8"),
+        (["a ring", "-o", "x.png", "--grid", "./x.png"], "is the file of --output"),
         (["a ring", "--grid", "x.gif"], "--grid='x.gif' is invalid: must end in one of png"),
         (["a ring", "-o", "/dev/null/x.png"], "cannot use /dev/null: "),
         (["a ring", "--server", "http://localhost:8001"], "must be host:port of the server's gRPC"),

@@ -182,6 +182,8 @@ def test_errors_of_routes_and_bodies_have_openais_form(gateway):
     assert "content-type: application/json" in answer.json()["error"]["message"]
     answer = gateway.call(GENERATIONS, {"prompt": "x"}, content_encoding="gzip")
     assert (answer.status, answer.json()["error"]["code"]) == (415, "unsupported_encoding")
+    answer = gateway.call(GENERATIONS, b'{"prompt": ' + b"[" * 50_000)
+    assert (answer.status, answer.json()["error"]["code"]) == (400, "invalid_body")
     answer = gateway.call(GENERATIONS, {"prompt": "x", "\ud800": 1})
     assert (answer.status, answer.json()["error"]["param"]) == (400, "\\ud800")
 

@@ -108,6 +108,8 @@ def generate(
         if grid_file:
             format_of("grid", grid_file)
             new_file("grid", grid_file, overwrite)
+            if output and output.resolve() == grid_file.resolve():
+                raise invalid("--grid", str(grid_file), "is the file of --output")
         fields["image_format"] = format_of("output", output, image_format)
         fields |= {"preview_every": 1 if preview else None, "timeout": timeout}
         jobs = _jobs(_texts(prompt, prompts), like, fields)
@@ -115,8 +117,8 @@ def generate(
         with Client(server, timeout) as client:
             painted = _paint(client, jobs, files, Display(console, preview), console)
         if grid_file:
-            grid([picture.image for _, picture, _ in painted]).save(grid_file)
-            console.print(f"{grid_file}  grid", soft_wrap=True)
+            sheet = grid([picture.image for _, picture, _ in painted])
+            console.print(f"{files.write_grid(sheet, grid_file)}  grid", soft_wrap=True)
         for text in sorted({picture.warning for _, picture, _ in painted} - {""}):
             console.print(f"warning: {text}", style=WARNING, soft_wrap=True)
         milliseconds = 1000 * (time.monotonic() - started)

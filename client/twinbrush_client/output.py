@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import math
 import os
 import re
@@ -48,14 +49,19 @@ class Output:
             path = self._file.with_stem(f"{self._file.stem}-{seed}")
         else:
             path = self._file
+        return self._write(path, data)
+
+    def write_grid(self, sheet: Image.Image, path: Path) -> Path:
+        """Writes a grid in the format of its suffix and returns its path; raises as `write`."""
+        file = io.BytesIO()
+        sheet.save(file, format_of("grid", path))
+        return self._write(path, file.getvalue())
+
+    def _write(self, path: Path, data: bytes) -> Path:
+        """Where nothing is overwritten, under the first free name of `a.png`, `a-2.png`, …"""
         if self._overwrite:
             path.write_bytes(data)
             return path
-        return self._write_new(path, data)
-
-    @staticmethod
-    def _write_new(path: Path, data: bytes) -> Path:
-        """Under the first free name of `a.png`, `a-2.png`, …"""
         stem, number = path.stem, 1
         while True:
             try:
