@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
 from typing import Any, Unpack
 
 from gateway.addresses import resolve
@@ -94,7 +94,7 @@ class Pool:
             models = self.models()
         found = next(iter(models.values()), None) if model is None else models.get(model)
         if found is None and model is not None and models:
-            raise UnknownModel("NOT_FOUND", f"The model {model!r} does not exist.")
+            raise unknown_model(model, models)
         if found is None or found.info is None:
             raise ServerUnavailable("UNAVAILABLE", "no server answers", self._probe_seconds)
         return found.info
@@ -246,6 +246,12 @@ def work_of(fields: Mapping[str, Any], info: ServerInfo) -> float:
 
     pixels = value("width") * value("height") / info.sizes["native"] ** 2
     return value("num_images") * value("steps") * pixels
+
+
+def unknown_model(name: str, served: Iterable[str]) -> UnknownModel:
+    """The error of a request for a checkpoint that no server has."""
+    text = f"The model {name!r} does not exist; served are {', '.join(served) or 'none'}."
+    return UnknownModel("NOT_FOUND", text)
 
 
 def _best(failures: Sequence[TwinbrushError]) -> TwinbrushError:

@@ -114,7 +114,8 @@ def test_models_are_the_checkpoints(client):
     (model,) = client.models.list().data
     assert client.models.retrieve(model.id).id == model.id
     assert client.images.generate(prompt="a red circle", model=model.id).data
-    with pytest.raises(openai.NotFoundError, match="'dall-e-3' does not exist") as error:
+    missing = "'dall-e-3' does not exist; served are "
+    with pytest.raises(openai.NotFoundError, match=missing) as error:
         client.images.generate(prompt="a red circle", model="dall-e-3")
     assert (error.value.param, error.value.code) == ("model", "model_not_found")
 
@@ -145,6 +146,11 @@ def test_what_is_not_allowed_is_refused_by_name(gateway, fields, param, code):
     assert (answer.status, error["param"], error["code"]) == (400, param, code)
     assert error["type"] == "invalid_request_error"
     assert param in error["message"]
+
+
+def test_a_size_of_another_form_is_told_the_form(gateway):
+    answer = gateway.call(GENERATIONS, {"prompt": "a red circle", "size": "32X32"})
+    assert "must be WIDTHxHEIGHT in pixels" in answer.json()["error"]["message"]
 
 
 def test_fields_without_an_effect_are_taken(client):
