@@ -24,7 +24,7 @@ from gateway import page_html as html
 from gateway.errors import ApiError
 from gateway.keys import Key, KeyRing
 from gateway.page_layout import SCRIPT, Layout, lay_out, theme, updates
-from gateway.page_tabs import Tab, View, sentence
+from gateway.page_tabs import Tab, View, sentence, words
 from gateway.painting import Studio
 from gateway.pool import work_of
 from twinbrush_client import InvalidRequest, TwinbrushError
@@ -32,6 +32,7 @@ from twinbrush_client.story import fields_of, read_story
 
 DOORS = ("/v1/", "/sdapi/", "/health/", "/metrics")
 MOST_UPLOADED = "64mb"
+QUEUE_SECONDS = 0.05  # until Gradio's queue takes an event up
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 GONE = "This picture is no longer kept here; a downloaded file of it still has its settings."
 LOGIN = "The name of an API key, and the key as the password."
@@ -75,6 +76,8 @@ def build(studio: Studio, keys: KeyRing) -> gr.Blocks:
     with gr.Blocks(title="Twinbrush", analytics_enabled=False, delete_cache=(600, 600)) as page:
         layout = lay_out()
         _connect(page, layout, Handlers(studio, keys, layout))
+    queue = vars(page)["_queue"]  # it looks for events a thousand times a second, which costs
+    queue.sleep_when_free, queue.progress_update_sleep_when_free = QUEUE_SECONDS, QUEUE_SECONDS
     return page
 
 
@@ -122,7 +125,7 @@ class Handlers:
                     async for view in views:
                         yield self._state(tab, view)
         except (TwinbrushError, ApiError) as error:
-            yield {layout.status: html.status(sentence(str(error)), "error")}
+            yield {layout.status: html.status(sentence(words(error)), "error")}
 
     async def cancel(self, request: gr.Request) -> None:
         """Ends the request of a tab, also when the tab is closed."""

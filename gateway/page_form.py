@@ -92,6 +92,7 @@ def choices(info: ServerInfo, name: str) -> list[str]:
 def defaults(info: ServerInfo) -> dict[str, Any]:
     """The value of each control but prompt and seed, of a request that names none."""
     values = {name: info.defaults.get(name) for name in PLAIN}
+    values["prompt_syntax"] = choices(info, "prompt_syntax")[0]
     size = size_text(info.defaults["width"], info.defaults["height"])
     return values | {"size": size, "image_format": IMAGE_FORMATS[0]}
 
@@ -118,7 +119,8 @@ def request_fields(
         raise invalid("size", values["size"], "must be width × height in pixels, such as 64 × 64")
     fields = {name: values[name] for name in PLAIN if values[name] not in (None, "")}
     fields |= {"width": int(size[1]), "height": int(size[2])}
-    fields = {k: v for k, v in fields.items() if v != info.defaults.get(k)} | dict(others)
+    known = info.defaults | defaults(info)
+    fields = {k: v for k, v in fields.items() if v != known.get(k)} | dict(others)
     return fields | {"seed": _seed(values["seed"])}
 
 

@@ -120,7 +120,7 @@ def _settings(controls: dict[str, Any]) -> dict[str, Any]:
     """Adds to the controls."""
     with gr.Row():
         controls["size"] = _dropdown("size", "Size", custom=True)
-        controls["num_images"] = _slider("num_images", "Number of images", 1)
+        controls["num_images"] = _slider("num_images", "Images", 1)
     with gr.Row():
         controls["steps"] = _slider("steps", "Steps", 1)
         controls["guidance_scale"] = _slider("guidance_scale", "Guidance", 0.1)
@@ -175,5 +175,7 @@ def _dropdown(name: str, label: str, custom: bool = False, help_text: str | None
 
 
 def _slider(name: str, label: str, step: float) -> Any:
-    return gr.Slider(0, 1, 0, step=step, label=label, min_width=140, elem_id=f"tb-{name}",
-                     buttons=[])  # fmt: skip
+    return gr.Slider(
+        0, 1, 0, step=step, label=label, min_width=140, elem_id=f"tb-{name}", buttons=[],
+        elem_classes="tb-slider",
+    )  # fmt: skip

@@ -28,6 +28,7 @@ from twinbrush_client import (
     ServerUnavailable,
     TwinbrushError,
 )
+from twinbrush_client.errors import REQUEST_ID
 from twinbrush_client.wire import Event
 
 log = logging.getLogger(__name__)
@@ -157,7 +158,7 @@ class Tab:
             return View(f"Cancelled; {pictures} finished.", "info", live=False)
         if error is not None:
             advice = ADVICE.get(type(error), "The server's log has the reason.")
-            return View(f"{sentence(str(error))} {advice}".strip(), "error", live=False)
+            return View(f"{sentence(words(error))} {advice}".strip(), "error", live=False)
         if self._warnings:
             return View(sentence("; ".join(sorted(self._warnings))), "warning", live=False)
         return View(f"Finished {pictures}.", "info", live=False)
@@ -193,6 +194,12 @@ async def _batches(running: Job) -> AsyncGenerator[list[Event], None]:
     finally:
         running.cancel()
         task.cancel()
+
+
+def words(error: Exception) -> str:
+    """Of an error; the id of a request is for those that a server's log explains."""
+    text = str(error)
+    return REQUEST_ID.sub("", text).strip() if isinstance(error, InvalidRequest) else text
 
 
 def sentence(text: str) -> str:
