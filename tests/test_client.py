@@ -67,6 +67,15 @@ def test_a_stream_that_is_left_stops_the_work(client, server, way):
                 list(events)
 
 
+def test_pictures_have_their_seeds_and_files(client):
+    pictures = client.pictures("a red circle", num_images=2, seed=7, steps=3, deterministic=True)
+    *_, last = client.stream("a red circle", seed=8, steps=3, deterministic=True)
+    assert [(p.index, p.seed) for p in pictures] == [(0, 7), (1, 8)]
+    assert pictures[1].data == last.data
+    with pytest.raises(InvalidRequest, match="progress=True is invalid: is a field of stream"):
+        client.pictures("a red circle", progress=True)
+
+
 def test_what_the_server_refuses_is_an_error_with_its_code(client):
     with pytest.raises(TwinbrushError, match="steps=0 is invalid") as error:
         client.generate("a red circle", steps=0)
@@ -332,6 +341,8 @@ def test_the_async_client_paints_the_same(server, client):
         assert await aio.info() == client.info()
         pictures = await aio.generate(["a ring", "a star"], seed=3, steps=2, deterministic=True)
         stream = aio.stream("a ring", steps=3, preview_every=2, seed=3)
+        (picture,) = await aio.pictures("a ring", steps=2, seed=3, deterministic=True)
+        assert picture.image.tobytes() == pictures[0].tobytes()
         return pictures, [event async for event in stream]
 
     pictures, events = with_async_client(server, use)
