@@ -38,7 +38,7 @@ from twinbrush_client import InvalidRequest, wire
 from twinbrush_client.cli import app
 from twinbrush_client.story import fields_of, read_story
 
-many = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+many = settings(max_examples=300, suppress_health_check=list(HealthCheck))
 LONGEST_MESSAGE = 1500  # characters, of which the names of all fields are most
 LORAS = replace(CONFIG, loras=("ink", "film"), max_pixels=128 * 64)
 

@@ -28,7 +28,7 @@ schema = schemathesis.openapi.from_dict(description())
 
 @schema.parametrize()
 @settings(
-    max_examples=8, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate],
+    max_examples=8, derandomize=True, phases=[Phase.explicit, Phase.generate],
     suppress_health_check=list(HealthCheck), database=None,
 )  # fmt: skip
 def test_the_gateway_is_as_its_description_says(gateway, case):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from export.scheduler import read_schedule
@@ -219,7 +219,6 @@ def walk(path: Trajectory, output: np.ndarray, noise: np.ndarray, start: np.ndar
     return latent
 
 
-@settings(deadline=None)
 @given(st.sampled_from(sorted(set(SAMPLERS) - {"pndm"})), st.integers(1, 50))
 def test_an_exact_model_is_followed_to_its_picture(sampler, steps):
     """A model that knows x_0 leads every sampler there, whatever the number of steps."""

@@ -60,7 +60,7 @@ def holds(caption: str, scene: Scene) -> bool:
 
 
 @given(seeds, st.sampled_from([1, 2, 3]), st.booleans())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_scene_is_drawn_where_its_truth_says(seed, count, held_out):
     scene = sample_scene(np.random.default_rng(seed), count, held_out)
     assert scene.held_out == held_out
@@ -77,7 +77,7 @@ def test_a_scene_is_drawn_where_its_truth_says(seed, count, held_out):
 
 
 @given(seeds)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_caption_names_every_object_and_a_true_relation(seed):
     rng = np.random.default_rng(seed)
     scene = sample_scene(rng)
@@ -122,7 +122,7 @@ def test_the_random_start_leaves_the_average_soon(tmp_path):
 
 
 @given(seeds)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_near_misses_are_other_scenes_of_the_training_world(seed):
     rng = np.random.default_rng(seed)
     scene = sample_scene(rng)

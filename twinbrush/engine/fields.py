@@ -54,7 +54,9 @@ def shown(value: object) -> str:
 
 
 def shortened(text: str) -> str:
-    return text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + "..."
+    """A text for a message, of bounded length; lone surrogates as escapes."""
+    head = text[:LONGEST_SHOWN].encode("utf-8", "backslashreplace").decode()
+    return head if len(text) <= LONGEST_SHOWN else head + "..."
 
 
 class Rule(Protocol):

@@ -60,7 +60,7 @@ def faults(scene: Scene, wanted: Scene = ROW, caption: str = TOLD) -> dict[str, 
 
 
 @given(st.integers(0, 10**9))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_crowd_keeps_apart_inside_and_to_the_training_world(seed):
     scene = sample_crowd(np.random.default_rng(seed))
     assert len(scene.items) <= 4

@@ -85,7 +85,7 @@ def test_a_row_has_a_middle_and_two_outer_ones():
 
 
 @given(st.integers(0, 10**9))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_every_object_is_named_and_names_do_not_overlap(seed):
     rng = np.random.default_rng(seed)
     scene = sample_scene(rng)

@@ -35,7 +35,7 @@ TASK = Task(PROMPT, SCENE)
 
 
 @given(st.integers(0, 10**9), st.sampled_from([1, 2, 3]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_true_pictures_are_read_right(seed, count):
     scene = sample_scene(np.random.default_rng(seed), count)
     reading = read(render(scene))
@@ -74,7 +74,7 @@ def test_an_empty_picture_has_no_objects_and_a_blot_no_shape():
 
 @given(st.integers(0, 10**9), st.sampled_from([1, 4, 16]))
 @example(292023403, 1)  # its median is the background
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_any_picture_can_be_read(seed, blot):
     noise = np.random.default_rng(seed).integers(0, 256, (64 // blot, 64 // blot, 3), np.uint8)
     reading = read(noise.repeat(blot, 0).repeat(blot, 1))

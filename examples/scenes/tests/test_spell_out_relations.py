@@ -86,7 +86,7 @@ def test_what_a_caption_leaves_open_is_spelled_out(items, caption, spelled):
 
 
 @given(st.integers(0, 10**9), st.integers(1, 3))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_only_what_is_open_is_spelled_out(seed, count):
     rng = np.random.default_rng(seed)
     scene = sample_scene(rng, count)
@@ -162,7 +162,7 @@ def test_rows_are_rare_where_scenes_are_drawn_evenly():
 
 
 @given(st.integers(0, 10**9))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_what_is_between_is_spelled_out_in_every_wording(seed):
     rng = np.random.default_rng(seed)
     scene = sample_row(rng)
