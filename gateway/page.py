@@ -32,8 +32,10 @@ from twinbrush_client.story import fields_of, read_story
 
 DOORS = ("/v1/", "/sdapi/", "/health/", "/metrics")
 MOST_UPLOADED = "64mb"
-QUEUE_SECONDS = 0.05  # until Gradio's queue takes an event up
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+# Between two looks of Gradio's queue at what waits, and at progress bars of its own, which the page
+# does not use. By default it looks 1,000 and 100 times a second, some percent of a core.
+QUEUE_SECONDS, PROGRESS_SECONDS = 0.02, 1.0
 GONE = "This picture is no longer kept here; a downloaded file of it still has its settings."
 LOGIN = "The name of an API key, and the key as the password."
 
@@ -76,8 +78,8 @@ def build(studio: Studio, keys: KeyRing) -> gr.Blocks:
     with gr.Blocks(title="Twinbrush", analytics_enabled=False, delete_cache=(600, 600)) as page:
         layout = lay_out()
         _connect(page, layout, Handlers(studio, keys, layout))
-    queue = vars(page)["_queue"]  # it looks for events a thousand times a second, which costs
-    queue.sleep_when_free, queue.progress_update_sleep_when_free = QUEUE_SECONDS, QUEUE_SECONDS
+    page._queue.sleep_when_free = QUEUE_SECONDS
+    page._queue.progress_update_sleep_when_free = PROGRESS_SECONDS
     return page
 
 

@@ -50,6 +50,7 @@ class Pool:
         self._servers, self._timeout, self._probe_seconds = tuple(servers), timeout, probe_seconds
         self._backends: dict[str, Backend] = {}
         self._addresses: dict[str, list[str]] = {}  # of each server, as DNS had them last
+        self._unknown: set[str] = set()  # servers whose names DNS did not have last
         self._jobs: set[Job] = set()
         self._turns = itertools.count(1)
         self._probing: asyncio.Task | None = None
@@ -149,19 +150,26 @@ class Pool:
         self._jobs.discard(job)
 
     async def _probe_for_ever(self) -> None:
+        failing = False
         while True:
             await asyncio.sleep(self._probe_seconds)
             try:
                 await self.probe()
+                failing = False
             except Exception:  # of one round; the next one may do
-                log.exception("looking at the servers failed")
+                if not failing:
+                    log.exception("looking at the servers fails")
+                failing = True
 
     async def _resolve(self) -> None:
         for server in self._servers:
             try:
                 self._addresses[server] = await resolve(server)
+                self._unknown.discard(server)
             except OSError as error:
-                log.warning("the name of %s is not known: %s", server, error)
+                if server not in self._unknown:  # once, not at every look
+                    log.warning("the name of %s is not known: %s", server, error)
+                self._unknown.add(server)
         found = {address for addresses in self._addresses.values() for address in addresses}
         for server in self._servers:
             for address in self._addresses.get(server, ()):

@@ -163,10 +163,32 @@ def test_all_addresses_of_a_name_are_servers(monkeypatch):
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("server", ["", "host", "host:", ":1", "host:0", "host:x", "host:65536"])
-def test_a_server_that_is_no_address_is_refused(server):
+def test_what_fails_at_every_look_is_logged_once(monkeypatch, caplog):
+    async def unknown(self, host, port, **_):
+        raise OSError("unknown")
+
+    async def broken(self):
+        raise RuntimeError("broken")
+
+    async def run():
+        monkeypatch.setattr(type(asyncio.get_running_loop()), "getaddrinfo", unknown)
+        pool = Pool(["nowhere:1"], timeout=60, probe_seconds=0.001)
+        await pool.start()
+        await asyncio.sleep(0.05)
+        monkeypatch.setattr(Pool, "probe", broken)
+        await asyncio.sleep(0.05)
+        await pool.close()
+
+    asyncio.run(run())
+    assert [record.getMessage() for record in caplog.records] == [
+        "the name of nowhere:1 is not known: unknown", "looking at the servers fails",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("address", ["", "host", "host:", ":1", "host:0", "host:x", "host:65536"])
+def test_a_server_that_is_no_address_is_refused(address):
     with pytest.raises(ValueError, match="must be host:port"):
-        split(server)
+        split(address)
 
 
 def test_work_is_steps_of_pictures_at_the_native_size():

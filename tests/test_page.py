@@ -24,7 +24,7 @@ from gateway.app import Settings, create_app
 from gateway.gate import Gate
 from gateway.keys import Key, KeyRing, Limits, digest
 from gateway.limits import Meter
-from gateway.page import Handlers, build
+from gateway.page import QUEUE_SECONDS, Handlers
 from gateway.page_layout import lay_out, updates
 from gateway.pool import Pool
 from twinbrush_client import Client, InvalidRequest, QueueFull, ServerInfo
@@ -244,6 +244,22 @@ def test_with_keys_the_page_asks_for_one():
     assert client.get("/config").status_code == 200
 
 
+def test_a_page_that_nobody_uses_does_not_look_at_its_queue_all_the_time(monkeypatch):
+    looks, sleep = [], asyncio.sleep
+
+    async def counted(seconds, *result):
+        looks.append(seconds)
+        return await sleep(seconds, *result)
+
+    monkeypatch.setattr(asyncio, "sleep", counted)
+    with TestClient(create_app(Pool([], 5), Settings(), Gate())) as client:
+        client.get("/config")  # which starts the queue
+        looks.clear()
+        time.sleep(0.5)
+        assert 5 < len(looks) < 60
+        assert QUEUE_SECONDS in looks
+
+
 def test_the_server_knows_whose_requests_the_page_sends(info):
     asked = {}
 
@@ -277,11 +293,6 @@ def test_loras_are_offered_where_there_are_any(info):
     control = updates(replace(info, loras=["ink", "film"]))["lora"]
     assert control["visible"]
     assert control["info"].startswith("ink, film; with a scale, ink:0.8")
-
-
-def test_an_idle_page_looks_for_events_seldom():
-    page = build(SimpleNamespace(), KeyRing([], Limits()))  # pyright: ignore[reportArgumentType]
-    assert vars(page)["_queue"].sleep_when_free >= 0.05
 
 
 @pytest.fixture(scope="module")

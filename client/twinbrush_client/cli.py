@@ -14,6 +14,7 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
+from unicodedata import category
 
 import typer
 from rich.console import Console
@@ -35,6 +36,7 @@ from twinbrush_client.wire import Picture, ServerInfo
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended
 STDIN = "-"
+CONTROLS = ("Cc", "Cs")  # Unicode's categories of control characters and lone surrogates
 ERROR, WARNING = "red", "yellow"
 Server = Annotated[str, typer.Option(envvar="TWINBRUSH_SERVER", help="Server's gRPC address.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -120,7 +122,7 @@ def generate(
             sheet = grid([picture.image for _, picture, _ in painted])
             console.print(f"{files.write_grid(sheet, grid_file)}  grid", soft_wrap=True)
         for text in sorted({picture.warning for _, picture, _ in painted} - {""}):
-            console.print(f"warning: {text}", style=WARNING, soft_wrap=True)
+            console.print(f"warning: {_shown(text)}", style=WARNING, soft_wrap=True)
         milliseconds = 1000 * (time.monotonic() - started)
         console.print(f"{len(painted)} image(s) in {milliseconds:.0f} ms")
         if as_json:
@@ -157,7 +159,7 @@ def _print_status(info: ServerInfo, server: str) -> None:
         f"multiples of {sizes['multiple_of']}",
     ]
     for line in filter(None, lines):
-        _console().print(line, soft_wrap=True)
+        _console().print(_shown(line), soft_wrap=True)
 
 
 @app.command()
@@ -173,9 +175,9 @@ def inspect(
             return
         for file, story in zip(files, stories, strict=True):
             if len(files) > 1:
-                _console().print(f"\nfile: {file}", soft_wrap=True)
+                _console().print(f"\nfile: {_shown(str(file))}", soft_wrap=True)
             for name, value in story.items():
-                _console().print(f"{name}: {value}", soft_wrap=True)
+                _console().print(_shown(f"{name}: {value}"), soft_wrap=True)
 
 
 @app.command(
@@ -198,13 +200,19 @@ def _console(stderr: bool = False) -> Console:
     return Console(highlight=False, markup=False, emoji=False, stderr=stderr)
 
 
+def _shown(text: str) -> str:
+    """Text of a file or a server for the console: as it is, without codes that steer terminals."""
+    return "".join(ascii(c)[1:-1] if category(c) in CONTROLS and c not in "\n\t" else c
+                   for c in text)  # fmt: skip
+
+
 def _print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
     sys.stdout.flush()
 
 
 def _failed(text: str, status: int = 1) -> typer.Exit:
-    _console(stderr=True).print(text, style=ERROR, soft_wrap=True)
+    _console(stderr=True).print(_shown(text), style=ERROR, soft_wrap=True)
     return typer.Exit(status)
 
 
