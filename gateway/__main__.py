@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import ssl
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -78,6 +79,7 @@ def serve(
             addresses.split(each)
         found = keys.plain_keys(os.environ.get(KEYS_VARIABLE, ""), limits)
         found += keys.read_keys(keys_file, limits) if keys_file else []
+        _check_certificate(ssl_certfile, ssl_keyfile)
     except ValueError as error:
         raise _refused(str(error)) from None
     if not found and not no_keys and not addresses.is_loopback(host):
@@ -117,6 +119,19 @@ def hash_key(
     if not stdin:
         typer.echo(f"key: {key}", err=True)
     typer.echo(f'[{name}]\nsha256 = "{keys.digest(key)}"')
+
+
+def _check_certificate(certificate: Path | None, key: Path | None) -> None:
+    """Raises ValueError where HTTPS would not start."""
+    if certificate is None:
+        if key is not None:
+            raise ValueError("--ssl-keyfile needs --ssl-certfile")
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
+    except OSError as error:  # of the files, or of what is in them
+        files = f"--ssl-certfile {certificate}" + (f", --ssl-keyfile {key}" if key else "")
+        raise ValueError(f"{files}: {error.strerror or error}") from None
 
 
 def _refused(text: str) -> typer.Exit:

@@ -67,8 +67,7 @@ class ApiError(Exception):
         retry_after: float | None = None,
     ):
         super().__init__(message)
-        self.status, self.code = status, code
-        self.message, self.param = _in_utf8(message), param and _in_utf8(param)
+        self.status, self.message, self.param, self.code = status, message, param, code
         self.type, self.retry_after = type, retry_after
 
     @classmethod
@@ -111,11 +110,6 @@ class ApiError(Exception):
                 "errors": self.message,
             }
         return JSONResponse(body, self.status, self.headers)
-
-
-def _in_utf8(text: str) -> str:
-    """Names that JSON has escaped may be half of a surrogate pair, which no answer can hold."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def invalid(param: str, value: object, allowed: str) -> ApiError:

@@ -128,7 +128,6 @@ def test_a_file_of_its_own_name_is_never_overwritten_silently(server, tmp_path):
         (["a ring", "-o", "x.png", "--grid", "./x.png"], "is the file of --output"),
         (["a ring", "--grid", "x.gif"], "--grid='x.gif' is invalid: must end in one of png"),
         (["a ring", "-o", "/dev/null/x.png"], "cannot use /dev/null: "),
-        (["a ring", "--server", "http://localhost:8001"], "must be host:port of the server's gRPC"),
     ],
 )
 def test_options_that_do_not_fit_are_named(server, options, message, tmp_path):

@@ -249,6 +249,9 @@ def test_a_made_key_opens_what_its_entry_locks(tmp_path):
         (["--host", "0.0.0.0"], "or --no-keys to let everybody in"),
         (["--server", "x"], "must be host:port"),
         (["--keys-file", "none.toml"], "keys of none.toml"),
+        (["--ssl-certfile", "none.pem"], "--ssl-certfile none.pem: No such file"),
+        (["--ssl-certfile", __file__, "--ssl-keyfile", __file__], "--ssl-keyfile"),
+        (["--ssl-keyfile", "key.pem"], "--ssl-keyfile needs --ssl-certfile"),
     ],
 )
 def test_a_gateway_that_would_be_wrong_does_not_start(options, error):
