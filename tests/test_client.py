@@ -197,12 +197,12 @@ def test_an_address_without_a_port_or_with_a_scheme_is_refused(address):
         Client(address)
 
 
-def test_a_server_that_speaks_http_is_named():
+def test_a_server_that_does_not_speak_grpc_is_named():
     with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as http:
         threading.Thread(target=http.serve_forever, daemon=True).start()
         address = f"127.0.0.1:{http.server_port}"
         with Client(address, max_retries=0) as client:
-            with pytest.raises(ServerUnavailable, match=f"{address} speaks HTTP; the gRPC port"):
+            with pytest.raises(ServerUnavailable, match=f"{address} does not speak gRPC; the gRPC"):
                 client.info()
             assert not client.ready()
         http.shutdown()

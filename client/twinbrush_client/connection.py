@@ -29,7 +29,7 @@ TIMEOUT = 300.0  # seconds
 MAX_RETRIES = 2
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 10.0  # seconds
 ADDRESS = re.compile(r"[^/\s]+:\d{1,5}|(dns|ipv4|ipv6|unix|vsock|xds):\S+")
-HTTP_SERVER = "http1.x server"  # gRPC's words where a server speaks HTTP alone
+NOT_GRPC = "Failed parsing HTTP/2"  # in gRPC's words where a server speaks another protocol
 PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")
 OPTIONS = (
     ("grpc.max_receive_message_length", -1),
@@ -94,8 +94,8 @@ class Connection:
         hint = trailing.get("retry-after")
         after = float(hint) if hint and hint.replace(".", "", 1).isdecimal() else None
         text, code = str(raised.details() or ""), raised.code().name
-        if HTTP_SERVER in text:
-            text = f"{self.address} speaks HTTP; the gRPC port is another one, 8001 by default"
+        if NOT_GRPC in text:
+            text = f"{self.address} does not speak gRPC; the gRPC port is 8001 by default"
         elif code == "UNAVAILABLE" and "failed to connect" in text:
             text = f"no server answers at {self.address}{self._proxy()} ({text})"
         elif code == "CANCELLED" and "Locally cancelled" in text:
