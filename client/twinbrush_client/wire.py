@@ -104,10 +104,7 @@ def requests(prompt: str | Sequence[str], given: Mapping[str, Any]) -> list[Any]
     Raises:
         InvalidRequest: a field is unknown, or its value has the wrong type.
     """
-    values = checked(given)
-    for name in STREAM_ONLY:
-        if name in values:
-            raise invalid(name, values[name], "is a field of stream() only")
+    values = _checked_unary(given)
     prompts = [prompt] if isinstance(prompt, str) or not _is_list(prompt) else list(prompt)
     count = values.get("num_images", 1)
     made = []
@@ -118,6 +115,20 @@ def requests(prompt: str | Sequence[str], given: Mapping[str, Any]) -> list[Any]
             own["seed"] = seed if index == 0 else _typed("seed", seed)
         made.append(request(UNARY, own))
     return made
+
+
+def unary_request(prompt: str, given: Mapping[str, Any], request_id: str | None = None) -> Any:
+    """The request of one prompt whose pictures come at once; see `stream_request`."""
+    values = _checked_unary(given)
+    return request(UNARY, {"prompt": _typed("prompt", prompt)} | values, request_id)
+
+
+def _checked_unary(given: Mapping[str, Any]) -> dict[str, Any]:
+    values = checked(given)
+    for name in STREAM_ONLY:
+        if name in values:
+            raise invalid(name, values[name], "is a field of stream() only")
+    return values
 
 
 def _is_list(prompt: object) -> bool:

@@ -33,7 +33,7 @@ WATCH_SECONDS = 1.0  # between two looks at what gives no sign when it changes: 
 DRAIN_POLL_SECONDS = 0.05
 # Between the engine's last answer and the server's end: an answer is still on its way.
 ANSWER_SECONDS = 0.5
-STARTS = 3  # tries, where a stub gives up without a reason while the server starts
+STARTS = 3  # tries, where a stub or the server ends without a reason while it starts
 RESTART_PAUSE = 2.0  # seconds between the end of a server and the start of the next
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 COMMAND_SECONDS = 5.0  # that a command has to end after SIGTERM
