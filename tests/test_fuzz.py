@@ -436,7 +436,7 @@ def test_exif_of_other_programs_may_hold_anything():
 @pytest.mark.parametrize(
     ("story", "reason"),
     [
-        ({"prompt": 7}, "prompt=7 is invalid: must be text"),
+        ({"prompt": 7}, "was not made by Twinbrush"),
         ({"prompt": "a", "steps": "many"}, "steps='many' is invalid: must be an integer"),
         ({"prompt": "a", "seed": 2**70}, "seed=1180591620717411303424 is invalid"),
         ({"prompt": "a", "guidance_scale": 10**400}, "guidance_scale=<an integer of"),
