@@ -35,7 +35,7 @@ MOST_UPLOADED = "64mb"
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 # Between two looks of Gradio's queue at what waits, and at progress bars of its own, which the page
 # does not use. By default it looks 1,000 and 100 times a second, some percent of a core.
-QUEUE_SECONDS, PROGRESS_SECONDS = 0.02, 1.0
+QUEUE_SECONDS, PROGRESS_SECONDS = 0.05, 1.0
 GONE = "This picture is no longer kept here; a downloaded file of it still has its settings."
 LOGIN = "The name of an API key, and the key as the password."
 

@@ -124,7 +124,7 @@ def test_the_most_brackets_that_a_prompt_can_have_take_no_time():
 # What a request of Triton's brings -----------------------------------------------------------
 
 
-def request_of(parameters, **inputs) -> SimpleNamespace:
+def request_of(parameters, timeout=0, **inputs) -> SimpleNamespace:
     def read() -> str:
         return parameters.decode() if isinstance(parameters, bytes) else parameters
 
@@ -132,7 +132,7 @@ def request_of(parameters, **inputs) -> SimpleNamespace:
         SimpleNamespace(name=lambda name=name: name, as_numpy=lambda value=value: value)
         for name, value in inputs.items()
     ]
-    return SimpleNamespace(parameters=read, inputs=lambda: given_inputs)
+    return SimpleNamespace(parameters=read, inputs=lambda: given_inputs, timeout=lambda: timeout)
 
 
 values = st.none() | st.booleans() | numbers | st.floats() | texts
@@ -158,6 +158,23 @@ def test_any_parameters_are_read_or_refused_by_name(parameters):
     assert set(fields) <= {"prompt", "client"}
     assert fields["prompt"] is not prompt
     assert parent == "" or len(parent) == 55
+
+
+@pytest.mark.parametrize(
+    ("timeout", "given", "deadline"),
+    [
+        (0, None, None), (0, 7, 7), (5_000_000, None, 5000), (1, None, 1), (5_000_000, 0, 5000),
+        (5_000_000, 7000, 5000), (5_000_000, 7, 7), (2**64 - 1, None, None), (2**64 - 1, 7, 7),
+        (5_000_000, -1, -1),
+    ],
+)  # fmt: skip
+def test_the_earlier_of_tritons_timeout_and_the_deadline_counts(timeout, given, deadline):
+    inputs = {"prompt": np.array([b"a"], object)}
+    if given is not None:
+        inputs["deadline_ms"] = np.array([given], np.int32)
+    fields, _ = incoming.read(request_of("", timeout, **inputs), tuple(FIELDS))
+    found = fields.get("deadline_ms")
+    assert (None if found is None else found.tolist()[0]) == deadline
 
 
 def test_parameters_of_a_request_are_parsed_once(monkeypatch):
@@ -419,7 +436,7 @@ def test_exif_of_other_programs_may_hold_anything():
 @pytest.mark.parametrize(
     ("story", "reason"),
     [
-        ({"prompt": 7}, "prompt=7 is invalid: must be text"),
+        ({"prompt": 7}, "was not made by Twinbrush"),
         ({"prompt": "a", "steps": "many"}, "steps='many' is invalid: must be an integer"),
         ({"prompt": "a", "seed": 2**70}, "seed=1180591620717411303424 is invalid"),
         ({"prompt": "a", "guidance_scale": 10**400}, "guidance_scale=<an integer of"),

@@ -174,6 +174,12 @@ def test_a_log_that_nobody_can_be_shown_is_read_on(monkeypatch, repository):
     assert list(process._output.lines) == ["first", "second"]
 
 
+def test_a_start_that_takes_too_long_is_ended(repository, start_server):
+    server = start_server(repository, "--ready-timeout", "1")
+    assert server.process.wait(30) == 1
+    assert "not ready after 1 s" in server.text()
+
+
 def victim_of(server, model: str) -> int:
     family = processes(server.process.pid)
     return next(pid for pid, line in family.items() if STUB in line and f" {model}_0_0" in line)

@@ -148,6 +148,9 @@ def main(
     heartbeat_timeout: Annotated[
         float, typer.Option(min=2, help="Seconds without a heartbeat of the engine until its end.")
     ] = 60.0,
+    ready_timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds that the server may take to start.")
+    ] = 600.0,
     restart: Annotated[
         bool, typer.Option("--restart", help="Start again when the server ends by itself.")
     ] = False,
@@ -188,8 +191,9 @@ def main(
         options = ServerOptions(
             repository, config_name, address,
             *chosen_ports(address, http_port, grpc_port, metrics_port),
-            heartbeat_timeout=heartbeat_timeout, verbose=verbose, insecure=insecure,
-            expose_networks=expose_networks, runtime=runtime, flags=tuple(triton_flags or ()),
+            ready_timeout=ready_timeout, heartbeat_timeout=heartbeat_timeout, verbose=verbose,
+            insecure=insecure, expose_networks=expose_networks, runtime=runtime,
+            flags=tuple(triton_flags or ()),
         )  # fmt: skip
         _check(options, verify=not no_verify)
         if health_port is not None:

@@ -210,7 +210,7 @@ class TritonProcess:
             unexplained = not self._output.load_failures()
             # The server may have reaped the stub, and with it the exit code.
             gave_up = dead is not None and dead.endswith(("exit code 1", "has ended"))
-            crashed = dead is None and code < 0
+            crashed = dead is None and code is not None and code < 0
             passing = unexplained and (gave_up or crashed)
             raise ServerError(self._load_failure(dead), worth_another_try=False, passing=passing)
         if self.age > self._options.ready_timeout:

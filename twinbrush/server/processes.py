@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 PROC = Path("/proc")
@@ -13,16 +14,20 @@ def children(parent: int) -> list[int]:
     Reads the children lists of the parent's threads; a kernel that was built without them
     (CONFIG_PROC_CHILDREN) makes it look at every process.
     """
-    lists = list(PROC.glob(f"{parent}/task/*/children"))
-    if not lists and (PROC / str(parent)).is_dir():
-        return _children_by_search(parent)
-    found = []
-    for path in lists:
+    threads = f"{PROC}/{parent}/task"
+    try:
+        names = os.listdir(threads)
+    except OSError:
+        return []  # it has ended
+    found, lists = [], 0
+    for name in names:
         try:
-            found += [int(pid) for pid in path.read_text().split()]
+            with open(f"{threads}/{name}/children") as file:
+                found += [int(pid) for pid in file.read().split()]
+                lists += 1
         except OSError:
             continue  # the thread ended
-    return found
+    return found if lists else _children_by_search(parent)
 
 
 def _children_by_search(parent: int) -> list[int]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from twinbrush.engine.fields import InvalidArgument, shortened
-from twinbrush.engine.request import check_sizes, unknown_input
+from twinbrush.engine.request import MAX_DEADLINE_MS, check_sizes, unknown_input
 
 TRACE_PARENT = "traceparent"  # a parameter, or a header that Triton lets through
 TRACE_PARENT_FORM = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
@@ -43,11 +43,25 @@ def read(request: Any, names: tuple[str, ...]) -> tuple[dict[str, np.ndarray], s
     tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
     check_sizes(tensors)
     fields = {name: tensor.copy() for name, tensor in tensors.items()}
+    if timeout := request.timeout():
+        _bound_deadline(fields, timeout)
     if client is not None:
         fields["client"] = np.array([str(client).encode("utf-8", "replace")], object)
         check_sizes({"client": fields["client"]})
     valid = isinstance(parent, str) and TRACE_PARENT_FORM.fullmatch(parent)
     return fields, parent if valid else ""
+
+
+def _bound_deadline(fields: dict[str, np.ndarray], timeout: int) -> None:
+    """Makes Triton's timeout of a request, in microseconds, a deadline, unless its own is earlier.
+
+    One that is later than a deadline may be sets none.
+    """
+    milliseconds = max(1, timeout // 1000)
+    given = fields.get("deadline_ms")
+    earlier = given is None or given.reshape(-1)[0] == 0 or milliseconds < given.reshape(-1)[0]
+    if milliseconds <= MAX_DEADLINE_MS and earlier:
+        fields["deadline_ms"] = np.array([milliseconds], np.int32)
 
 
 def _parameters(request: Any) -> dict[str, Any]:
