@@ -2,10 +2,10 @@
 
 An encoder call of many texts takes hardly longer than one of a single text where a call itself
 is what costs, as on accelerators, and a call for every newcomer then holds back all images that
-are being made. So newcomers gather until the time that they have waited, taken together, is what
-a call of their own costs the others. That is the rule for delayed acknowledgements of TCP (Dooly,
-Goldman and Scott, STOC 1998); it waits at most twice as long as one that knows all arrivals.
-Where joining texts saves nothing, nobody waits. Knows no texts, models or clocks.
+are being made. So newcomers gather until the time that they have waited, added up, is `WORTH` times
+what their call costs the others: the rule of dynamic TCP acknowledgements (Dooly, Goldman and
+Scott, STOC 1998). Where joining texts saves nothing, nobody waits. Knows no texts, models or
+clocks.
 """
 
 from __future__ import annotations
