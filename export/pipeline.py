@@ -13,6 +13,7 @@ import numpy as np
 from export.checkpoint import Checkpoint
 from export.part import Part
 from export.scheduler import (
+    PIPELINE_OPTIONS,
     check_defaults,
     choose_sampler,
     family_defaults,
@@ -192,6 +193,7 @@ def _encoder(checkpoint: Checkpoint, part: Part, source: str, folder: Path) -> d
 
 def _schedule(checkpoint: Checkpoint) -> dict[str, Any]:
     config = checkpoint.config("scheduler")
+    config |= PIPELINE_OPTIONS.get(checkpoint.index.get("_class_name", ""), {})
     return read_schedule(checkpoint.classes["scheduler"], config, checkpoint.serving.sampler)
 
 

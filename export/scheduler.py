@@ -72,6 +72,8 @@ WITHOUT_EFFECT = (
     "clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value", "flow_shift",
     "time_shift_type",
 )  # fmt: skip
+# What a pipeline of diffusers sets whatever the scheduler's file says.
+PIPELINE_OPTIONS = {"StableDiffusionPipeline": {"steps_offset": 1, "clip_sample": False}}
 SERVED = {*BETAS, *SAME_NAME, *SIGMA_OPTIONS, *ONLY, *WITHOUT_EFFECT}
 SERVED |= {"algorithm_type", "rescale_betas_zero_snr"}
 

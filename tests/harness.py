@@ -23,7 +23,7 @@ import onnx_ir
 import pytest
 import torch
 import typer
-from families import FAMILIES, write_family
+from families import FAMILIES, shallow, write_family
 from typer.testing import CliRunner, Result
 
 from checkpoints import tiny_checkpoint
@@ -188,13 +188,13 @@ def distilled_repository(repository, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory):
-    """Writes and exports a family, once: its checkpoint and its repository."""
+    """Writes and exports a shallow family, once: its checkpoint and its repository."""
     made: dict[str, tuple[Path, Path]] = {}
     folder = tmp_path_factory.mktemp("families")
 
     def export(name: str) -> tuple[Path, Path]:
         if name not in made:
-            source = write_family(folder / name.replace("/", "--"), FAMILIES[name])
+            source = write_family(folder / name.replace("/", "--"), shallow(FAMILIES[name]))
             repository = skeleton(folder / f"{source.name}-served")
             build(open_checkpoint(source), repository)
             made[name] = source, repository

@@ -464,10 +464,15 @@ def test_a_single_file_of_another_family_is_named_before_it_is_read(plain, tmp_p
 
 
 def test_a_single_file_of_sdxl_has_the_parts_of_its_folder(tmp_path):
-    heads = {"attention_head_dim": (1, 1), "addition_time_embed_dim": 256,
-             "projection_class_embeddings_input_dim": 24 + 6 * 256, "norm_num_groups": 32,
-             "block_out_channels": (32, 64)}  # fmt: skip
-    folder = write_family(tmp_path / "xl", Family(XL_UNET | heads, EULER, xl=True))
+    two_levels = {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "block_out_channels": (32, 64),
+        "attention_head_dim": (1, 1), "transformer_layers_per_block": (1, 2),
+        "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 24 + 6 * 256,
+        "norm_num_groups": 32,
+    }  # fmt: skip
+    family = Family(XL_UNET | two_levels, EULER, xl=True, layers=1)
+    folder = write_family(tmp_path / "xl", family)
     vae_of_32_groups(folder / "vae")
     file = write_xl_single_file(folder, tmp_path / "xl.safetensors")
     opened = open_checkpoint(Source(str(file), tokenizer=str(folder)))

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention
-from families import FAMILIES, Family, write_family
+from families import FAMILIES, Family, shallow, write_family
 from harness import contents, open_engine, skeleton
 from transformers import AutoTokenizer
 
@@ -37,10 +37,10 @@ from twinbrush_client.errors import InvalidRequest
 PROMPT = "a large red circle left of a star"
 
 
-def draws():
+def draws(channels: int = 4):
     """The noise of an image of seed 0, in the order in which the engine draws it."""
-    rng = np.random.default_rng(0)
-    return lambda *_, **__: torch.from_numpy(rng.standard_normal((1, 4, 16, 16), np.float32))
+    rng, shape = np.random.default_rng(0), (1, channels, 16, 16)
+    return lambda *_, **__: torch.from_numpy(rng.standard_normal(shape, np.float32))
 
 
 def paint_with_diffusers(source: Path, family: Family, monkeypatch, **options) -> np.ndarray:
@@ -52,7 +52,7 @@ def paint_with_diffusers(source: Path, family: Family, monkeypatch, **options) -
     if family.vq:  # pipelines hand a generator to the decoder, which VQModel does not take
         decode = pipeline.vae.decode
         pipeline.vae.decode = lambda latent, generator=None, **kept: decode(latent, **kept)
-    draw = draws()
+    draw = draws(family.latent_channels)
     for module in (lcm, euler_ancestral):
         monkeypatch.setattr(module, "randn_tensor", draw)
     latents = draw()
@@ -90,16 +90,22 @@ def paint_served(repository: Path, family: Family, models=None, **fields: np.nda
     return picture
 
 
-# Their graphs have the blocks of another family's in another number or with one input more, so
-# their parts run in PyTorch here; `family_table` exports these too.
-NOT_EXPORTED = (
-    "stabilityai/stable-diffusion-2-1-base", "stabilityai/stable-diffusion-2",
-    "stabilityai/sd-turbo", "nota-ai/bk-sdm-small", "segmind/small-sd", "segmind/tiny-sd",
-    "latent-consistency/lcm-sdxl", "segmind/Segmind-Vega", "nota-ai/bk-sdm-tiny", "segmind/SSD-1B",
+def paint_in_pytorch(source: Source, family: Family, folder: Path) -> np.ndarray:
+    """What the engine paints with the parts of a checkpoint that is not exported."""
+    repository, opened = skeleton(folder / "served"), open_checkpoint(source)
+    parts = load_parts(opened)
+    pipeline.write(opened, parts, repository / ENGINE)
+    return paint_served(repository, family, TorchModels(parts))
+
+
+# Exported with few layers; `family_table` exports all of them with all layers.
+EXPORTED = (
+    "runwayml/stable-diffusion-v1-5", "stabilityai/stable-diffusion-2-1",
+    "SimianLuo/LCM_Dreamshaper_v7", "stabilityai/stable-diffusion-xl-base-1.0",
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in NOT_EXPORTED])
+@pytest.mark.parametrize("name", EXPORTED)
 def test_pictures_are_those_of_diffusers_own_pipeline(name, exported, monkeypatch):
     family = FAMILIES[name]
     source, repository = exported(name)
@@ -109,14 +115,11 @@ def test_pictures_are_those_of_diffusers_own_pipeline(name, exported, monkeypatc
     assert np.abs(ours - theirs).max() <= 2
 
 
-@pytest.mark.parametrize("name", NOT_EXPORTED)
-def test_pictures_of_unexported_parts_are_those_of_diffusers_too(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", FAMILIES)
+def test_parts_in_pytorch_paint_what_diffusers_paints(name, tmp_path, monkeypatch):
     family = FAMILIES[name]
-    source, repository = write_family(tmp_path / "source", family), skeleton(tmp_path / "served")
-    checkpoint = open_checkpoint(source)
-    parts = load_parts(checkpoint)
-    pipeline.write(checkpoint, parts, repository / ENGINE)
-    ours = paint_served(repository, family, TorchModels(parts))
+    source = write_family(tmp_path / "source", family)
+    ours = paint_in_pytorch(Source(str(source)), family, tmp_path)
     theirs = paint_with_diffusers(source, family, monkeypatch)
     assert theirs.std() > 2
     assert np.abs(ours - theirs).max() <= 2
@@ -147,35 +150,36 @@ def test_checkpoints_without_sizes_refuse_them_by_name(exported):
 
 def test_a_text_model_beside_sdxl_changes_nothing_until_it_is_trained(exported, tmp_path):
     source, repository = exported(XL)
-    served = skeleton(tmp_path / "served")
-    build(open_checkpoint(source, text_model(tmp_path / "bert", "bert")), served)
+    served = Path(shutil.copytree(repository, tmp_path / "served"))
+    opened = open_checkpoint(source, text_model(tmp_path / "bert", "bert"))
+    build(opened, served, only=["bert", "fusion"])
     plain, beside = (paint_served(place, FAMILIES[XL]) for place in (repository, served))
-    assert (served / "bert" / "1" / "model.onnx").exists()
+    assert 'name: "bert"' in (served / "bert" / "config.pbtxt").read_text()
     assert np.abs(plain.astype(int) - beside).max() <= 1
 
 
-def test_models_that_a_checkpoint_lacks_leave_the_repository(exported, tmp_path):
-    source, _ = exported(XL)
-    plain, _ = exported("runwayml/stable-diffusion-v1-5")
-    served = skeleton(tmp_path / "served")
-    build(open_checkpoint(source), served)
+def test_models_that_a_checkpoint_lacks_leave_the_repository(exported, tmp_path, monkeypatch):
+    plain, repository = exported("runwayml/stable-diffusion-v1-5")
+    served = Path(shutil.copytree(exported(XL)[1], tmp_path / "served"))
     assert (served / "clip_text_2" / "1" / "model.onnx").exists()
-    assert not (served / "bert").exists()
-    build(open_checkpoint(plain, text_model(tmp_path / "bert", "bert")), served)
+
+    def to_onnx(part, file, precision):
+        shutil.copy(repository / part.name / "1" / "model.onnx", file)
+        return 2, 1
+
+    monkeypatch.setattr("export.repository.to_onnx", to_onnx)
+    build(open_checkpoint(plain), served)
     assert not (served / "clip_text_2").exists()
-    assert 'name: "bert"' in (served / "bert" / "config.pbtxt").read_text()
     models = json.loads((served / "MANIFEST.json").read_text())["models"]
-    assert [m["model"] for m in models] == ["clip_text", "bert", "fusion", "unet", "vqgan_decoder"]
+    assert [m["model"] for m in models] == ["clip_text", "fusion", "unet", "vqgan_decoder"]
     assert not [name for name in contents(served) if "clip_tokenizer_2" in name]
 
 
-def test_clip_skip_is_that_of_diffusers(exported, tmp_path, monkeypatch):
-    name = "runwayml/stable-diffusion-v1-5"
-    source, _ = exported(name)
-    plain = replace(FAMILIES[name], guidance_scale=1.0)  # diffusers skips for the prompt alone
-    served = skeleton(tmp_path / "served")
-    build(open_checkpoint(Source(str(source), clip_skip=1)), served)
-    ours = paint_served(served, plain)
+def test_clip_skip_is_that_of_diffusers(tmp_path, monkeypatch):
+    family = shallow(FAMILIES["runwayml/stable-diffusion-v1-5"])
+    plain = replace(family, guidance_scale=1.0)  # diffusers skips for the prompt alone
+    source = write_family(tmp_path / "source", family)
+    ours = paint_in_pytorch(Source(str(source), clip_skip=1), plain, tmp_path)
     theirs = paint_with_diffusers(source, plain, monkeypatch, clip_skip=1)
     assert np.abs(ours - theirs).max() <= 2
     with pytest.raises(CheckpointError, match="--clip-skip 2 is invalid: text_encoder has 3"):

@@ -10,7 +10,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, write_family
+from families import FAMILIES, shallow, write_family
 from harness import export_command, open_engine, skeleton
 from test_engine import Client, Watched, pixels, request
 from test_families import PROMPT, draws, options_of
@@ -68,7 +68,7 @@ def loras(folder: Path, source: Path, chosen: dict[str, list[str]]) -> dict[str,
 
 @pytest.fixture(scope="session")
 def source(tmp_path_factory) -> Path:
-    return write_family(tmp_path_factory.mktemp("loras") / "source", FAMILIES[SD1])
+    return write_family(tmp_path_factory.mktemp("loras") / "source", shallow(FAMILIES[SD1]))
 
 
 @pytest.fixture(scope="session")
@@ -88,7 +88,7 @@ def served(source, files, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("name", [SD1, XL])
 @torch.no_grad()
 def test_switched_on_equals_fused_at_the_same_scale(name, tmp_path):
-    source = write_family(tmp_path / "source", FAMILIES[name])
+    source = write_family(tmp_path / "source", shallow(FAMILIES[name]))
     chosen = {"unet": UNET, "text_encoder": TEXT}
     if name == XL:
         chosen = {"unet": UNET_XL, "text_encoder": TEXT, "text_encoder_2": TEXT}
