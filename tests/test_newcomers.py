@@ -80,12 +80,11 @@ class Held:
 
 
 def test_newcomers_share_an_encoder_call_while_others_are_made_unless_theirs_is_not_shared(
-    repository,
+    repository, monkeypatch
 ):
     models = Held(repository)
     engine = open_engine(repository, models, limits=Limits(max_rows=4))
-    engine._conditioner.gathering.observe(1, 20.0)
-    engine._conditioner.gathering.observe(4, 20.0)  # so only full or unshared calls are due
+    monkeypatch.setattr(Gathering, "saved", 20.0)  # so only full or unshared calls are due
 
     def send(prompt: str, **fields) -> Client:
         return Client(engine, request(engine, prompt, guidance_scale=1.0, steps=2, **fields))
