@@ -38,8 +38,8 @@ from twinbrush.engine.images import encode, to_pixels
 from twinbrush.runtime_choice import Runtime
 from twinbrush_client.wire import inputs
 
-CONCURRENCY = (1, 16, 64, 256)
-GOALS = {"c1": 0.85, "c16": 0.95, "c64": 0.98, "c256": 0.97}
+CONCURRENCY = (1, 16, 64, 128, 256)
+GOALS = {"c1": 0.85, "c16": 0.95, "c64": 0.98, "c128": 0.98, "c256": 0.97}
 FORMATS = ("jpeg", "png")
 STEPS, MAX_ROWS = 4, 32
 console = Console()

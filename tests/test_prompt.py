@@ -1,12 +1,14 @@
 """Tokens equal those of transformers, and truncation is reported."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from harness import open_engine
 from transformers import BertTokenizer, CLIPTokenizer
 
 from twinbrush.engine.config import ENGINE, PipelineConfig
-from twinbrush.engine.prompt import PromptTokenizer
+from twinbrush.engine.prompt import PromptTokenizer, TextTokenizer
 
 PROMPTS = ["a large red circle", "A Café, ünïcode — and 数字 12!", "x", "very " * 40 + "long"]
 
@@ -45,3 +47,19 @@ def test_a_tokenizer_that_cannot_be_read_is_named(repository, tmp_path, content)
         (tmp_path / "clip_tokenizer.json").write_text(content)
     with pytest.raises(ValueError, match=r"clip_tokenizer\.json cannot be read .*export"):
         PromptTokenizer(tmp_path, config)
+
+
+def test_a_text_is_tokenized_once_and_its_ids_are_the_callers_own():
+    calls = []
+
+    def encode(text, add_special_tokens):
+        calls.append((text, add_special_tokens))
+        return SimpleNamespace(ids=[1, 2, 3] if add_special_tokens else [2])
+
+    tokenizer = TextTokenizer(
+        SimpleNamespace(encode=encode, num_special_tokens_to_add=lambda is_pair: 2)
+    )
+    tokenizer.ids("a circle").append(4)
+    assert tokenizer.ids("a circle") == [1, 2, 3]
+    assert tokenizer.ids("a circle", special=False) == [2]
+    assert calls == [("a circle", True), ("a circle", False)]

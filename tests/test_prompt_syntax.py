@@ -22,7 +22,7 @@ from export.painting import paint
 from networks.fusion_head import FusionHead
 from twinbrush.engine.conditioning import Text, emphasize
 from twinbrush.engine.fields import InvalidArgument
-from twinbrush.engine.prompt import fill_chunks
+from twinbrush.engine.prompt import TextTokenizer, fill_chunks
 from twinbrush.engine.prompt_syntax import has_syntax, parse, without_syntax
 from twinbrush_client import Client as RemoteClient
 
@@ -215,7 +215,7 @@ def test_full_chunks_end_at_a_near_comma():
     tokenizer.pre_tokenizer = Whitespace()
 
     def filled(text, length):
-        chunks = fill_chunks(tokenizer, text, length)
+        chunks = fill_chunks(TextTokenizer(tokenizer), text, length)
         return [" ".join(words[token] for token, _ in chunk) for chunk in chunks]
 
     assert filled("red circle, two stars on white", 6) == ["red circle ,", "two stars on white"]

@@ -413,11 +413,11 @@ def test_metrics_of_the_engine_and_errors_with_their_request_id(server):
     wait_until_counted([then + more for then, more in zip(before, [1, 2, 2, 2, 1], strict=True)])
 
 
-def answer_module(monkeypatch, **backend):
-    """`twinbrush.triton.answer`, where the server's own module is not there."""
+def triton_module(monkeypatch, name, **backend):
+    """`twinbrush.triton.NAME`, where the server's own module is not there."""
     backend = types.SimpleNamespace(TRITONSERVER_RESPONSE_COMPLETE_FINAL=1, **backend)
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", backend)
-    spec = importlib.util.find_spec("twinbrush.triton.answer")
+    spec = importlib.util.find_spec(f"twinbrush.triton.{name}")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -441,7 +441,9 @@ def test_a_status_that_triton_cannot_send_stands_before_the_message(
 
     vars(error).update(UNAVAILABLE=14, INVALID_ARG=3, CANCELLED=1)
     sent = []
-    module = answer_module(monkeypatch, TritonError=error, InferenceResponse=lambda error: error)
+    module = triton_module(
+        monkeypatch, "answer", TritonError=error, InferenceResponse=lambda error: error
+    )
     sender = types.SimpleNamespace(send=lambda response, flags: sent.append(response))
     metrics = types.SimpleNamespace(began=lambda: None, ended=lambda code: None)
     request = types.SimpleNamespace(get_response_sender=lambda: sender, request_id=lambda: "a")
@@ -451,7 +453,7 @@ def test_a_status_that_triton_cannot_send_stands_before_the_message(
 
 def test_an_answer_that_cannot_be_sent_is_counted_once(monkeypatch):
     """As where shared memory is full."""
-    module = answer_module(monkeypatch)
+    module = triton_module(monkeypatch, "answer")
 
     def send(response, flags):
         raise RuntimeError("no room")
@@ -638,3 +640,20 @@ def test_clients_neither_map_memory_nor_change_the_server(server, path):
         pytest.raises(InferenceServerException),
     ):
         client.register_system_shared_memory("x", "/x", 64)
+
+
+def test_an_array_that_never_changes_becomes_a_tensor_once(monkeypatch):
+    made = []
+    response = types.SimpleNamespace(has_error=lambda: False, output_tensors=list)
+    module = triton_module(
+        monkeypatch, "models", TRITONSERVER_MEMORY_CPU=0,
+        InferenceRequest=lambda **given: types.SimpleNamespace(exec=lambda: response),
+        PreferredMemory=lambda kind, device: None, Tensor=lambda name, array: made.append(name),
+    )  # fmt: skip
+    models = module.TritonModels(fail=lambda reason: None)
+    first, second, moving = np.zeros((3, 2, 3))
+    for text in (first, second):
+        text.setflags(write=False)
+    for text in (first, first, second, second, first):
+        models.run("unet", {"text": text, "sample": moving})
+    assert made == ["text", "sample", "sample", "text", "sample", "sample", "text", "sample"]

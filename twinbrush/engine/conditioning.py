@@ -8,6 +8,7 @@ the head, each tower's by itself. Pooled text is that of the first chunk, withou
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ import numpy as np
 
 from twinbrush.engine.config import PipelineConfig
 from twinbrush.engine.models import Models
+from twinbrush.engine.newcomers import Gathering
 from twinbrush.engine.prompt import Chunks, PromptTokenizer
 from twinbrush.engine.prompt_syntax import PLAIN
 from twinbrush.engine.telemetry import Telemetry
@@ -48,6 +50,9 @@ class Text:
 class Conditioner:
     """Encodes texts, at most `max_rows` a call, and keeps the latest ones. For one thread.
 
+    Attributes:
+        gathering: what it learned from its calls.
+
     Args:
         models: the served networks.
         config: which encoders run, and which of their outputs go where.
@@ -71,6 +76,7 @@ class Conditioner:
         self._telemetry, self._cache_bytes = telemetry, cache_bytes
         self._cache: OrderedDict[Text, Conditioning] = OrderedDict()  # without the batch axis
         self._cached_bytes = 0
+        self.gathering = Gathering()
         self._others = ThreadPoolExecutor(max(1, len(config.encoders) - 1), "encoders")
 
     def __call__(self, wanted: Sequence[Sequence[Text]]) -> list[dict[str, np.ndarray]]:
@@ -82,7 +88,10 @@ class Conditioner:
         distinct = dict.fromkeys(text for texts in wanted for text in texts)
         missing = [text for text in distinct if text not in self._cache]
         for texts in self._calls(missing):
-            for text, encoded in zip(texts, self._encode(texts), strict=True):
+            began = time.monotonic()
+            made = self._encode(texts)
+            self.gathering.observe(len(texts), time.monotonic() - began)
+            for text, encoded in zip(texts, made, strict=True):
                 self._cache[text] = encoded
                 self._cached_bytes += _bytes(encoded)
         for text in distinct:
@@ -93,6 +102,11 @@ class Conditioner:
         hits = sum(map(len, wanted)) - len(missing)
         self._telemetry.texts(hits, len(missing), self._cached_bytes)
         return stacked
+
+    def needs_call(self, texts: Sequence[Text]) -> bool:
+        """Whether encoding them takes a call that they may share with others."""
+        texts = self._in_equal_chunks(texts)
+        return any(not text.alone and text not in self._cache for text in texts)
 
     def close(self) -> None:
         self._others.shutdown()

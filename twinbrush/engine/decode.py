@@ -21,7 +21,8 @@ from twinbrush.engine.tracing import Marks
 
 DECODER = "vqgan_decoder"
 IMAGE_ENCODERS = 2  # threads that write PNG and JPEG
-WAITING_PIXELS = 32 * 512 * 512  # that may wait for an image encoder; more hold the decoder back
+# Of pictures that may wait for an image encoder, as four bytes each; more hold the decoder back.
+WAITING_NUMBERS = 32 * 512 * 512
 
 
 @dataclass(eq=False)
@@ -59,7 +60,7 @@ class Decoder:
         self._finish, self._fail = finish, fail
         self._waiting: queue.SimpleQueue[LiveImage | None] = queue.SimpleQueue()
         self._encoders = ThreadPoolExecutor(IMAGE_ENCODERS, "image-encoder")
-        self._pixels = 0  # decoded, and not encoded yet
+        self._numbers = 0  # of pictures that are decoded, and not encoded yet
         self._encoded = threading.Condition()
 
     def put(self, image: LiveImage) -> None:
@@ -93,30 +94,32 @@ class Decoder:
             return
         for image, picture in zip(group, pictures, strict=True):
             image.marks.decoded = time.monotonic()
-            try:
-                pixels = images.to_pixels(picture)
-            except ValueError as error:
-                self._fail([image.generation], "decoding", str(error))
-                continue
             with self._encoded:
-                self._encoded.wait_for(lambda: self._pixels < WAITING_PIXELS)
-                self._pixels += pixels.size
-            self._encoders.submit(self._encode, image, pixels)
+                self._encoded.wait_for(lambda: self._numbers < WAITING_NUMBERS)
+                self._numbers += picture.size
+            self._encoders.submit(self._encode, image, picture)
 
-    def _encode(self, image: LiveImage, pixels: np.ndarray) -> None:
-        generation = image.generation
+    def _encode(self, image: LiveImage, picture: np.ndarray) -> None:
         try:
-            if not generation.ended:
-                request = generation.request
-                metadata = request.metadata_of(image.index, self._config)
-                data = images.encode(pixels, request.image_format, metadata, request.image_quality)
-                self._finish(image, data)
+            if not image.generation.ended:
+                self._write(image, picture)
         except Exception:
-            self._fail([generation], "encoding the image")
+            self._fail([image.generation], "encoding the image")
         finally:
             with self._encoded:
-                self._pixels -= pixels.size
+                self._numbers -= picture.size
                 self._encoded.notify()
+
+    def _write(self, image: LiveImage, picture: np.ndarray) -> None:
+        request = image.generation.request
+        try:
+            pixels = images.to_pixels(picture)
+        except ValueError as error:
+            self._fail([image.generation], "decoding", str(error))
+            return
+        metadata = request.metadata_of(image.index, self._config)
+        data = images.encode(pixels, request.image_format, metadata, request.image_quality)
+        self._finish(image, data)
 
 
 def batches(waiting: queue.SimpleQueue) -> Iterator[list]:

@@ -26,7 +26,7 @@ from twinbrush.engine.capacity import LEAST_ROWS
 from twinbrush.engine.conditioning import Conditioner
 from twinbrush.engine.config import PipelineConfig
 from twinbrush.engine.costs import Costs
-from twinbrush.engine.decode import Decoder, LiveImage, batches
+from twinbrush.engine.decode import Decoder, LiveImage
 from twinbrush.engine.denoise import Denoiser
 from twinbrush.engine.generation import End, EngineError, Event, Finished, Generation, Progress
 from twinbrush.engine.image_cache import ImageCache
@@ -34,6 +34,7 @@ from twinbrush.engine.limits import Limits
 from twinbrush.engine.memory import DeviceMemory
 from twinbrush.engine.metrics import Observer, Unobserved
 from twinbrush.engine.models import Models
+from twinbrush.engine.newcomers import gathered
 from twinbrush.engine.plan import Planner
 from twinbrush.engine.prompt import PromptTokenizer
 from twinbrush.engine.request import GenerationRequest
@@ -226,8 +227,19 @@ class Engine:
     # Encode -----------------------------------------------------------------------------
 
     def _encode_loop(self) -> None:
-        for batch in batches(self._to_encode):
+        for batch in gathered(self._to_encode, self._patience):
             self._encode([generation for generation in batch if not generation.ended])
+
+    def _patience(self, newcomers: list[Generation]) -> float:
+        """Seconds that newcomers may go on waiting for others to share an encoder call with."""
+        texts = self._plan.texts(newcomers[-1].request)
+        if len(newcomers) >= self._limits.max_rows or not self._conditioner.needs_call(texts):
+            return 0.0
+        with self._work:
+            others = len(self._admission.live) - len(newcomers) if len(self._batcher) else 0
+        now, gathering = time.monotonic(), self._conditioner.gathering
+        patience = gathering.patience([now - g.submitted for g in newcomers], others)
+        return min(patience, gathering.saved)  # looks again, since others end meanwhile
 
     def _encode(self, generations: Sequence[Generation]) -> None:
         began = time.monotonic()

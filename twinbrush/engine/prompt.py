@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from tokenizers import Tokenizer
 from twinbrush.engine.config import LORA_SCALE, EncoderConfig, PipelineConfig
 from twinbrush.engine.prompt_syntax import A1111, PLAIN, has_syntax, parse, without_syntax
 
+KEPT_TEXTS = 256  # whose ids a tokenizer remembers: a request's texts are counted, then encoded
 COMMA_REACH = 20  # tokens before the end of a full chunk in which it prefers to end at a comma
 
 
@@ -36,6 +38,27 @@ class Chunks:
     @property
     def count(self) -> int:
         return len(next(iter(self.weights.values())))
+
+
+class TextTokenizer:
+    """A tokenizer that remembers the ids of its latest texts; from any thread.
+
+    Args:
+        tokenizer: without padding and truncation.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.special_tokens: int = tokenizer.num_special_tokens_to_add(False)
+
+        @lru_cache(KEPT_TEXTS)
+        def ids(text: str, special: bool) -> tuple[int, ...]:
+            return tuple(tokenizer.encode(text, add_special_tokens=special).ids)
+
+        self._ids = ids
+
+    def ids(self, text: str, special: bool = True) -> list[int]:
+        """The token ids of a text, with the special tokens around them or without."""
+        return list(self._ids(text, special))
 
 
 class PromptTokenizer:
@@ -129,9 +152,9 @@ class PromptTokenizer:
 
 
 def _truncations(
-    encoders: Sequence[tuple[EncoderConfig, Tokenizer]], field: str, text: str
+    encoders: Sequence[tuple[EncoderConfig, TextTokenizer]], field: str, text: str
 ) -> list[str]:
-    counts = ((e, len(tokenizer.encode(text).ids)) for e, tokenizer in encoders)
+    counts = ((e, len(tokenizer.ids(text))) for e, tokenizer in encoders)
     return [
         f"{field} has {count} tokens and was truncated to the {encoder.length} of {encoder.model}"
         for encoder, count in counts
@@ -142,7 +165,7 @@ def _truncations(
 Token = tuple[int, float]  # id and weight
 
 
-def fill_chunks(tokenizer: Tokenizer, text: str, length: int) -> list[list[Token]]:
+def fill_chunks(tokenizer: TextTokenizer, text: str, length: int) -> list[list[Token]]:
     """The tokens of a text in chunks of at most `length` - 2, at least one.
 
     As A1111 (`sd_hijack_clip`): a chunk ends at a break or where it is full; a full one ends
@@ -153,13 +176,13 @@ def fill_chunks(tokenizer: Tokenizer, text: str, length: int) -> list[list[Token
         text: in A1111's syntax.
         length: of the tower's inputs, with its start and end tokens.
     """
-    commas = tokenizer.encode(",", add_special_tokens=False).ids
+    commas = tokenizer.ids(",", special=False)
     chunks: list[list[Token]] = []
     for section in parse(text):
         tokens = [
             (token, weight)
             for words, weight in section
-            for token in tokenizer.encode(words, add_special_tokens=False).ids
+            for token in tokenizer.ids(words, special=False)
         ]
         chunks.append([])
         while tokens:
@@ -178,10 +201,10 @@ def _chunk_end(ids: list[int], room: int, commas: list[int]) -> int:
 
 
 def _framed(
-    encoder: EncoderConfig, tokenizer: Tokenizer, chunks: list[list[Token]]
+    encoder: EncoderConfig, tokenizer: TextTokenizer, chunks: list[list[Token]]
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """`input_ids` of chunks between their special tokens, and the weights, (chunks, L) each."""
-    start, end = tokenizer.encode("").ids
+    start, end = tokenizer.ids("")
     ids = [[start, *(token for token, _ in chunk), end] for chunk in chunks]
     weights = np.ones((len(chunks), encoder.length), np.float32)
     for row, chunk in zip(weights, chunks, strict=True):
@@ -190,7 +213,7 @@ def _framed(
 
 
 def _inputs(
-    encoder: EncoderConfig, tokenizer: Tokenizer, texts: Sequence[str]
+    encoder: EncoderConfig, tokenizer: TextTokenizer, texts: Sequence[str]
 ) -> dict[str, np.ndarray]:
     rows = [_truncated(tokenizer, text, encoder.length) for text in texts]
     if encoder.mask:
@@ -203,7 +226,7 @@ def _inputs(
     return inputs
 
 
-def _load(path: Path) -> Tokenizer:
+def _load(path: Path) -> TextTokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
@@ -211,15 +234,15 @@ def _load(path: Path) -> Tokenizer:
         raise ValueError(text) from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    return tokenizer
+    return TextTokenizer(tokenizer)
 
 
-def _truncated(tokenizer: Tokenizer, text: str, length: int) -> list[int]:
+def _truncated(tokenizer: TextTokenizer, text: str, length: int) -> list[int]:
     """Ids of a text; a long one loses its end but keeps the closing special token."""
-    ids = tokenizer.encode(text).ids
+    ids = tokenizer.ids(text)
     if len(ids) <= length:
         return ids
-    closing = ids[-1:] if tokenizer.num_special_tokens_to_add(False) else []
+    closing = ids[-1:] if tokenizer.special_tokens else []
     return ids[: length - len(closing)] + closing
 
 
