@@ -5,6 +5,7 @@ Only safetensors are read; nothing here runs code that a checkpoint brings.
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from export.source import Source, Tree, check_source, first_line, open_tree
 from export.weights import LFS, choose_weights, lfs_pointer, read_header, read_json, variants_of
 from networks.loading import CheckpointError, load_part
 from networks.pruned import pruning_of
+from twinbrush.server.manifest import sha256_of
 
 __all__ = ["PARTS", "Checkpoint", "Serving", "first_line", "open_checkpoint"]
 
@@ -71,6 +73,7 @@ class Checkpoint:
         weights: variant and file names that each network is loaded from.
         clip_skip: layers of CLIP's towers, from the end, whose results are not used.
         scratch: keeps the converted parts of a single file for as long as the checkpoint lives.
+        file: the single file that the checkpoint is, None of a folder.
         serving: what the export changes of it.
     """
 
@@ -82,6 +85,7 @@ class Checkpoint:
     weights: dict[str, tuple[str | None, list[str]]] = field(default_factory=dict)
     clip_skip: int = 0
     scratch: tempfile.TemporaryDirectory | None = None
+    file: Path | None = None
     serving: Serving = field(default_factory=Serving)
 
     def config(self, part: str) -> dict[str, Any]:
@@ -96,6 +100,21 @@ class Checkpoint:
         network = load_part(self.folders[part], model_class, **options)
         fuse(network, part, self.serving.loras)
         return network
+
+    def weights_hash(self) -> str:
+        """SHA-256 of its weights in hexadecimal; of a single file, that of the file.
+
+        A1111 and the sites that share checkpoints name a single file by the first ten digits.
+        """
+        if self.file is not None and not self.serving.loras:
+            return sha256_of(self.file)
+        lines = [
+            f"{part}/{name} {sha256_of(self.folders[part] / name)}"
+            for part, (_, files) in sorted(self.weights.items())
+            for name in files
+        ]
+        lines += [f"{lora.sha256} {lora.scale:g}" for lora in self.serving.loras]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def lora_set_of(self, part: str) -> list[dict[str, Any]]:
         """Records of the LoRAs that requests can switch on in a part."""
@@ -157,6 +176,7 @@ def open_checkpoint(
 def _find_parts(source: Source, keep_bert: bool) -> tuple[Checkpoint, dict[str, tuple[Tree, str]]]:
     """The parts of a checkpoint, and the tree and folder name that each is from."""
     name, scratch, tree = _open_root(source)
+    single = Path(source.checkpoint).expanduser() if scratch else None
     file = tree.folder / "model_index.json"
     if "model_index.json" not in tree.names:
         raise CheckpointError(
@@ -186,8 +206,9 @@ def _find_parts(source: Source, keep_bert: bool) -> tuple[Checkpoint, dict[str, 
     hubs = {place.hub for place, _ in trees.values() if place.hub}
     folders = {part: place.folder / folder for part, (place, folder) in trees.items()}
     opened = Checkpoint(
-        name, dict(hubs), folders, classes, index, clip_skip=source.clip_skip, scratch=scratch
-    )
+        name, dict(hubs), folders, classes, index, clip_skip=source.clip_skip, scratch=scratch,
+        file=single,
+    )  # fmt: skip
     return opened, trees
 
 

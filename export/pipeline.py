@@ -55,6 +55,7 @@ def write(checkpoint: Checkpoint, parts: dict[str, Part], folder: Path) -> None:
     height, width = native_size(checkpoint)
     pipeline = {
         "checkpoint": checkpoint.name,
+        "checkpoint_hash": checkpoint.weights_hash(),
         "schedule": _schedule(checkpoint),
         "defaults": defaults(checkpoint),
         "native_width": width * scale,

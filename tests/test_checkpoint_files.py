@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from fnmatch import fnmatch
@@ -170,6 +171,17 @@ def test_a_single_file_is_what_its_folder_is(tmp_path, bert, monkeypatch, half):
         written[-1].pop("checkpoint")
         written[-1].pop("latent_to_rgb")
     assert written[0] == written[1]
+
+
+def test_the_hash_is_of_the_file_or_of_all_weights(copied, plain, bert, tmp_path):
+    file = write_single_file(plain, tmp_path / "one.safetensors")
+    single = open_checkpoint(Source(str(file), bert=str(bert), tokenizer=str(plain)))
+    assert single.weights_hash() == hashlib.sha256(file.read_bytes()).hexdigest()
+    whole = open_checkpoint(plain, bert).weights_hash()
+    assert open_checkpoint(copied, bert).weights_hash() == whole
+    unet = weights_of(copied / "unet")
+    save_file({key: 2 * tensor for key, tensor in load_file(unet).items()}, unet)
+    assert open_checkpoint(copied, bert).weights_hash() != whole
 
 
 def test_a_single_file_needs_a_tokenizer_and_says_so(plain, bert, tmp_path):
