@@ -13,9 +13,8 @@ from typing import Any
 
 from export.lora import Lora, check_loras, fuse
 from export.source import Source, Tree, check_source, first_line, open_tree
-from export.weights import LFS, choose_weights, lfs_pointer, read_header, read_json, variants_of
-from networks.loading import CheckpointError, load_part
-from networks.pruned import pruning_of
+from export.weights import LFS, choose_weights, lfs_pointer, read_json, variants_of
+from networks.loading import CheckpointError, load_part, refusing
 from twinbrush.server.manifest import sha256_of
 
 __all__ = ["PARTS", "Checkpoint", "Serving", "first_line", "open_checkpoint"]
@@ -40,6 +39,10 @@ PIPELINES = (
 OPTIONAL = (("text_encoder_2", "tokenizer_2"), ("bert", "bert_tokenizer"), ("fusion",))
 # A tokenizer needs all files of one of these; transformers makes an empty one without them.
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",))
+TOKENIZER_FILES = (
+    "tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model")
 
 
@@ -148,10 +151,17 @@ def open_checkpoint(
     Raises:
         CheckpointError: with the first thing that is wrong.
     """
-    from export.checks import check_configs, without_weights
-
     if not isinstance(source, Source):
         source = Source(str(source))
+    with refusing(source.checkpoint):
+        return _open(source, bert, keep_bert, serving)
+
+
+def _open(
+    source: Source, bert: str | Path | None, keep_bert: bool, serving: Serving | None
+) -> Checkpoint:
+    from export.checks import check_configs, check_weights, without_weights
+
     if bert is not None:
         source = replace(source, bert=str(bert))
     check_source(source)
@@ -169,7 +179,7 @@ def open_checkpoint(
     check_loras(loras, lambda part: without_weights(opened, part))
     for tree, names in wanted.values():
         tree.fetch(names)
-    _check_weights(opened)
+    check_weights(opened)
     return opened
 
 
@@ -352,8 +362,13 @@ def _check_vocabulary(folder: Path, files: list[str]) -> None:
     for name in files:
         if name.endswith((".json", ".txt")):
             with (folder / name).open("rb") as stream:
-                if stream.read(len(LFS)) == LFS:
-                    raise CheckpointError(lfs_pointer(folder / name))
+                start = stream.read(len(LFS))
+            if start == LFS:
+                raise CheckpointError(lfs_pointer(folder / name))
+            if name in TOKENIZER_FILES and not start:
+                raise CheckpointError(f"{folder / name} is empty: download it again")
+            if name in TOKENIZER_FILES and name.endswith(".json"):
+                read_json(folder / name)
 
 
 def _check_variant(source: Source, trees: dict[str, tuple[Tree, str]]) -> None:
@@ -368,16 +383,6 @@ def _check_variant(source: Source, trees: dict[str, tuple[Tree, str]]) -> None:
     if source.variant not in found:
         have = f"they have {', '.join(sorted(found))}" if found else "they have plain weights only"
         raise CheckpointError(f"--variant {source.variant}: no part has such weights, {have}")
-
-
-def _check_weights(opened: Checkpoint) -> None:
-    for part, (_, files) in opened.weights.items():
-        for name in files:
-            read_header(opened.folders[part] / name)
-        try:
-            pruning_of(opened.folders[part])
-        except ValueError as error:
-            raise CheckpointError(str(error)) from error
 
 
 def _join(folder: str, name: str) -> str:
