@@ -313,14 +313,18 @@ def test_sdxl_through_the_real_server(exported, start_server, monkeypatch):
     assert np.abs(pixels - theirs).max() <= 2
 
 
-def test_sdxls_decoder_keeps_full_precision_in_fp16(exported):
-    part = load_parts(open_checkpoint(exported(XL)[0]))["vqgan_decoder"]
+def shallow_parts(folder: Path, name: str) -> dict[str, Part]:
+    return load_parts(open_checkpoint(write_family(folder, shallow(FAMILIES[name]))))
+
+
+def test_sdxls_decoder_keeps_full_precision_in_fp16(tmp_path):
+    part = shallow_parts(tmp_path / "xl", XL)["vqgan_decoder"]
     halved = in_precision(part, Precision.FP16)
     assert {p.dtype for p in halved.parameters()} == {torch.float32}
 
 
-def test_upcast_attention_has_finite_logits_in_fp16(exported):
-    part = load_parts(open_checkpoint(exported("stabilityai/stable-diffusion-2-1")[0]))["unet"]
+def test_upcast_attention_has_finite_logits_in_fp16(tmp_path):
+    part = shallow_parts(tmp_path / "sd2", "stabilityai/stable-diffusion-2-1")["unet"]
     for module in part.module.modules():
         if isinstance(module, Attention):  # logits of about 1e6, FP16 ends at 65,504
             for layer in (module.to_q, module.to_k):
