@@ -28,7 +28,7 @@ from gateway.painting import Studio
 from gateway.pool import Pool
 from gateway.validation import error_of
 
-CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+CODES = {400: "invalid_body", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 DESCRIPTION = "OpenAI's images API and A1111's API over Twinbrush servers."
 
 
@@ -84,11 +84,13 @@ def create_app(pool: Pool, settings: Settings, gate: Gate) -> FastAPI:
 
 
 def _add_health(app: FastAPI, pool: Pool, gate: Gate, metrics: Metrics) -> None:
+    @app.head("/health/live", include_in_schema=False)
     @app.get("/health/live", tags=["operation"])
     async def live() -> Response:
         """200 while the process answers."""
         return JSONResponse({"state": "draining" if gate.draining else "live"})
 
+    @app.head("/health/ready", include_in_schema=False)
     @app.get("/health/ready", tags=["operation"], responses={503: {}})
     async def ready() -> Response:
         """200 where requests are taken: a server is well, and no drain has begun."""

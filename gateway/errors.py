@@ -36,6 +36,7 @@ STATUSES = {
     401: "The API key is missing or wrong.",
     404: "There is no such model, file or path.",
     413: "The body is too large.",
+    415: "The body is compressed.",
     429: "A limit is reached, or the queue is full.",
     500: "A fault; the log has the reason.",
     503: "No server answers, or the gateway shuts down.",
@@ -66,7 +67,8 @@ class ApiError(Exception):
         retry_after: float | None = None,
     ):
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
+        self.status, self.code = status, code
+        self.message, self.param = _in_utf8(message), param and _in_utf8(param)
         self.type, self.retry_after = type, retry_after
 
     @classmethod
@@ -109,6 +111,11 @@ class ApiError(Exception):
                 "errors": self.message,
             }
         return JSONResponse(body, self.status, self.headers)
+
+
+def _in_utf8(text: str) -> str:
+    """Names that JSON has escaped may be half of a surrogate pair, which no answer can hold."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def invalid(param: str, value: object, allowed: str) -> ApiError:

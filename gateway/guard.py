@@ -96,6 +96,9 @@ class Guard:
                 "You didn't provide an API key. Send it as `Authorization: Bearer KEY`."
             )  # fmt: skip
             return ApiError(401, text, code="invalid_api_key")
+        if (encoding := headers.get("content-encoding", "identity")) != "identity":
+            text = f"content-encoding: {encoding} is not supported: send the body as it is."
+            return ApiError(415, text, code="unsupported_encoding")
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length) > self._max_body:
             text = f"The body has {length} bytes; at most {self._max_body} are allowed."

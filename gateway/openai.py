@@ -17,6 +17,7 @@ from gateway.errors import STATUSES, ApiError
 from gateway.openai_fields import NAMES, GenerationBody
 from gateway.openai_schema import ErrorAnswer, ImagesAnswer, Model, Models
 from gateway.painting import Studio, base64_of, enlarged
+from gateway.pool import unknown_model
 from twinbrush_client import Picture, Preview, ServerInfo
 from twinbrush_client.wire import Event
 
@@ -41,6 +42,7 @@ def router(studio: Studio) -> APIRouter:
         generation = _Generation(studio, body, await studio.info(body.model), request)
         return await (generation.stream() if body.stream else generation.answer())
 
+    @routes.post("/images/variations", responses={200: {"description": "Never, so far."}})
     @routes.post("/images/edits", responses={200: {"description": "Never, so far."}})
     async def edit() -> Response:
         """Refuses: no checkpoint takes image inputs yet."""
@@ -67,7 +69,7 @@ def router(studio: Studio) -> APIRouter:
         """One of the checkpoints."""
         found = studio.pool.models().get(model)
         if found is None:
-            text = f"The model {model!r} does not exist."
+            text = str(unknown_model(model, studio.pool.models()))
             raise ApiError(404, text, param="model", code="model_not_found")
         return JSONResponse(_model(model, found))
 

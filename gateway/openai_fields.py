@@ -80,6 +80,12 @@ class GenerationBody(BaseModel):
     negative_prompt: str | None = Field(
         None, max_length=MAX_TEXT, description="What guidance leads away from."
     )
+    prompt_syntax: Literal["plain", "a1111"] | None = Field(
+        None, description="Whether brackets in prompts are weights; plain by default."
+    )
+    lora: str | None = Field(
+        None, max_length=2000, description="LoRAs of the checkpoint and their scales, NAME:SCALE."
+    )
     sampler: str | None = Field(None, max_length=64, description="A sampler of the server's.")
     priority: Literal["low", "normal", "high"] | None = Field(
         None, description="Weight among the live requests."
@@ -129,6 +135,8 @@ class GenerationBody(BaseModel):
             "seed": self.seed,
             "guidance_scale": self.guidance_scale,
             "negative_prompt": self.negative_prompt,
+            "prompt_syntax": self.prompt_syntax,
+            "lora": self.lora,
             "sampler": self.sampler,
             "priority": self.priority,
             "progress": bool(self.stream),

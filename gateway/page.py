@@ -24,7 +24,7 @@ from gateway import page_html as html
 from gateway.errors import ApiError
 from gateway.keys import Key, KeyRing
 from gateway.page_layout import SCRIPT, Layout, lay_out, theme, updates
-from gateway.page_tabs import Tab, View, sentence
+from gateway.page_tabs import Tab, View, sentence, words
 from gateway.painting import Studio
 from gateway.pool import work_of
 from twinbrush_client import InvalidRequest, TwinbrushError
@@ -33,6 +33,9 @@ from twinbrush_client.story import fields_of, read_story
 DOORS = ("/v1/", "/sdapi/", "/health/", "/metrics")
 MOST_UPLOADED = "64mb"
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+# Between two looks of Gradio's queue at what waits, and at progress bars of its own, which the page
+# does not use. By default it looks 1,000 and 100 times a second, some percent of a core.
+QUEUE_SECONDS, PROGRESS_SECONDS = 0.02, 1.0
 GONE = "This picture is no longer kept here; a downloaded file of it still has its settings."
 LOGIN = "The name of an API key, and the key as the password."
 
@@ -75,6 +78,8 @@ def build(studio: Studio, keys: KeyRing) -> gr.Blocks:
     with gr.Blocks(title="Twinbrush", analytics_enabled=False, delete_cache=(600, 600)) as page:
         layout = lay_out()
         _connect(page, layout, Handlers(studio, keys, layout))
+    page._queue.sleep_when_free = QUEUE_SECONDS
+    page._queue.progress_update_sleep_when_free = PROGRESS_SECONDS
     return page
 
 
@@ -115,12 +120,14 @@ class Handlers:
             info = await self._studio.pool.info()
             fields = form.request_fields(given, others, info)
             yield {layout.controls["seed"]: given["seed"]}
-            with self._studio.meter.admit(self._key(request), work_of(fields, info)):
-                async with aclosing(tab.paint(given["prompt"], fields, info.defaults)) as views:
+            key = self._key(request)
+            with self._studio.meter.admit(key, work_of(fields, info)):
+                painting = tab.paint(given["prompt"], fields, info.defaults, key.client)
+                async with aclosing(painting) as views:
                     async for view in views:
                         yield self._state(tab, view)
         except (TwinbrushError, ApiError) as error:
-            yield {layout.status: html.status(sentence(str(error)), "error")}
+            yield {layout.status: html.status(sentence(words(error)), "error")}
 
     async def cancel(self, request: gr.Request) -> None:
         """Ends the request of a tab, also when the tab is closed."""
@@ -166,7 +173,10 @@ class Handlers:
         others = form.without_control(fields)
         values = form.control_values(fields, info)
         told = html.status("The settings of the picture are in the form; Paint repeats it.")
-        return {layout.controls[name]: values[name] for name in self._names} | {
+        found = {layout.controls[name]: values[name] for name in self._names}
+        if values["lora"]:
+            found[layout.controls["lora"]] = gr.update(value=values["lora"], visible=True)
+        return found | {
             layout.keep: True,
             layout.others: others,
             layout.restored: html.others(others),
@@ -220,5 +230,5 @@ def _connect(page: gr.Blocks, layout: Layout, do: Handlers) -> None:
 def _without_path(error: Exception) -> str:
     """An error of a file that the user knows by another name than the server does."""
     if isinstance(error, InvalidRequest):
-        return sentence(re.sub(r"^file='[^']*' is invalid: it", "The file", str(error)))
+        return sentence(re.sub(r"^file=.* is invalid: ", "The file ", str(error)))
     return "The file cannot be read."

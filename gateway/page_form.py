@@ -23,11 +23,12 @@ SIZE = re.compile(r"\s*(\d{1,6})\s*[x×*]\s*(\d{1,6})\s*")
 PREVIEWS = 10  # about so many of an image
 # Fields that controls of the same name hold as they are.
 PLAIN = (
-    "negative_prompt", "steps", "guidance_scale", "sampler", "num_images", "priority",
-    "image_format", "sigma_schedule", "eta", "guidance_rescale", "guidance_start", "guidance_end",
-    "deterministic",
+    "negative_prompt", "steps", "guidance_scale", "sampler", "num_images", "priority", "lora",
+    "image_format", "prompt_syntax", "sigma_schedule", "eta", "guidance_rescale", "guidance_start",
+    "guidance_end", "deterministic",
 )  # fmt: skip
 CONTROLS = ("prompt", "size", "seed", *PLAIN)
+PAGES_OWN = ("client", "progress", "preview_every")  # fields that the page sets, never a picture
 SCENES = (
     "a large blue ring on a brown background",
     "a small green star left of a large red circle",
@@ -40,6 +41,12 @@ EXAMPLES = (
     "a fox in a snowy forest, watercolour",
     "an old map of an island that does not exist",
 )
+
+
+def lora_help(info: ServerInfo) -> str:
+    """Which LoRAs there are, and how to write them."""
+    first = info.loras[0] if info.loras else "NAME"
+    return f"{', '.join(info.loras)}; with a scale, {first}:0.8. Several stand with commas."
 
 
 def examples(info: ServerInfo) -> tuple[str, ...]:
@@ -79,12 +86,13 @@ def choices(info: ServerInfo, name: str) -> list[str]:
         return info.samplers
     if name == "image_format":
         return [each for each in IMAGE_FORMATS if each in info.image_formats]
-    return limits(info, name).get("choices", [info.defaults[name]])  # an older server tells none
+    return limits(info, name).get("choices", [info.defaults.get(name)])  # older servers tell none
 
 
 def defaults(info: ServerInfo) -> dict[str, Any]:
     """The value of each control but prompt and seed, of a request that names none."""
-    values = {name: info.defaults[name] for name in PLAIN}
+    values = {name: info.defaults.get(name) for name in PLAIN}
+    values["prompt_syntax"] = choices(info, "prompt_syntax")[0]
     size = size_text(info.defaults["width"], info.defaults["height"])
     return values | {"size": size, "image_format": IMAGE_FORMATS[0]}
 
@@ -111,7 +119,8 @@ def request_fields(
         raise invalid("size", values["size"], "must be width × height in pixels, such as 64 × 64")
     fields = {name: values[name] for name in PLAIN if values[name] not in (None, "")}
     fields |= {"width": int(size[1]), "height": int(size[2])}
-    fields = {k: v for k, v in fields.items() if v != info.defaults[k]} | dict(others)
+    known = info.defaults | defaults(info)
+    fields = {k: v for k, v in fields.items() if v != known.get(k)} | dict(others)
     return fields | {"seed": _seed(values["seed"])}
 
 
@@ -130,7 +139,7 @@ def control_values(fields: Mapping[str, Any], info: ServerInfo) -> dict[str, Any
 
 def without_control(fields: Mapping[str, Any]) -> dict[str, Any]:
     """What a picture's request had besides what controls hold."""
-    known = {*CONTROLS, "width", "height"}
+    known = {*CONTROLS, *PAGES_OWN, "width", "height"}
     return {name: value for name, value in fields.items() if name not in known}
 
 

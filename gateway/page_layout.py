@@ -7,12 +7,13 @@ from typing import Any
 
 import gradio as gr
 
-from gateway.page_form import PLAIN, choices, defaults, limits, sizes
+from gateway.page_form import PLAIN, choices, defaults, limits, lora_help, sizes
 from gateway.page_html import gallery, head, status
 from twinbrush_client import ServerInfo
 from twinbrush_client.fields import HELP
 
-CHOSEN = ("size", "sampler", "priority", "image_format", "sigma_schedule")  # from a list
+# From a list.
+CHOSEN = ("size", "sampler", "priority", "image_format", "sigma_schedule", "prompt_syntax")
 PICTURES = [".png", ".jpg", ".jpeg", ".webp", ".avif"]
 SYSTEM_FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 MONOSPACE = ["ui-monospace", "SFMono-Regular", "Menlo", "monospace"]
@@ -72,6 +73,7 @@ def updates(info: ServerInfo) -> dict[str, dict[str, Any]]:
             found[name] = {"choices": offered, "value": values[name]}
         else:
             found[name] = limits(info, name) | {"value": values[name]}
+    found["lora"] = {"value": "", "info": lora_help(info), "visible": bool(info.loras)}
     return found
 
 
@@ -118,7 +120,7 @@ def _settings(controls: dict[str, Any]) -> dict[str, Any]:
     """Adds to the controls."""
     with gr.Row():
         controls["size"] = _dropdown("size", "Size", custom=True)
-        controls["num_images"] = _slider("num_images", "Number of images", 1)
+        controls["num_images"] = _slider("num_images", "Images", 1)
     with gr.Row():
         controls["steps"] = _slider("steps", "Steps", 1)
         controls["guidance_scale"] = _slider("guidance_scale", "Guidance", 0.1)
@@ -132,6 +134,9 @@ def _settings(controls: dict[str, Any]) -> dict[str, Any]:
     with gr.Row():
         controls["sampler"] = _dropdown("sampler", "Sampler")
         controls["priority"] = _dropdown("priority", "Priority")
+    controls["lora"] = gr.Textbox(
+        label="LoRAs", placeholder="none", max_lines=1, visible=False, elem_id="tb-lora"
+    )
     with gr.Accordion("More settings", open=False, elem_id="tb-more"):
         _more(controls)
     with gr.Accordion("Settings from a picture", open=False, elem_id="tb-from"):
@@ -146,6 +151,7 @@ def _more(controls: dict[str, Any]) -> None:
     with gr.Row():
         controls["image_format"] = _dropdown("image_format", "File format", help_text=None)
         controls["sigma_schedule"] = _dropdown("sigma_schedule", "Noise levels")
+    controls["prompt_syntax"] = _dropdown("prompt_syntax", "Prompt syntax")
     with gr.Row():
         controls["guidance_start"] = _slider("guidance_start", "Guidance from", 0.05)
         controls["guidance_end"] = _slider("guidance_end", "Guidance to", 0.05)
@@ -169,5 +175,7 @@ def _dropdown(name: str, label: str, custom: bool = False, help_text: str | None
 
 
 def _slider(name: str, label: str, step: float) -> Any:
-    return gr.Slider(0, 1, 0, step=step, label=label, min_width=140, elem_id=f"tb-{name}",
-                     buttons=[])  # fmt: skip
+    return gr.Slider(
+        0, 1, 0, step=step, label=label, min_width=140, elem_id=f"tb-{name}", buttons=[],
+        elem_classes="tb-slider",
+    )  # fmt: skip

@@ -28,6 +28,7 @@ from twinbrush_client import (
     ServerUnavailable,
     TwinbrushError,
 )
+from twinbrush_client.errors import REQUEST_ID
 from twinbrush_client.wire import Event
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,11 @@ class Tab:
             self._running.cancel()
 
     async def paint(
-        self, prompt: str, fields: Mapping[str, Any], defaults: Mapping[str, Any]
+        self,
+        prompt: str,
+        fields: Mapping[str, Any],
+        defaults: Mapping[str, Any],
+        client: str | None = None,
     ) -> AsyncGenerator[View, None]:
         """The states of a request, the last one at its end. Leaving it ends the request.
 
@@ -85,13 +90,16 @@ class Tab:
             prompt: what to paint.
             fields: the request's other fields.
             defaults: the server's values of those that are left out.
+            client: by which the server gives callers shares of its queue.
         """
         known = {**defaults, **fields}
         self._begin(known)
         yield self._view()
         try:
             every = preview_every(known["steps"])
-            self._running = self._studio.pool.stream(prompt, **fields, preview_every=every)
+            self._running = self._studio.pool.stream(
+                prompt, **fields, preview_every=every, client=client
+            )
             if self._cancelled:
                 self._running.cancel()
             async with aclosing(_batches(self._running)) as batches:
@@ -150,7 +158,7 @@ class Tab:
             return View(f"Cancelled; {pictures} finished.", "info", live=False)
         if error is not None:
             advice = ADVICE.get(type(error), "The server's log has the reason.")
-            return View(f"{sentence(str(error))} {advice}".strip(), "error", live=False)
+            return View(f"{sentence(words(error))} {advice}".strip(), "error", live=False)
         if self._warnings:
             return View(sentence("; ".join(sorted(self._warnings))), "warning", live=False)
         return View(f"Finished {pictures}.", "info", live=False)
@@ -186,6 +194,12 @@ async def _batches(running: Job) -> AsyncGenerator[list[Event], None]:
     finally:
         running.cancel()
         task.cancel()
+
+
+def words(error: Exception) -> str:
+    """Of an error; the id of a request is for those that a server's log explains."""
+    text = str(error)
+    return REQUEST_ID.sub("", text).strip() if isinstance(error, InvalidRequest) else text
 
 
 def sentence(text: str) -> str:

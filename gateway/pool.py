@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
 from typing import Any, Unpack
 
 from gateway.addresses import resolve
@@ -18,12 +18,13 @@ from gateway.backend import Backend
 from twinbrush_client import (
     AsyncStream,
     Cancelled,
+    Picture,
     QueueFull,
     ServerInfo,
     ServerUnavailable,
     TwinbrushError,
 )
-from twinbrush_client.fields import RequestFields
+from twinbrush_client.fields import STREAM_ONLY, RequestFields
 from twinbrush_client.wire import Event
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class Pool:
         self._servers, self._timeout, self._probe_seconds = tuple(servers), timeout, probe_seconds
         self._backends: dict[str, Backend] = {}
         self._addresses: dict[str, list[str]] = {}  # of each server, as DNS had them last
+        self._unknown: set[str] = set()  # servers whose names DNS did not have last
         self._jobs: set[Job] = set()
         self._turns = itertools.count(1)
         self._probing: asyncio.Task | None = None
@@ -94,7 +96,7 @@ class Pool:
             models = self.models()
         found = next(iter(models.values()), None) if model is None else models.get(model)
         if found is None and model is not None and models:
-            raise UnknownModel("NOT_FOUND", f"The model {model!r} does not exist.")
+            raise unknown_model(model, models)
         if found is None or found.info is None:
             raise ServerUnavailable("UNAVAILABLE", "no server answers", self._probe_seconds)
         return found.info
@@ -108,7 +110,10 @@ class Pool:
         timeout: float | None = None,
         **fields: Unpack[RequestFields],
     ) -> Job:
-        """A request's events, as `AsyncClient.stream` has them, from the server that is best."""
+        """A request's events, as `AsyncClient.stream` has them, from the server that is best.
+
+        One picture without progress is asked for by `AsyncClient.pictures`, which costs less.
+        """
         job = Job(self, prompt, model, {"request_id": request_id, "timeout": timeout, **fields})
         self._jobs.add(job)
         return job
@@ -145,19 +150,26 @@ class Pool:
         self._jobs.discard(job)
 
     async def _probe_for_ever(self) -> None:
+        failing = False
         while True:
             await asyncio.sleep(self._probe_seconds)
             try:
                 await self.probe()
+                failing = False
             except Exception:  # of one round; the next one may do
-                log.exception("looking at the servers failed")
+                if not failing:
+                    log.exception("looking at the servers fails")
+                failing = True
 
     async def _resolve(self) -> None:
         for server in self._servers:
             try:
                 self._addresses[server] = await resolve(server)
+                self._unknown.discard(server)
             except OSError as error:
-                log.warning("the name of %s is not known: %s", server, error)
+                if server not in self._unknown:  # once, not at every look
+                    log.warning("the name of %s is not known: %s", server, error)
+                self._unknown.add(server)
         found = {address for addresses in self._addresses.values() for address in addresses}
         for server in self._servers:
             for address in self._addresses.get(server, ()):
@@ -175,7 +187,7 @@ class Job:
     def __init__(self, pool: Pool, prompt: str, model: str | None, arguments: Mapping[str, Any]):
         self._pool, self._prompt, self._model = pool, prompt, model
         self._arguments = arguments
-        self._stream: AsyncStream | None = None
+        self._call: AsyncStream | asyncio.Task[list[Picture]] | None = None
         self._cancelled = False
 
     async def __aiter__(self) -> AsyncIterator[Event]:
@@ -195,8 +207,8 @@ class Job:
     def cancel(self) -> None:
         """Ends the request; an iteration then raises `Cancelled`."""
         self._cancelled = True
-        if self._stream is not None:
-            self._stream.cancel()
+        if self._call is not None:
+            self._call.cancel()
 
     async def __aenter__(self) -> Job:
         return self
@@ -232,9 +244,22 @@ class Job:
     async def _from(self, backend: Backend) -> AsyncGenerator[Event, None]:
         if self._cancelled:
             raise Cancelled("CANCELLED", "the request was cancelled")
-        self._stream = backend.client.stream(self._prompt, **self._arguments)
-        async for event in self._stream:
-            yield event
+        given = self._arguments
+        if given.get("progress") is not False or given.get("num_images") != 1:
+            self._call = backend.client.stream(self._prompt, **given)
+            async for event in self._call:
+                yield event
+            return
+        fields = {name: value for name, value in given.items() if name not in STREAM_ONLY}
+        self._call = asyncio.create_task(backend.client.pictures(self._prompt, **fields))
+        try:
+            pictures = await self._call
+        except asyncio.CancelledError:  # the call's, or the task's own
+            if not self._cancelled:
+                raise
+            raise Cancelled("CANCELLED", "the request was cancelled") from None
+        for picture in pictures:
+            yield picture
 
 
 def work_of(fields: Mapping[str, Any], info: ServerInfo) -> float:
@@ -246,6 +271,12 @@ def work_of(fields: Mapping[str, Any], info: ServerInfo) -> float:
 
     pixels = value("width") * value("height") / info.sizes["native"] ** 2
     return value("num_images") * value("steps") * pixels
+
+
+def unknown_model(name: str, served: Iterable[str]) -> UnknownModel:
+    """The error of a request for a checkpoint that no server has."""
+    text = f"The model {name!r} does not exist; served are {', '.join(served) or 'none'}."
+    return UnknownModel("NOT_FOUND", text)
 
 
 def _best(failures: Sequence[TwinbrushError]) -> TwinbrushError:

@@ -9,21 +9,31 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict
 
 from gateway import sampler_names
-from gateway.errors import STATUSES, ApiError, invalid
+from gateway.errors import STATUSES, ApiError
 from gateway.painting import Studio, base64_of
-from gateway.sdapi_fields import NAMES, TextToImage, image_format
+from gateway.sdapi_fields import (
+    CHECKPOINT,
+    FORMAT,
+    NAMES,
+    TextToImage,
+    check_settings,
+    image_format,
+)
 from gateway.sdapi_jobs import Jobs, SdJob
 from twinbrush_client import Cancelled
 
 # What the gateway has none of; tools ask for them at their start.
 EMPTY: dict[str, Any] = {
-    "upscalers": [], "latent-upscale-modes": [], "loras": [], "hypernetworks": [],
-    "face-restorers": [], "realesrgan-models": [], "prompt-styles": [], "sd-vae": [],
-    "script-info": [], "extensions": [], "scripts": {"txt2img": [], "img2img": []},
-    "embeddings": {"loaded": {}, "skipped": {}}, "cmd-flags": {"api": True},
+    "latent-upscale-modes": [], "hypernetworks": [], "face-restorers": [], "realesrgan-models": [],
+    "prompt-styles": [], "sd-vae": [], "script-info": [], "extensions": [],
+    "scripts": {"txt2img": [], "img2img": []}, "embeddings": {"loaded": {}, "skipped": {}},
+    "cmd-flags": {"api": True},
+    "upscalers": [{"name": "None", "model_name": None, "model_path": None, "model_url": None,
+                   "scale": 1}],
 }  # fmt: skip
 UNKNOWN_MEMORY = {"error": "the gateway does not know the servers' memory"}
-CHECKPOINT, FORMAT = "sd_model_checkpoint", "samples_format"
+# Options that tools read and that always have these values; see `sdapi_fields.SETTINGS`.
+CONSTANT_OPTIONS = {"CLIP_stop_at_last_layers": 1, "sd_vae": "Automatic"}
 
 
 class Refusal(BaseModel):
@@ -42,7 +52,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 class Options(BaseModel):
-    """The options that may be set: each caller has its own."""
+    """The options that have an effect: each caller has its own."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -106,14 +116,13 @@ def _add_options(routes: APIRouter, studio: Studio, options: CallersOptions) -> 
     async def read_options(request: Request) -> Response:
         """The caller's options."""
         defaults = {CHECKPOINT: (await studio.info()).checkpoint, FORMAT: "png"}
-        return JSONResponse(defaults | options.of(request))
+        return JSONResponse(CONSTANT_OPTIONS | defaults | options.of(request))
 
     @routes.post("/options")
     async def set_options(body: Options, request: Request) -> Response:
-        """Sets options for the caller's later requests."""
-        for name, value in (body.model_extra or {}).items():
-            raise invalid(name, value, f"the options that can be set are {CHECKPOINT}, {FORMAT}")
-        given = body.model_dump(exclude_none=True)
+        """Sets options for the caller's later requests; those that change no picture are taken."""
+        check_settings(body.model_extra or {})
+        given = body.model_dump(exclude_none=True, include={CHECKPOINT, FORMAT})
         if CHECKPOINT in given:
             await studio.info(given[CHECKPOINT])
         if FORMAT in given:
@@ -146,6 +155,14 @@ def _add_lists(routes: APIRouter, studio: Studio) -> None:
             for name, sha256 in hashes.items()
         ])  # fmt: skip
 
+    @routes.get("/loras")
+    async def loras() -> Response:
+        """LoRAs of the first checkpoint, for `<lora:NAME:SCALE>` in prompts."""
+        return JSONResponse([
+            {"name": name, "alias": name, "path": name, "metadata": {}}
+            for name in (await studio.info()).loras
+        ])  # fmt: skip
+
     @routes.post("/refresh-checkpoints")
     async def refresh() -> Response:
         """Asks the servers anew what they serve."""
@@ -168,7 +185,7 @@ def _add_constant(routes: APIRouter, name: str, value: Any) -> None:
 async def _paint(studio: Studio, jobs: Jobs, job: SdJob, request: Request) -> dict[str, Any]:
     info = await studio.info(job.model)
     job.fields = job.body.fields(info, job.image_format)
-    prompt, key = job.body.prompt, request.state.key.name
+    prompt, key = job.body.painted_prompt, request.state.key.name
     async with studio.painting(request, prompt, job.model, job.fields, NAMES) as painted:
         with jobs.live(key, job, painted):
             try:

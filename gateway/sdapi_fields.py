@@ -1,11 +1,15 @@
 """The body of A1111's `txt2img`: what it asks of a server, and what nobody here can do.
 
-Tools send every field that they know, most at a value that asks for nothing. Those are taken; a
-field that asks for something which is not served is refused by name.
+Tools send every field that they know, most at a value that asks for nothing. Those are taken. A
+field of A1111's that asks for what is not served is refused by name; one that A1111 does not know
+is ignored, as there, and the answer warns of it.
 """
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,28 +18,33 @@ from gateway import sampler_names
 from gateway.errors import ApiError, invalid
 from twinbrush_client import ServerInfo
 
-# Values, besides null, that ask for nothing.
+# Fields that are not served, and their values, besides null, that ask for nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "seed_resize_from_h": (0, -1),
-    "seed_resize_from_w": (0, -1),
-    "s_noise": (1,),
-    "clip_skip": (1,),
-    "script_name": ("None",),
-    "refiner_checkpoint": ("None",),
-}
+    "styles": (), "restore_faces": (), "tiling": (), "enable_hr": (), "firstphase_width": (),
+    "firstphase_height": (), "firstpass_image": (), "init_images": (), "mask": (),
+    "subseed_strength": (), "s_churn": (), "s_min_uncond": (), "infotext": (),
+    "seed_resize_from_h": (-1,), "seed_resize_from_w": (-1,), "s_noise": (1,),
+    "clip_skip": (1, -1), "script_name": ("None",), "refiner_checkpoint": ("None",),
+}  # fmt: skip
 # Of what is not done here, such as saving on the server, or matters with another field alone.
 WITHOUT_EFFECT = {
     "subseed", "denoising_strength", "do_not_save_samples", "do_not_save_grid", "save_images",
     "override_settings_restore_afterwards", "script_args", "force_task_id", "comments",
-    "disable_extra_networks", "refiner_switch_at", "s_min_uncond",
+    "disable_extra_networks", "refiner_switch_at", "s_tmin", "s_tmax",
 }  # fmt: skip
 HIGH_RESOLUTION = "hr_"  # fields of `enable_hr`, which is refused
+CHECKPOINT, FORMAT = "sd_model_checkpoint", "samples_format"  # settings that are served
+# Settings that change pictures and are not served, as `NEUTRAL`; others have no effect here.
 SETTINGS: dict[str, tuple[Any, ...]] = {
-    "CLIP_stop_at_last_layers": (1,),
-    "sd_vae": ("Automatic", "None"),
-}
+    "CLIP_stop_at_last_layers": (1,), "sd_vae": ("Automatic", "None"),
+    "sd_hypernetwork": ("None",), "sd_lora": ("None",), "forge_additional_modules": (),
+    "eta_noise_seed_delta": (), "eta_ddim": (), "eta_ancestral": (1,), "s_churn": (),
+    "s_noise": (1,), "s_min_uncond": (), "tiling": (), "face_restoration": (),
+    "sd_noise_schedule": ("Default",), "emphasis": ("Original",), "token_merging_ratio": (),
+}  # fmt: skip
 FORMATS = {"png": "png", "jpg": "jpeg", "jpeg": "jpeg", "webp": "webp"}
 WITH_ETA = ("ddim", "tcd")  # samplers that take A1111's eta; others ignore it there too
+LORA = re.compile(r"\s*<lora:([^<>]*)>")  # `<lora:NAME>` or `<lora:NAME:SCALE>`
 # What a server calls a field, and what this door does.
 NAMES = {"num_images": "batch_size", "sampler": "sampler_name", "sigma_schedule": "scheduler",
          "guidance_scale": "cfg_scale"}  # fmt: skip
@@ -66,20 +75,37 @@ class TextToImage(BaseModel):
     )
 
     def check(self) -> None:
-        """Raises ApiError where a field asks for what is not served."""
+        """Raises ApiError where a field asks for what is not served, or cannot be answered."""
+        try:  # the answer repeats the body
+            json.dumps(self.model_dump(), ensure_ascii=False, allow_nan=False).encode()
+        except (ValueError, RecursionError):
+            text = "The body has NaN, Infinity, half of a surrogate pair, or too many brackets."
+            raise ApiError(400, text, code="invalid_json") from None
         for name, value in (self.model_extra or {}).items():
-            if name not in WITHOUT_EFFECT and not name.startswith(HIGH_RESOLUTION):
-                _check_neutral(name, name, value, NEUTRAL)
+            _check_neutral(name, value, NEUTRAL)
         for name, script in (self.alwayson_scripts or {}).items():
             if _is_on(script):
                 raise _not_served(f"alwayson_scripts.{name}", script)
-        for name, value in (self.override_settings or {}).items():
-            if name not in ("sd_model_checkpoint", "samples_format"):
-                _check_neutral(f"override_settings.{name}", name, value, SETTINGS)
+        check_settings(self.override_settings or {}, "override_settings.")
 
     @property
     def images(self) -> int:
         return (self.batch_size or 1) * (self.n_iter or 1)
+
+    @property
+    def painted_prompt(self) -> str:
+        """The prompt without its LoRAs."""
+        return LORA.sub("", self.prompt).strip()
+
+    @property
+    def ignored(self) -> list[str]:
+        """Fields that neither A1111 nor this door knows."""
+        return [
+            name
+            for name in self.model_extra or {}
+            if name not in NEUTRAL | dict.fromkeys(WITHOUT_EFFECT)
+            and not name.startswith(HIGH_RESOLUTION)
+        ]
 
     def fields(self, info: ServerInfo, image_format: str) -> dict[str, Any]:
         """The fields of a server's request; those that are None take its defaults."""
@@ -92,6 +118,7 @@ class TextToImage(BaseModel):
         return {
             "negative_prompt": self.negative_prompt,
             "prompt_syntax": "a1111",
+            "lora": ",".join(LORA.findall(self.prompt)) or None,
             "seed": None if self.seed in (None, -1) else self.seed,
             "steps": steps,
             "guidance_scale": self.cfg_scale,
@@ -113,9 +140,18 @@ def image_format(name: object) -> str:
     return FORMATS[name]
 
 
-def _check_neutral(param: str, name: str, value: Any, neutral: dict[str, tuple[Any, ...]]) -> None:
-    if value and value not in neutral.get(name, ()):
-        raise _not_served(param, value)
+def check_settings(settings: Mapping[str, Any], prefix: str = "") -> None:
+    """Raises ApiError where a setting asks for what is not served."""
+    for name, value in settings.items():
+        _check_neutral(name, value, SETTINGS, prefix)
+
+
+def _check_neutral(
+    name: str, value: Any, neutral: dict[str, tuple[Any, ...]], prefix: str = ""
+) -> None:
+    wanted = any(value) if isinstance(value, list) else value
+    if name in neutral and wanted and value not in neutral[name]:
+        raise _not_served(prefix + name, value)
 
 
 def _is_on(script: Any) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 
 from PIL import Image
 
+from gateway.errors import shown
 from gateway.painting import enlarged
 from gateway.pool import Job
 from gateway.sampler_names import TITLES
@@ -79,6 +80,9 @@ class SdJob:
         negative = body.negative_prompt or ""
         story = json.loads(pictures[0].image.info.get("twinbrush", "{}")) if pictures else {}
         sampler = fields["sampler"] or story.get("sampler", "")
+        warnings = {picture.warning for picture in pictures} - {""}
+        if body.ignored:
+            warnings.add(f"ignored: {', '.join(map(shown, body.ignored))}")
         return json.dumps({
             "prompt": body.prompt, "all_prompts": [body.prompt] * len(pictures),
             "negative_prompt": negative, "all_negative_prompts": [negative] * len(pictures),
@@ -90,7 +94,7 @@ class SdJob:
             "sd_model_hash": story.get("checkpoint_hash", ""), "index_of_first_image": 0,
             "infotexts": [parameters_of(picture.image) for picture in pictures],
             "job_timestamp": _timestamp(self.started), "clip_skip": 1, "styles": [],
-            "extra_generation_params": {}, "warnings": sorted({p.warning for p in pictures} - {""}),
+            "extra_generation_params": {}, "warnings": sorted(warnings),
         })  # fmt: skip
 
 

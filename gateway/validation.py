@@ -8,6 +8,7 @@ from typing import Any
 from gateway.errors import ApiError, invalid, shown, unknown
 
 WRONG_TYPE = ("_type", "_parsing", "_unicode")
+FORMS = {"size": "must be WIDTHxHEIGHT in pixels, such as 512x512, or auto"}  # of patterns
 
 
 def error_of(problems: Sequence[Mapping[str, Any]], body: object) -> ApiError:
@@ -32,6 +33,8 @@ def error_of(problems: Sequence[Mapping[str, Any]], body: object) -> ApiError:
     if kind.endswith(WRONG_TYPE):
         text = f"Invalid type for {param!r}: {problem['msg']}; got {shown(value)}."
         return ApiError(400, text, param=param, code="invalid_type")
+    if kind == "string_pattern_mismatch":
+        return invalid(param, value, FORMS[param])
     return invalid(param, value, _lowered(problem["msg"]))
 
 

@@ -51,8 +51,8 @@ class Gateway:
     def call(
         self, path: str, body: Any = None, method: str | None = None, **headers: str
     ) -> Answer:
-        """GET, or POST of a JSON body."""
-        data = None if body is None else json.dumps(body).encode()
+        """GET, or POST of a JSON body; bytes are sent as they are."""
+        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         headers = {name.replace("_", "-"): value for name, value in headers.items()}
         headers = {"content-type": "application/json"} | headers
         request = urllib.request.Request(self.url + path, data, headers, method=method)

@@ -7,6 +7,7 @@ import inspect
 import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import grpc
 import numpy as np
@@ -64,6 +65,15 @@ def test_a_stream_that_is_left_stops_the_work(client, server, way):
             threading.Thread(target=stream.cancel).start()
             with pytest.raises(Cancelled, match="the request was cancelled"):
                 list(events)
+
+
+def test_pictures_have_their_seeds_and_files(client):
+    pictures = client.pictures("a red circle", num_images=2, seed=7, steps=3, deterministic=True)
+    *_, last = client.stream("a red circle", seed=8, steps=3, deterministic=True)
+    assert [(p.index, p.seed) for p in pictures] == [(0, 7), (1, 8)]
+    assert pictures[1].data == last.data
+    with pytest.raises(InvalidRequest, match="progress=True is invalid: is a field of stream"):
+        client.pictures("a red circle", progress=True)
 
 
 def test_what_the_server_refuses_is_an_error_with_its_code(client):
@@ -179,6 +189,23 @@ def test_a_server_that_is_not_there_is_an_error():
         with pytest.raises(ServerUnavailable, match="no server answers"):
             list(client.stream("a red circle"))
     assert error.value.code == "UNAVAILABLE"
+
+
+@pytest.mark.parametrize("address", ["", "localhost", "http://localhost:8001", "a b:1"])
+def test_an_address_without_a_port_or_with_a_scheme_is_refused(address):
+    with pytest.raises(InvalidRequest, match="must be host:port of the server's gRPC endpoint"):
+        Client(address)
+
+
+def test_a_server_that_speaks_http_is_named():
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        address = f"127.0.0.1:{http.server_port}"
+        with Client(address, max_retries=0) as client:
+            with pytest.raises(ServerUnavailable, match=f"{address} speaks HTTP; the gRPC port"):
+                client.info()
+            assert not client.ready()
+        http.shutdown()
 
 
 def test_a_proxy_in_the_environment_is_not_used_on_loopback(client, monkeypatch, server):
@@ -314,6 +341,8 @@ def test_the_async_client_paints_the_same(server, client):
         assert await aio.info() == client.info()
         pictures = await aio.generate(["a ring", "a star"], seed=3, steps=2, deterministic=True)
         stream = aio.stream("a ring", steps=3, preview_every=2, seed=3)
+        (picture,) = await aio.pictures("a ring", steps=2, seed=3, deterministic=True)
+        assert picture.image.tobytes() == pictures[0].tobytes()
         return pictures, [event async for event in stream]
 
     pictures, events = with_async_client(server, use)

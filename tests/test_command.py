@@ -20,8 +20,10 @@ from harness import heard
 from PIL import Image
 from test_wire import wait_for_a_call, work_stops
 
-from twinbrush_client import Client, terminal
+from twinbrush_client import Client, InvalidRequest, terminal
 from twinbrush_client.fields import DATA_TYPES, STREAM_ONLY
+from twinbrush_client.output import Output
+from twinbrush_client.story import fields_of, read_story
 
 COMMAND = str(Path(sys.executable).parent / "twinbrush")
 
@@ -51,8 +53,8 @@ def test_the_command_writes_pictures_and_prints_seeds_and_paths(server, tmp_path
 def test_the_command_says_plainly_what_is_wrong(server, tmp_path):
     done = run(server, "a red circle", "--steps", "0", "--out", str(tmp_path))
     assert done.returncode == 1
-    assert "steps=0 is invalid: must be between 1 and 50" in done.stdout
-    assert "Traceback" not in done.stdout + done.stderr
+    assert done.stderr.startswith("steps=0 is invalid: must be between 1 and 50")
+    assert not done.stdout
     assert not list(tmp_path.iterdir())
 
 
@@ -60,8 +62,8 @@ def test_the_command_without_a_server_says_so(tmp_path):
     command = [COMMAND, "generate", "x", "--server", "127.0.0.1:1", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
-    assert "Traceback" not in done.stdout + done.stderr
-    assert "127.0.0.1:1" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert "127.0.0.1:1" in done.stderr
 
 
 def test_the_command_stops_the_work_after_its_timeout(server, tmp_path):
@@ -69,7 +71,7 @@ def test_the_command_stops_the_work_after_its_timeout(server, tmp_path):
         done = run(server, "a red circle", "-n", "16", "--steps", "50", "--width", "128",
                    "--height", "128", "--timeout", "1", "--out", str(tmp_path))  # fmt: skip
     assert done.returncode == 1
-    assert "not finished after the 1 s of --timeout" in done.stdout
+    assert "not finished after the 1 s of --timeout" in done.stderr
 
 
 def test_ctrl_c_stops_the_work_on_the_server(server, tmp_path):
@@ -77,7 +79,9 @@ def test_ctrl_c_stops_the_work_on_the_server(server, tmp_path):
                "--height", "128", "--out", str(tmp_path), "--server", server.address]  # fmt: skip
     with work_stops(server) as before:
         with heard(signal.SIGINT):  # processes in the background ignore it
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+            process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
         wait_for_a_call(server, before)
         os.kill(process.pid, signal.SIGINT)
         output, _ = process.communicate(timeout=20)
@@ -105,7 +109,7 @@ def test_a_file_of_its_own_name_is_never_overwritten_silently(server, tmp_path):
     assert Image.open(file).format == "WEBP"
     done = run(server, "a ring", "-o", str(file), "--seed", "8")
     assert done.returncode == 1
-    assert "exists; --overwrite replaces it" in done.stdout
+    assert "exists; --overwrite replaces it" in done.stderr
     assert file.read_bytes() == before
     assert run(server, "a ring", "-o", str(file), "--seed", "8", "--overwrite").returncode == 0
     assert file.read_bytes() != before
@@ -120,12 +124,17 @@ def test_a_file_of_its_own_name_is_never_overwritten_silently(server, tmp_path):
         ([], "PROMPT=None is invalid: must be given"),
         (["--like", "/dev/null"], "is no picture"),
         (["--prompts", "/no/such/file"], "cannot use /no/such/file: No such file"),
+        (["--prompts", sys.executable], "must be text in UTF-8"),
+        (["a ring", "-o", "x.png", "--grid", "./x.png"], "is the file of --output"),
+        (["a ring", "--grid", "x.gif"], "--grid='x.gif' is invalid: must end in one of png"),
+        (["a ring", "-o", "/dev/null/x.png"], "cannot use /dev/null: "),
+        (["a ring", "--server", "http://localhost:8001"], "must be host:port of the server's gRPC"),
     ],
 )
 def test_options_that_do_not_fit_are_named(server, options, message, tmp_path):
     done = run(server, *options, "--out", str(tmp_path / "out"))
     assert done.returncode == 1
-    assert message in done.stdout
+    assert message in done.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -150,7 +159,8 @@ def test_a_picture_without_metadata_says_so(server, tmp_path):
     assert run(server, "a ring", "-o", str(file), "--no-metadata").returncode == 0
     shown = subprocess.run([COMMAND, "inspect", str(file)], capture_output=True, text=True)
     assert shown.returncode == 1
-    assert "says nothing of how it was made" in shown.stdout
+    assert "says nothing of how it was made" in shown.stderr
+    assert not shown.stdout
 
 
 @pytest.mark.parametrize("name", ["png", "jpeg", "webp", "avif"])
@@ -161,6 +171,64 @@ def test_every_format_can_be_inspected(client, tmp_path, name):
     shown = subprocess.run([COMMAND, "inspect", str(file), "--json"], capture_output=True)
     story = json.loads(shown.stdout)
     assert (story["prompt"], story["seed"]) == ("a ring, élan", 7)
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_painted(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    with pytest.raises(PermissionError):
+        Output(tmp_path, None, overwrite=False)
+    with pytest.raises(PermissionError):
+        Output(tmp_path, tmp_path / "a.png", overwrite=False)
+
+
+def test_a_folder_is_no_file_to_overwrite(tmp_path):
+    (tmp_path / "a.png").mkdir()
+    with pytest.raises(InvalidRequest, match="is a folder"):
+        Output(tmp_path, tmp_path / "a.png", overwrite=True)
+
+
+def test_a_damaged_file_is_named_and_nothing_else(client, tmp_path):
+    random = np.random.default_rng(0)
+    file = tmp_path / "damaged"
+    for name in ("png", "jpeg", "webp", "avif"):
+        *_, picture = client.stream("a ring", seed=7, image_format=name)
+        for _ in range(60):
+            data = bytearray(picture.data)
+            for place in random.integers(0, min(len(data), 600), 4):
+                data[place] = random.integers(0, 256)
+            file.write_bytes(data[: random.integers(1, len(data))])
+            with contextlib.suppress(InvalidRequest):
+                fields_of(read_story(file))
+
+
+def test_a_story_with_values_of_other_types_is_refused():
+    story = {"prompt": "a ring", "seed": 7, "checkpoint": "tiny"}
+    assert fields_of(story) == {"prompt": "a ring", "seed": 7}
+    with pytest.raises(InvalidRequest, match="seed='7' is invalid"):
+        fields_of(story | {"seed": "7"})
+    with pytest.raises(InvalidRequest, match="was not made by Twinbrush"):
+        fields_of(story | {"prompt": ["a ring"]})
+
+
+@pytest.mark.parametrize("name", [b"a [red] :cat: \\[.png", b"\xff\n.png"], ids=["marks", "bytes"])
+def test_names_of_files_are_printed_as_they_are(server, tmp_path, name):
+    file = os.fsencode(tmp_path) + b"/" + name
+    command = [COMMAND, "generate", "a [red] ring :cat:", "-o", file, "--server", server.address]
+    done = subprocess.run(command, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert os.path.exists(file)
+    assert name.replace(b"\xff", b"\\udcff") in done.stdout
+    shown = subprocess.run([COMMAND, "inspect", file], capture_output=True, timeout=60)
+    assert b"prompt: a [red] ring :cat:\n" in shown.stdout
+
+
+def test_who_reads_the_output_may_leave(server):
+    command = f"{COMMAND} status --json --server {server.address}"
+    line = f"{{ sleep 1; {command}; echo exit $? >&2; }} | true"  # the reader has gone before
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=60)
+    assert done.stderr == "exit 1\n"
 
 
 def test_prompts_come_from_standard_input_and_results_as_json(server, tmp_path):
@@ -186,7 +254,7 @@ def test_status_tells_what_is_served(server):
     gone = subprocess.run([COMMAND, "status", "--server", "127.0.0.1:1"], capture_output=True,
                           text=True, timeout=60)  # fmt: skip
     assert gone.returncode == 1
-    assert "no server answers at 127.0.0.1:1" in gone.stdout
+    assert "no server answers at 127.0.0.1:1" in gone.stderr
 
 
 def test_serve_is_the_launcher():

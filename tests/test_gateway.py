@@ -114,7 +114,8 @@ def test_models_are_the_checkpoints(client):
     (model,) = client.models.list().data
     assert client.models.retrieve(model.id).id == model.id
     assert client.images.generate(prompt="a red circle", model=model.id).data
-    with pytest.raises(openai.NotFoundError, match="'dall-e-3' does not exist") as error:
+    missing = "'dall-e-3' does not exist; served are "
+    with pytest.raises(openai.NotFoundError, match=missing) as error:
         client.images.generate(prompt="a red circle", model="dall-e-3")
     assert (error.value.param, error.value.code) == ("model", "model_not_found")
 
@@ -147,6 +148,11 @@ def test_what_is_not_allowed_is_refused_by_name(gateway, fields, param, code):
     assert param in error["message"]
 
 
+def test_a_size_of_another_form_is_told_the_form(gateway):
+    answer = gateway.call(GENERATIONS, {"prompt": "a red circle", "size": "32X32"})
+    assert "must be WIDTHxHEIGHT in pixels" in answer.json()["error"]["message"]
+
+
 def test_fields_without_an_effect_are_taken(client):
     answer = client.images.generate(
         prompt="a red circle", moderation="low", style="vivid", background="opaque", user="me",
@@ -158,8 +164,11 @@ def test_fields_without_an_effect_are_taken(client):
 def test_image_inputs_are_refused(client):
     buffer = io.BytesIO()
     Image.new("RGB", (32, 32)).save(buffer, "png")
+    file = ("a.png", buffer.getvalue())
     with pytest.raises(openai.BadRequestError, match="Image inputs are not served"):
-        client.images.edit(image=("a.png", buffer.getvalue()), prompt="a red circle")
+        client.images.edit(image=file, prompt="a red circle")
+    with pytest.raises(openai.BadRequestError, match="Image inputs are not served"):
+        client.post("/images/variations", cast_to=object, files={"image": file}, body={"n": 1})
 
 
 def test_every_answer_has_its_request_id(gateway):
@@ -177,6 +186,18 @@ def test_errors_of_routes_and_bodies_have_openais_form(gateway):
         )  # fmt: skip
     answer = gateway.call(GENERATIONS, {"prompt": "x"}, content_type="text/plain")
     assert "content-type: application/json" in answer.json()["error"]["message"]
+    answer = gateway.call(GENERATIONS, {"prompt": "x"}, content_encoding="gzip")
+    assert (answer.status, answer.json()["error"]["code"]) == (415, "unsupported_encoding")
+    answer = gateway.call(GENERATIONS, b'{"prompt": ' + b"[" * 50_000)
+    assert (answer.status, answer.json()["error"]["code"]) == (400, "invalid_body")
+    answer = gateway.call(GENERATIONS, {"prompt": "x", "\ud800": 1})
+    assert (answer.status, answer.json()["error"]["param"]) == (400, "\\ud800")
+
+
+@pytest.mark.parametrize("path", ["/health/live", "/health/ready"])
+def test_probes_may_ask_without_a_body(gateway, path):
+    answer = gateway.call(path, method="HEAD")
+    assert (answer.status, answer.data) == (200, b"")
 
 
 def post_and_leave(gateway, body, wait):

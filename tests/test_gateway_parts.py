@@ -73,14 +73,29 @@ def test_a_lost_server_is_left_alone_and_its_request_goes_to_another(server):
     assert healthy == {lost: False, server.address: True}
 
 
-def test_a_job_that_is_cancelled_says_so(server):
+@pytest.mark.parametrize("progress", [True, False])
+def test_a_job_that_is_cancelled_says_so(server, progress):
     async def use(pool):
-        job = pool.stream("a red circle", steps=50, width=128, height=128)
+        job = pool.stream(
+            "a red circle", steps=50, width=128, height=128, num_images=1, progress=progress
+        )
+        asyncio.get_running_loop().call_later(0.02, job.cancel)
         async for _ in job:
-            job.cancel()
+            pass
 
     with pytest.raises(Cancelled, match="was cancelled"):
         with_pool([server.address], use)
+
+
+def test_a_picture_without_progress_is_the_same(server):
+    async def use(pool):
+        fields = {"steps": 3, "seed": 1, "num_images": 1, "deterministic": True}
+        jobs = [pool.stream("a ring", progress=progress, **fields) for progress in (True, False)]
+        return [[event async for event in job] for job in jobs]
+
+    streamed, answered = with_pool([server.address], use)
+    assert [type(event) for event in answered] == [Picture]
+    assert answered[0].data == streamed[-1].data
 
 
 def test_without_a_server_live_is_yes_and_ready_is_no():
@@ -148,10 +163,32 @@ def test_all_addresses_of_a_name_are_servers(monkeypatch):
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("server", ["", "host", "host:", ":1", "host:0", "host:x", "host:65536"])
-def test_a_server_that_is_no_address_is_refused(server):
+def test_what_fails_at_every_look_is_logged_once(monkeypatch, caplog):
+    async def unknown(self, host, port, **_):
+        raise OSError("unknown")
+
+    async def broken(self):
+        raise RuntimeError("broken")
+
+    async def run():
+        monkeypatch.setattr(type(asyncio.get_running_loop()), "getaddrinfo", unknown)
+        pool = Pool(["nowhere:1"], timeout=60, probe_seconds=0.001)
+        await pool.start()
+        await asyncio.sleep(0.05)
+        monkeypatch.setattr(Pool, "probe", broken)
+        await asyncio.sleep(0.05)
+        await pool.close()
+
+    asyncio.run(run())
+    assert [record.getMessage() for record in caplog.records] == [
+        "the name of nowhere:1 is not known: unknown", "looking at the servers fails",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("address", ["", "host", "host:", ":1", "host:0", "host:x", "host:65536"])
+def test_a_server_that_is_no_address_is_refused(address):
     with pytest.raises(ValueError, match="must be host:port"):
-        split(server)
+        split(address)
 
 
 def test_work_is_steps_of_pictures_at_the_native_size():

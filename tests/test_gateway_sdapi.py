@@ -53,7 +53,9 @@ def test_webuiapi_finds_what_it_asks_for_at_its_start(api, gateway, server):
     assert [model["title"] for model in api.get_sd_models()] == [info.checkpoint]
     assert {s["aliases"][0] for s in api.get_samplers()} == set(info.samplers)
     assert {s["name"] for s in api.get_schedulers()} >= {"automatic", "karras"}
-    for name in ("loras", "upscalers", "hypernetworks", "sd-vae", "cmd-flags", "memory", "scripts"):
+    assert api.get_sd_vae() == api.get_loras() == []
+    assert [upscaler["name"] for upscaler in api.get_upscalers()] == ["None"]
+    for name in ("hypernetworks", "sd-vae", "cmd-flags", "memory", "scripts"):
         assert gateway.call(f"/sdapi/v1/{name}").status == 200
     assert api.get_progress()["progress"] == 0
     api.refresh_checkpoints()
@@ -68,13 +70,11 @@ def test_options_are_kept_and_checked(api, gateway):
     image = api.txt2img(prompt="a ring", width=32, height=32, override_settings=settings).image
     assert image.format == "PNG"
     api.set_options({"samples_format": "png"})
-    for wrong in ({"sd_model_checkpoint": "none"}, {"samples_format": "gif"}, {"eta_noise": 3}):
+    for wrong in ({"sd_model_checkpoint": "none"}, {"samples_format": "gif"}, {"sd_vae": "x"}):
         answer = gateway.call("/sdapi/v1/options", wrong)
         assert answer.status in (400, 404)
-        assert (
-            next(iter(wrong.values())) == 3
-            or str(next(iter(wrong.values()))) in answer.json()["detail"]
-        )
+        assert next(iter(wrong.values())) in answer.json()["detail"]
+    api.set_options(api.get_options() | {"show_progress_every_n_steps": 5})  # what is read is taken
 
 
 def test_progress_shows_a_preview_and_interrupt_ends_it(api, server):
@@ -103,9 +103,11 @@ REFUSED = [
     ({"enable_hr": True}, "enable_hr"),
     ({"restore_faces": True}, "restore_faces"),
     ({"styles": ["x"]}, "styles"),
-    ({"magic": 1}, "magic"),
+    ({"clip_skip": 2}, "clip_skip"),
+    ({"denoising_strength": float("nan")}, "NaN"),
     ({"alwayson_scripts": {"ADetailer": {"args": [{"ad_model": "x"}]}}}, "alwayson_scripts"),
-    ({"override_settings": {"eta_noise": 1}}, "override_settings.eta_noise"),
+    ({"override_settings": {"sd_vae": "x"}}, "override_settings.sd_vae"),
+    ({"prompt": "a ring <lora:ink:0.8>"}, "lora"),
     ({"sampler_name": "Restart"}, "sampler_name"),
     ({"scheduler": "Align"}, "scheduler"),
     ({"width": 33}, "width"),
@@ -122,11 +124,14 @@ def test_what_is_not_served_is_refused_by_name(gateway, fields, name):
     assert name in answer.json()["detail"]
 
 
-# What SillyTavern, Open WebUI and webuiapi send besides what they ask for.
+# What SillyTavern, Open WebUI, Forge's clients and webuiapi send besides what they ask for.
 HARMLESS = {
+    "url": "http://127.0.0.1:7860", "auth": "a:b", "distilled_cfg_scale": 3.5, "tiling": None,
+    "hr_second_pass_steps": 0, "s_tmax": None, "s_tmin": 0, "firstphase_width": 0,
     "enable_hr": False, "hr_scale": 2, "hr_upscaler": "Latent", "hr_additional_modules": ["same"],
     "denoising_strength": 0.7, "restore_faces": False, "styles": [], "subseed": -1,
     "subseed_strength": 0, "s_churn": 0, "s_noise": 1, "script_name": None, "script_args": [],
+    "do_not_save_samples": False, "refiner_checkpoint": "", "sampler_index": "Euler",
     "save_images": True, "send_images": True, "do_not_save_grid": False, "clip_skip": 1,
     "alwayson_scripts": {"ADetailer": {"args": [False]}, "controlnet": {"args": []}},
     "override_settings": {"CLIP_stop_at_last_layers": 1, "sd_vae": "Automatic"},
@@ -140,7 +145,9 @@ def test_fields_that_ask_for_nothing_are_taken(gateway):
     body = answer.json()
     assert len(body["images"]) == 1
     assert body["parameters"]["hr_scale"] == 2
-    assert json.loads(body["info"])["seed"] >= 0
+    info = json.loads(body["info"])
+    assert info["seed"] >= 0
+    assert info["warnings"] == ["ignored: 'url', 'auth', 'distilled_cfg_scale'"]
     answer = gateway.call(TXT2IMG, {"prompt": "a ring", "send_images": False})
     assert answer.json()["images"] == []
 
@@ -166,6 +173,14 @@ def test_names_of_samplers_are_a1111s(sampler, scheduler, wanted):
 def test_a_sampler_that_the_server_has_not_is_unknown():
     with pytest.raises(ApiError, match="sampler_name='UniPC' is invalid"):
         sampler_names.chosen("UniPC", None, SAMPLERS)
+
+
+def test_loras_are_named_in_the_prompt():
+    body = TextToImage(prompt="a ring <lora:ink:0.8>, thin<lora:film>", sampler_name="Euler")
+    fields = body.fields(INFO, "png")
+    assert (body.painted_prompt, fields["lora"]) == ("a ring, thin", "ink:0.8,film")
+    without = TextToImage(prompt="a <b>", sampler_name="Euler")
+    assert without.fields(INFO, "png")["lora"] is None
 
 
 def test_eta_is_of_the_samplers_that_take_it():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,7 @@ from twinbrush.server import addresses, checks, processes, scratch
 from twinbrush.server.errors import ServerError
 from twinbrush.server.log import Log, parse
 from twinbrush.server.stubs import STUB, Stubs
+from twinbrush.server.waits import Signals, Stopped
 
 LAUNCHER = [sys.executable, "-m", "twinbrush.server"]
 
@@ -119,6 +123,58 @@ def test_a_stub_that_the_kernels_list_misses_has_not_ended(tmp_path, monkeypatch
         stub.kill()
         stub.wait()
     assert (stubs.dead([]) or "").endswith("has ended")
+
+
+# Waits ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def signals() -> Iterator[Signals]:
+    before = signal.getsignal(signal.SIGUSR1)
+    yield Signals([signal.SIGUSR1])
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_wait_ends_with_the_first_process_that_ends(signals):
+    living, ending = subprocess.Popen(["sleep", "60"]), subprocess.Popen(["sleep", "0.2"])
+    try:
+        began = time.monotonic()
+        signals.wait(30, [living.pid, ending.pid])
+        assert 0.1 < time.monotonic() - began < 10
+        signals.wait(30, [ending.pid])  # it has ended, and is not collected
+        ending.wait()
+        signals.wait(30, [ending.pid])  # there is none
+        assert time.monotonic() - began < 10
+        began = time.monotonic()
+        signals.wait(0.1, [living.pid])
+        assert time.monotonic() - began >= 0.1
+    finally:
+        living.kill()
+        living.wait()
+
+
+def test_a_signal_ends_a_wait_also_one_that_begins_later(signals):
+    began = time.monotonic()
+    threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGUSR1]).start()
+    with pytest.raises(Stopped) as stopped:
+        signals.wait(30)
+    assert stopped.value.exit_code == 128 + signal.SIGUSR1
+    with pytest.raises(Stopped):
+        signals.wait(30)
+    assert signals.come == [signal.SIGUSR1]
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("error", [OSError, AttributeError])
+def test_where_the_kernel_reports_no_ends_a_wait_is_short(signals, monkeypatch, error):
+    def refused(_):
+        raise error
+
+    monkeypatch.setattr(os, "pidfd_open", refused)
+    began = time.monotonic()
+    signals.wait(30, [os.getpid()])
+    assert time.monotonic() - began < 10
 
 
 # CPUs ----------------------------------------------------------------------------------------
@@ -294,6 +350,23 @@ def test_a_python_without_its_shared_library_is_named(tmp_path, monkeypatch):
 )  # fmt: skip
 def test_a_line_of_the_server_has_a_level_and_a_source(line, parsed):
     assert parse(line) == parsed
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_a_full_disk_under_the_log_ends_nothing(form, monkeypatch):
+    with open(os.open("/dev/full", os.O_WRONLY), "wb", buffering=0) as full:
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(full, write_through=True))
+        monkeypatch.setattr(sys, "stderr", sys.stdout)
+        log = Log(form)
+        log.say("ready")
+        log.complain("it ended")
+        log.relay("a line")
+        monkeypatch.undo()
+
+
+def test_a_line_of_many_brackets_is_read():
+    line = f"I1129 06:59:27.296306 17383 http.cc:12] {'[' * 100_000}"
+    assert parse(line)[:2] == ("info", "triton")
 
 
 def test_json_lines_carry_time_level_source_message_and_request_id(capsys):

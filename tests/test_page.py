@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import re
 import shutil
@@ -9,7 +10,10 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
+import gradio as gr
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 from starlette.testclient import TestClient
@@ -19,8 +23,11 @@ from gateway import page_html as html
 from gateway.app import Settings, create_app
 from gateway.gate import Gate
 from gateway.keys import Key, KeyRing, Limits, digest
+from gateway.limits import Meter
+from gateway.page import QUEUE_SECONDS, Handlers
+from gateway.page_layout import lay_out, updates
 from gateway.pool import Pool
-from twinbrush_client import Client, InvalidRequest, ServerInfo
+from twinbrush_client import Client, InvalidRequest, QueueFull, ServerInfo
 from twinbrush_client.story import read_story
 
 PROMPT = "a large red circle left of a small blue square"
@@ -169,6 +176,15 @@ def test_an_error_is_shown_in_the_servers_words(tab):
     expect(page.get_by_role("alert")).to_contain_text("size='wide' is invalid")
 
 
+def test_a_file_that_is_no_picture_is_named_without_a_path(tab, tmp_path):
+    file = tmp_path / "a.png"
+    file.write_bytes(b"no picture")
+    page = tab()
+    page.click("#tb-from button")
+    page.set_input_files("#tb-file input[type=file]", file)
+    expect(page.get_by_role("alert")).to_have_text("The file is no picture.")
+
+
 def test_the_settings_of_a_picture_come_back(tab, server, tmp_path):
     with Client(server.address) as client:
         stream = client.stream(
@@ -228,9 +244,63 @@ def test_with_keys_the_page_asks_for_one():
     assert client.get("/config").status_code == 200
 
 
+def test_a_page_that_nobody_uses_does_not_look_at_its_queue_all_the_time(monkeypatch):
+    looks, sleep = [], asyncio.sleep
+
+    async def counted(seconds, *result):
+        looks.append(seconds)
+        return await sleep(seconds, *result)
+
+    monkeypatch.setattr(asyncio, "sleep", counted)
+    with TestClient(create_app(Pool([], 5), Settings(), Gate())) as client:
+        client.get("/config")  # which starts the queue
+        looks.clear()
+        time.sleep(0.5)
+        assert 5 < len(looks) < 60
+        assert QUEUE_SECONDS in looks
+
+
+def test_the_server_knows_whose_requests_the_page_sends(info):
+    asked = {}
+
+    def stream(prompt, **fields):
+        asked.update(fields)
+        raise QueueFull("RESOURCE_EXHAUSTED", "the queue is full")
+
+    async def served():
+        return info
+
+    with gr.Blocks():
+        layout = lay_out()
+    pool: Any = SimpleNamespace(stream=stream, info=served)
+    studio: Any = SimpleNamespace(pool=pool, meter=Meter())
+    page = Handlers(studio, KeyRing([Key("artist", digest("x" * 16), Limits())], Limits()), layout)
+    request: Any = SimpleNamespace(username="artist", session_hash="tab")
+    values = form.defaults(info) | {"prompt": "a ring", "seed": "7"}
+
+    async def paint():
+        given = [values[name] for name in layout.controls]
+        return [state async for state in page.paint(request, True, {}, *given)]
+
+    *_, last = asyncio.run(paint())
+    assert asked["client"] == "artist"
+    assert asked["preview_every"] == 1
+    assert "Try again soon" in last[layout.status]
+
+
+def test_loras_are_offered_where_there_are_any(info):
+    assert not updates(info)["lora"]["visible"]
+    control = updates(replace(info, loras=["ink", "film"]))["lora"]
+    assert control["visible"]
+    assert control["info"].startswith("ink, film; with a scale, ink:0.8")
+
+
 @pytest.fixture(scope="module")
 def info() -> ServerInfo:
-    fields = [{"name": "steps", "minimum": 1, "maximum": 50}]
+    fields = [
+        {"name": "steps", "minimum": 1, "maximum": 50},
+        {"name": "prompt_syntax", "choices": ["plain", "a1111"]},
+    ]
     defaults = dict.fromkeys(form.PLAIN) | {
         "width": 64, "height": 64, "steps": 4, "sampler": "lcm", "num_images": 1,
         "image_format": "png_base64",
@@ -257,10 +327,10 @@ def test_a_forms_values_survive_the_way_through_a_picture(info):
     given = form.defaults(info) | {"prompt": "x", "size": "48x80", "seed": "7", "steps": 9}
     fields = form.request_fields(given, {"crop_top_left": (0, 8)}, info)
     assert fields["steps"] == 9
-    assert "sampler" not in fields  # it has its default
+    assert not {"sampler", "prompt_syntax", "lora", "image_format"} & set(fields)  # as by default
     back = form.control_values(fields | {"prompt": "x"}, info)
     assert {name: back[name] for name in given} == given | {"size": "48 × 80"}
-    assert form.without_control(fields) == {"crop_top_left": (0, 8)}
+    assert form.without_control(fields | {"client": "x"}) == {"crop_top_left": (0, 8)}
 
 
 @pytest.mark.parametrize(

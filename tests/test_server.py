@@ -146,11 +146,22 @@ def test_deaths_leave_a_start_that_gives_up_its_other_tries(monkeypatch, reposit
         raise next(ends)
 
     monkeypatch.setattr(launcher, "serve", serve)
-    monkeypatch.setattr(launcher, "pause", lambda _: None)
+    monkeypatch.setattr(launcher, "Signals", lambda _: SimpleNamespace(wait=lambda _: None))
     with pytest.raises(Ends):
         launcher.main(
             repository, http_port=0, grpc_port=0, metrics_port=0, restart=True, no_verify=True
         )
+
+
+@pytest.mark.parametrize(("code", "passing"), [(-signal.SIGABRT, True), (1, False)])
+def test_a_server_that_crashes_as_it_loads_is_tried_again(repository, code, passing):
+    process = TritonProcess(None, ServerOptions(repository))
+    process._process = SimpleNamespace(poll=lambda: code, pid=0)
+    process._stubs = SimpleNamespace(dead=lambda started: None)
+    process._reader = SimpleNamespace(join=lambda timeout: None)
+    with pytest.raises(ServerError, match="ended while it loaded") as raised:
+        process.check()
+    assert raised.value.passing is passing
 
 
 def test_a_log_that_nobody_can_be_shown_is_read_on(monkeypatch, repository):

@@ -36,7 +36,7 @@ class TritonPythonModel:
 
         Refuses those of clients, see `twinbrush.doors`.
         """
-        allowed = [doors.is_open(request.parameters()) for request in requests]
+        allowed = [_is_open(request) for request in requests]
         if all(allowed):
             return self._run(requests)
         answers = iter(self._run([r for r, ok in zip(requests, allowed, strict=True) if ok]))
@@ -75,6 +75,13 @@ class TritonPythonModel:
                 if name in wanted
             ]
         )
+
+
+def _is_open(request):
+    try:
+        return doors.is_open(request.parameters())
+    except ValueError:  # of a client's: parameters that are no UTF-8
+        return False
 
 
 def _failure(error):

@@ -83,6 +83,19 @@ class AsyncClient:
         request = wire.stream_request(prompt, fields, request_id)
         return self._stream(request, timeout, wire.num_images(fields))
 
+    @with_fields
+    async def pictures(
+        self,
+        prompt: str,
+        *,
+        timeout: float | None = None,
+        request_id: str | None = None,
+        **fields: Unpack[RequestFields],
+    ) -> list[Picture]:
+        """The pictures of a prompt with their seeds and files; see `Client.pictures`."""
+        request = wire.unary_request(prompt, fields, request_id)
+        return wire.pictures(await self._answer(request, self._connection.deadline(timeout)))
+
     async def info(self, *, timeout: float | None = None) -> ServerInfo:
         """What the server serves: checkpoint, samplers, sizes, defaults, fields, device.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import sys
@@ -10,8 +11,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
+from unicodedata import category
 
 import typer
 from rich.console import Console
@@ -25,21 +28,40 @@ from twinbrush_client.errors import (
     invalid,
 )
 from twinbrush_client.options import with_field_options
-from twinbrush_client.output import Output, format_of, grid, refuse_existing
+from twinbrush_client.output import Output, format_of, grid, new_file
 from twinbrush_client.painting import Display, Job, events
 from twinbrush_client.story import fields_of, read_story
-from twinbrush_client.wire import Picture
+from twinbrush_client.wire import Picture, ServerInfo
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended
 STDIN = "-"
+CONTROLS = ("Cc", "Cs")  # Unicode's categories of control characters and lone surrogates
+ERROR, WARNING = "red", "yellow"
 Server = Annotated[str, typer.Option(envvar="TWINBRUSH_SERVER", help="Server's gRPC address.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        try:
+            print(version("twinbrush-client"))
+        except PackageNotFoundError:  # a source tree that is not installed
+            print("unknown")
+        raise typer.Exit
+
+
 @app.callback()
-def twinbrush() -> None:
+def twinbrush(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True,
+                           help="Print the version.")
+    ] = False,
+) -> None:  # fmt: skip
     """Pictures from a Twinbrush server."""
+    for stream in (sys.stdout, sys.stderr):  # names of files need not be text
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 @app.command()
@@ -84,52 +106,60 @@ def generate(
     """
     started = time.monotonic()
     console = _console(as_json)
-    with _errors(console, timeout):
+    with _errors(timeout):
         if grid_file:
-            refuse_existing("grid", grid_file, overwrite)
-        fields["image_format"] = format_of(output, image_format)
+            format_of("grid", grid_file)
+            new_file("grid", grid_file, overwrite)
+            if output and output.resolve() == grid_file.resolve():
+                raise invalid("--grid", str(grid_file), "is the file of --output")
+        fields["image_format"] = format_of("output", output, image_format)
         fields |= {"preview_every": 1 if preview else None, "timeout": timeout}
         jobs = _jobs(_texts(prompt, prompts), like, fields)
         files = Output(out, output, overwrite)
         with Client(server, timeout) as client:
             painted = _paint(client, jobs, files, Display(console, preview), console)
         if grid_file:
-            grid([picture.image for _, picture, _ in painted]).save(grid_file)
-            console.print(f"{grid_file}  grid", soft_wrap=True)
-    for text in sorted({picture.warning for _, picture, _ in painted} - {""}):
-        console.print(f"[yellow]warning:[/] {_escaped(text)}", soft_wrap=True)
-    milliseconds = 1000 * (time.monotonic() - started)
-    console.print(f"{len(painted)} image(s) in {milliseconds:.0f} ms")
-    if as_json:
-        rows = [
-            {"path": str(path), "prompt": job.prompt, "seed": picture.seed,
-             "warning": picture.warning}
-            for job, picture, path in painted
-        ]  # fmt: skip
-        sys.stdout.write(json.dumps(rows, ensure_ascii=False, indent=2) + "\n")
+            sheet = grid([picture.image for _, picture, _ in painted])
+            console.print(f"{files.write_grid(sheet, grid_file)}  grid", soft_wrap=True)
+        for text in sorted({picture.warning for _, picture, _ in painted} - {""}):
+            console.print(f"warning: {_shown(text)}", style=WARNING, soft_wrap=True)
+        milliseconds = 1000 * (time.monotonic() - started)
+        console.print(f"{len(painted)} image(s) in {milliseconds:.0f} ms")
+        if as_json:
+            _print_json([
+                {"path": str(path), "prompt": job.prompt, "seed": picture.seed,
+                 "warning": picture.warning}
+                for job, picture, path in painted
+            ])  # fmt: skip
 
 
 @app.command()
 def status(as_json: AsJson = False, server: Server = DEFAULT_ADDRESS) -> None:
     """Tells what a server serves; exits with 1 where none is ready."""
-    console = _console(as_json)
-    with _errors(console), Client(server, timeout=10, max_retries=0) as client:
-        info = client.info()
-    if as_json:
-        sys.stdout.write(json.dumps(asdict(info), ensure_ascii=False, indent=2) + "\n")
-        return
+    with _errors():
+        with Client(server, timeout=10, max_retries=0) as client:
+            info = client.info()
+        if as_json:
+            _print_json(asdict(info))
+        else:
+            _print_status(info, server)
+
+
+def _print_status(info: ServerInfo, server: str) -> None:
     defaults = ", ".join(f"{name} {info.defaults[name]}" for name in ("steps", "guidance_scale"))
     sizes = info.sizes
-    console.print(f"ready: Twinbrush {info.version} at {server}")
-    console.print(f"checkpoint: {_escaped(info.checkpoint)}")
-    if info.device:
-        console.print(f"device: {info.device}")
-    console.print(f"samplers: {', '.join(info.samplers)} (default {info.defaults['sampler']})")
-    if info.loras:
-        console.print(f"loras: {', '.join(info.loras)}")
-    console.print(f"defaults: {defaults}")
-    console.print(f"sizes: {sizes['native']} pixels, up to {sizes['largest']}, "
-                  f"multiples of {sizes['multiple_of']}")  # fmt: skip
+    lines = [
+        f"ready: Twinbrush {info.version} at {server}",
+        f"checkpoint: {info.checkpoint}",
+        info.device and f"device: {info.device}",
+        f"samplers: {', '.join(info.samplers)} (default {info.defaults['sampler']})",
+        info.loras and f"loras: {', '.join(info.loras)}",
+        f"defaults: {defaults}",
+        f"sizes: {sizes['native']} pixels, up to {sizes['largest']}, "
+        f"multiples of {sizes['multiple_of']}",
+    ]
+    for line in filter(None, lines):
+        _console().print(_shown(line), soft_wrap=True)
 
 
 @app.command()
@@ -138,18 +168,16 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Shows how pictures were made, from the files themselves; as JSON, a list where several."""
-    console = _console(as_json)
-    with _errors(console):
+    with _errors():
         stories = [read_story(file) for file in files]
-    if as_json:
-        shown = stories if len(files) > 1 else stories[0]
-        sys.stdout.write(json.dumps(shown, ensure_ascii=False, indent=2) + "\n")
-        return
-    for file, story in zip(files, stories, strict=True):
-        if len(files) > 1:
-            console.print(f"\nfile: {_escaped(str(file))}", soft_wrap=True)
-        for name, value in story.items():
-            console.print(f"{name}: {_escaped(str(value))}", soft_wrap=True)
+        if as_json:
+            _print_json(stories if len(files) > 1 else stories[0])
+            return
+        for file, story in zip(files, stories, strict=True):
+            if len(files) > 1:
+                _console().print(f"\nfile: {_shown(str(file))}", soft_wrap=True)
+            for name, value in story.items():
+                _console().print(_shown(f"{name}: {value}"), soft_wrap=True)
 
 
 @app.command(
@@ -163,20 +191,34 @@ def serve(context: typer.Context) -> None:
     except ModuleNotFoundError:
         found = None
     if found is None:
-        text = "the server is not installed here: pip install 'twinbrush[server]'"
-        _console(False).print(f"[red]{_escaped(text)}[/]", soft_wrap=True)
-        raise typer.Exit(1)
+        raise _failed("the server is not installed here: pip install 'twinbrush[server]'")
     os.execv(sys.executable, [sys.executable, "-m", "twinbrush.server", *context.args])
 
 
-def _console(as_json: bool) -> Console:
-    """With JSON on standard output, all else goes to standard error."""
-    return Console(highlight=False, stderr=as_json)
+def _console(stderr: bool = False) -> Console:
+    """Prints text as it is. With JSON on standard output, all else goes to standard error."""
+    return Console(highlight=False, markup=False, emoji=False, stderr=stderr)
+
+
+def _shown(text: str) -> str:
+    """Text of a file or a server for the console: as it is, without codes that steer terminals."""
+    return "".join(ascii(c)[1:-1] if category(c) in CONTROLS and c not in "\n\t" else c
+                   for c in text)  # fmt: skip
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+    sys.stdout.flush()
+
+
+def _failed(text: str, status: int = 1) -> typer.Exit:
+    _console(stderr=True).print(_shown(text), style=ERROR, soft_wrap=True)
+    return typer.Exit(status)
 
 
 @contextmanager
-def _errors(console: Console, timeout: float = TIMEOUT) -> Iterator[None]:
-    """Errors become a line and an exit status."""
+def _errors(timeout: float = TIMEOUT) -> Iterator[None]:
+    """Errors become a line on standard error, and an exit status."""
     try:
         yield
     except TwinbrushError as error:
@@ -185,22 +227,21 @@ def _errors(console: Console, timeout: float = TIMEOUT) -> Iterator[None]:
             text = f"not finished after the {timeout:g} s of --timeout; the server ends its work"
         elif isinstance(error, ServerUnavailable):
             text += "; `twinbrush serve` starts a server"
-        console.print(f"[red]{_escaped(text)}[/]", soft_wrap=True)
+        raise _failed(text) from None
+    except BrokenPipeError:  # who reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from None
     except OSError as error:
-        text = f"cannot use {error.filename}: {error.strerror}"
-        console.print(f"[red]{_escaped(text)}[/]", soft_wrap=True)
-        raise typer.Exit(1) from None
+        raise _failed(f"cannot use {error.filename}: {error.strerror}") from None
     except KeyboardInterrupt:
-        console.print("cancelled; the server has stopped working on it")
-        raise typer.Exit(INTERRUPTED) from None
+        raise _failed("cancelled; the server has stopped working on it", INTERRUPTED) from None
 
 
 def _texts(prompt: str | None, prompts: Path | None) -> list[str]:
     """The prompts of the arguments, of a file, or of standard input.
 
     Raises:
-        InvalidRequest: both an argument and a file are given, or there is no prompt in them.
+        InvalidRequest: both an argument and a file are given, or they hold no prompt, or no text.
     """
     if prompt is not None and prompts is not None:
         raise invalid("--prompts", str(prompts), "cannot be combined with a prompt")
@@ -209,7 +250,13 @@ def _texts(prompt: str | None, prompts: Path | None) -> list[str]:
         return []
     if prompts is None and prompt != STDIN:
         return [source]
-    text = sys.stdin.read() if source == STDIN else Path(source).read_text()
+    if source == STDIN and sys.stdin is None:
+        raise invalid("--prompts", source, "needs standard input, which is closed")
+    data = sys.stdin.buffer.read() if source == STDIN else Path(source).read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise invalid("--prompts", source, "must be text in UTF-8") from None
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise invalid("--prompts", source, "has no prompt")
@@ -251,7 +298,3 @@ def _paint(
                 console.print(f"{path}  seed {event.seed}", soft_wrap=True)
                 painted.append((job, event, path))
     return sorted(painted, key=lambda row: (row[0].number, row[1].index))
-
-
-def _escaped(text: str) -> str:
-    return text.replace("[", "\\[")

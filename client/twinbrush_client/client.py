@@ -87,6 +87,24 @@ class Client:
         request = wire.stream_request(prompt, fields, request_id)
         return self._stream(request, timeout, wire.num_images(fields))
 
+    @with_fields
+    def pictures(
+        self,
+        prompt: str,
+        *,
+        timeout: float | None = None,
+        request_id: str | None = None,
+        **fields: Unpack[RequestFields],
+    ) -> list[Picture]:
+        """The pictures of a prompt with their seeds and files as they came, all at the end.
+
+        Raises:
+            TwinbrushError: the server refused the request or could not finish it.
+        """
+        request = wire.unary_request(prompt, fields, request_id)
+        (response,) = self._answers([request], self._connection.deadline(timeout))
+        return wire.pictures(response)
+
     def info(self, *, timeout: float | None = None) -> ServerInfo:
         """What the server serves: checkpoint, samplers, sizes, defaults, fields, device.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,12 +16,20 @@ from typing import Any
 
 import grpc
 
-from twinbrush_client.errors import QueueFull, ServerUnavailable, TwinbrushError, error_of
+from twinbrush_client.errors import (
+    QueueFull,
+    ServerUnavailable,
+    TwinbrushError,
+    error_of,
+    invalid,
+)
 
 DEFAULT_ADDRESS = "127.0.0.1:8001"
 TIMEOUT = 300.0  # seconds
 MAX_RETRIES = 2
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 10.0  # seconds
+ADDRESS = re.compile(r"[^/\s]+:\d{1,5}|(dns|ipv4|ipv6|unix|vsock|xds):\S+")
+HTTP_SERVER = "http1.x server"  # gRPC's words where a server speaks HTTP alone
 PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")
 OPTIONS = (
     ("grpc.max_receive_message_length", -1),
@@ -48,6 +57,12 @@ class Connection:
     headers: Mapping[str, str] = field(default_factory=dict)
     tls: bool | str | Path = False
     credentials: grpc.ChannelCredentials | None = None
+
+    def __post_init__(self) -> None:
+        """Raises InvalidRequest where the address is none of gRPC's."""
+        if not ADDRESS.fullmatch(self.address):
+            allowed = "must be host:port of the server's gRPC endpoint, such as 127.0.0.1:8001"
+            raise invalid("address", self.address, allowed)
 
     def channel(self, kind: Any) -> Any:
         """A channel of `grpc` or of `grpc.aio`.
@@ -79,7 +94,9 @@ class Connection:
         hint = trailing.get("retry-after")
         after = float(hint) if hint and hint.replace(".", "", 1).isdecimal() else None
         text, code = str(raised.details() or ""), raised.code().name
-        if code == "UNAVAILABLE" and "failed to connect" in text:
+        if HTTP_SERVER in text:
+            text = f"{self.address} speaks HTTP; the gRPC port is another one, 8001 by default"
+        elif code == "UNAVAILABLE" and "failed to connect" in text:
             text = f"no server answers at {self.address}{self._proxy()} ({text})"
         elif code == "CANCELLED" and "Locally cancelled" in text:
             text = "the request was cancelled"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import math
+import os
 import re
 from pathlib import Path
 
@@ -24,15 +27,15 @@ class Output:
 
     Raises:
         InvalidRequest: `file` exists, and would be overwritten.
-        OSError: the folder cannot be made.
+        OSError: the folder cannot be made or written to.
     """
 
     def __init__(self, folder: Path, file: Path | None, overwrite: bool):
-        self._folder = file.parent if file else folder
-        self._file, self._overwrite = file, overwrite
+        self._folder, self._file, self._overwrite = folder, file, overwrite
         if file:
-            refuse_existing("output", file, overwrite)
-        self._folder.mkdir(parents=True, exist_ok=True)
+            new_file("output", file, overwrite)
+        else:
+            _make_folder(folder)
 
     def write(self, data: bytes, prompt: str, seed: int, image_format: str, several: bool) -> Path:
         """Writes a picture's bytes and returns its path.
@@ -46,14 +49,19 @@ class Output:
             path = self._file.with_stem(f"{self._file.stem}-{seed}")
         else:
             path = self._file
+        return self._write(path, data)
+
+    def write_grid(self, sheet: Image.Image, path: Path) -> Path:
+        """Writes a grid in the format of its suffix and returns its path; raises as `write`."""
+        file = io.BytesIO()
+        sheet.save(file, format_of("grid", path))
+        return self._write(path, file.getvalue())
+
+    def _write(self, path: Path, data: bytes) -> Path:
+        """Where nothing is overwritten, under the first free name of `a.png`, `a-2.png`, …"""
         if self._overwrite:
             path.write_bytes(data)
             return path
-        return self._write_new(path, data)
-
-    @staticmethod
-    def _write_new(path: Path, data: bytes) -> Path:
-        """Under the first free name of `a.png`, `a-2.png`, …"""
         stem, number = path.stem, 1
         while True:
             try:
@@ -66,13 +74,27 @@ class Output:
                 return path
 
 
-def refuse_existing(option: str, path: Path, overwrite: bool) -> None:
-    """Raises InvalidRequest where a file would be overwritten."""
+def new_file(option: str, path: Path, overwrite: bool) -> None:
+    """Makes the folder of a file that will be written, before any work is done for it.
+
+    Raises:
+        InvalidRequest: the file exists, and would be overwritten.
+        OSError: the folder cannot be made or written to.
+    """
+    if path.is_dir():
+        raise invalid(f"--{option}", str(path), "is a folder")
     if path.exists() and not overwrite:
         raise invalid(f"--{option}", str(path), "exists; --overwrite replaces it")
+    _make_folder(path.parent)
 
 
-def format_of(path: Path | None, wanted: str | None) -> str | None:
+def _make_folder(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+
+
+def format_of(option: str, path: Path | None, wanted: str | None = None) -> str | None:
     """The image format that a file's suffix names, or the one that is wanted without a file.
 
     Raises:
@@ -83,7 +105,7 @@ def format_of(path: Path | None, wanted: str | None) -> str | None:
     suffix = path.suffix.lower().removeprefix(".")
     name = SUFFIXES.get(suffix, suffix)
     if name not in IMAGE_FORMATS:
-        raise invalid("--output", str(path), f"must end in one of {', '.join(IMAGE_FORMATS)}")
+        raise invalid(f"--{option}", str(path), f"must end in one of {', '.join(IMAGE_FORMATS)}")
     if wanted not in (None, name):
         raise invalid("--format", wanted, f"must be {name}, as the suffix of --output says")
     return name

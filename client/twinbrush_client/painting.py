@@ -73,7 +73,8 @@ class Display:
     """The bars of live images, and the last preview, below the lines that are printed."""
 
     def __init__(self, console: Console, previews: bool):
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+        name = TextColumn("{task.description}", markup=False)
+        columns = (name, BarColumn(), TaskProgressColumn())
         self._console = console
         self._bars = Progress(*columns, console=console)
         self._live = Live(self._bars, console=console, transient=True)
@@ -89,7 +90,7 @@ class Display:
             return
         if key not in self._tasks:
             name = f"{job.prompt[:24]} {event.index + 1}"
-            self._tasks[key] = self._bars.add_task(_escaped(name), total=event.total_steps)
+            self._tasks[key] = self._bars.add_task(name, total=event.total_steps)
         self._bars.update(self._tasks[key], completed=event.step)
         if isinstance(event, Preview) and self._previews:
             self._show_preview(event)
@@ -117,7 +118,3 @@ class _Raw:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
         yield Segment(self.sequence, None, [(ControlType.BELL,)])
         yield Segment.line()
-
-
-def _escaped(text: str) -> str:
-    return text.replace("[", "\\[")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import IO, Any
 
@@ -10,24 +11,34 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from twinbrush_client.errors import invalid
 from twinbrush_client.fields import DATA_TYPES
+from twinbrush_client.wire import IMAGE_FORMATS, typed
+
+FORMATS = tuple(name.upper() for name in IMAGE_FORMATS)  # PIL's names
 
 
 def read_story(file: Path | IO[bytes]) -> dict[str, Any]:
     """The settings in a file of Twinbrush's; of another tool's, A1111's text as `parameters`.
 
+    Pixels are not decoded.
+
     Raises:
-        InvalidRequest: the file is no picture, or says nothing.
+        InvalidRequest: the file is no picture, is damaged, or says nothing.
         OSError: the file cannot be read.
     """
     name = str(file) if isinstance(file, Path) else "picture"
     try:
-        with Image.open(file) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(file, formats=FORMATS) as image:
             settings, text = _texts(image)
     except UnidentifiedImageError:
-        raise invalid("file", name, "is no picture") from None
+        allowed = f"is no picture; {', '.join(IMAGE_FORMATS)} can be read"
+        raise invalid("file", name, allowed) from None
+    except Exception as error:  # decoders raise any kind for bytes that they do not expect
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise invalid("file", name, "is a damaged picture, or one that is too large") from None
     try:
         story = json.loads(settings) if settings else None
-    except ValueError:
+    except (ValueError, RecursionError):
         story = None
     if isinstance(story, dict):
         return story
@@ -40,11 +51,11 @@ def fields_of(story: dict[str, Any]) -> dict[str, Any]:
     """The request fields of a story; sending them again paints the picture again.
 
     Raises:
-        InvalidRequest: the story has no prompt.
+        InvalidRequest: the story has no prompt, or a value has the wrong type.
     """
-    if "prompt" not in story:
+    if not isinstance(story.get("prompt"), str):
         raise invalid("file", "parameters", "was not made by Twinbrush, so it cannot be repeated")
-    return {name: value for name, value in story.items() if name in DATA_TYPES}
+    return {name: typed(name, value) for name, value in story.items() if name in DATA_TYPES}
 
 
 def parameters_of(image: Image.Image) -> str:
@@ -58,7 +69,8 @@ def _texts(image: Image.Image) -> tuple[str, str]:
     if settings or text:
         return str(settings or ""), str(text or "")
     exif = image.getexif().get_ifd(ExifTags.IFD.Exif)
-    note, comment = (exif.get(tag, b"") for tag in (ExifTags.Base.MakerNote,
-                                                    ExifTags.Base.UserComment))  # fmt: skip
+    tags = ExifTags.Base.MakerNote, ExifTags.Base.UserComment
+    # Other programs may write numbers or text there.
+    note, comment = (v if isinstance(v := exif.get(tag), bytes) else b"" for tag in tags)
     decoded = comment[8:].decode("utf-16-be", "replace") if comment[:7] == b"UNICODE" else ""
     return note.decode("utf-8", "replace"), decoded

@@ -106,10 +106,7 @@ def requests(prompt: str | Sequence[str], given: Mapping[str, Any]) -> list[Any]
     Raises:
         InvalidRequest: a field is unknown, or its value has the wrong type.
     """
-    values = checked(given)
-    for name in STREAM_ONLY:
-        if name in values:
-            raise invalid(name, values[name], "is a field of stream() only")
+    values = _checked_unary(given)
     prompts = [prompt] if isinstance(prompt, str) or not _is_list(prompt) else list(prompt)
     count = values.get("num_images", 1)
     made = []
@@ -120,6 +117,20 @@ def requests(prompt: str | Sequence[str], given: Mapping[str, Any]) -> list[Any]
             own["seed"] = seed if index == 0 else _typed("seed", seed)
         made.append(request(UNARY, own))
     return made
+
+
+def unary_request(prompt: str, given: Mapping[str, Any], request_id: str | None = None) -> Any:
+    """The request of one prompt whose pictures come at once; see `stream_request`."""
+    values = _checked_unary(given)
+    return request(UNARY, {"prompt": _typed("prompt", prompt)} | values, request_id)
+
+
+def _checked_unary(given: Mapping[str, Any]) -> dict[str, Any]:
+    values = checked(given)
+    for name in STREAM_ONLY:
+        if name in values:
+            raise invalid(name, values[name], "is a field of stream() only")
+    return values
 
 
 def _is_list(prompt: object) -> bool:
@@ -163,11 +174,20 @@ def checked(given: Mapping[str, Any]) -> dict[str, Any]:
             raise invalid(alias, value, allowed)
         if name in values:
             raise invalid(alias, value, f"is another name of {name}, which is given too")
-        values[name] = _typed_several(name, value) if name in COUNTS else _typed(name, value)
+        values[name] = typed(name, value)
     wanted = values.setdefault("image_format", IMAGE_FORMATS[0])
     if wanted not in IMAGE_FORMATS:
         raise invalid("image_format", wanted, f"must be one of {', '.join(IMAGE_FORMATS)}")
     return values
+
+
+def typed(name: str, value: Any) -> Any:
+    """A field's value in plain Python types.
+
+    Raises:
+        InvalidRequest: it has another type.
+    """
+    return _typed_several(name, value) if name in COUNTS else _typed(name, value)
 
 
 def _typed_several(name: str, value: Any) -> tuple[Any, ...]:
@@ -194,18 +214,20 @@ def _typed(name: str, value: Any) -> Any:
     if data_type == "BOOL" and is_flag:
         return bool(value)
     if data_type == "FP32" and isinstance(value, numbers.Real) and not is_flag:
-        return _fitting(name, float(value))
+        return _fitting(name, value)
     if data_type in ("INT32", "INT64") and isinstance(value, numbers.Integral) and not is_flag:
-        return _fitting(name, int(value))
+        return _fitting(name, value)
     raise invalid(name, value, f"must be {KINDS[data_type]}")
 
 
-def _fitting(name: str, value: float) -> float:
+def _fitting(name: str, value: Any) -> float:
+    data_type = DATA_TYPES[name]
     try:
-        struct.pack(FORMATS[DATA_TYPES[name]], value)
+        plain = float(value) if data_type == "FP32" else int(value)
+        struct.pack(FORMATS[data_type], plain)
     except (struct.error, OverflowError):
         raise invalid(name, value, f"must be {ALLOWED[name]}") from None
-    return value
+    return plain
 
 
 def request(model: str, values: Mapping[str, Any], request_id: str | None = None) -> Any:

@@ -26,30 +26,26 @@ from twinbrush.server.health import Health
 from twinbrush.server.install import NoTriton, find_triton
 from twinbrush.server.log import Log, LogFormat
 from twinbrush.server.process import ServerOptions, TritonProcess
+from twinbrush.server.waits import SIGNALLED, Signals, Stopped
 
-POLL_SECONDS = 0.25
+START_POLL_SECONDS = 0.25
+WATCH_SECONDS = 1.0  # between two looks at what gives no sign when it changes: the heartbeat
 DRAIN_POLL_SECONDS = 0.05
 # Between the engine's last answer and the server's end: an answer is still on its way.
 ANSWER_SECONDS = 0.5
-STARTS = 3  # tries, where a stub gives up without a reason while the server starts
+STARTS = 3  # tries, where a stub or the server ends without a reason while it starts
 RESTART_PAUSE = 2.0  # seconds between the end of a server and the start of the next
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-SIGNALLED = 128  # a shell's exit code for a signal is that much more
 COMMAND_SECONDS = 5.0  # that a command has to end after SIGTERM
-
-_signals: list[int] = []  # of `ENDING` that have come
-
-
-class Stopped(Exception):
-    """A signal asked this process to end, or its command has ended."""
-
-    def __init__(self, exit_code: int):
-        super().__init__()
-        self.exit_code = exit_code
 
 
 def serve(
-    options: ServerOptions, log: Log, health: Health, drain_seconds: float, then: str | None = None
+    options: ServerOptions,
+    log: Log,
+    health: Health,
+    signals: Signals,
+    drain_seconds: float,
+    then: str | None = None,
 ) -> None:
     """Runs one server until a signal comes or something it depends on dies.
 
@@ -64,26 +60,26 @@ def serve(
     with TritonProcess(triton, options, log) as process:
         while not process.ready():
             process.check()
-            pause(POLL_SECONDS)
+            signals.wait(START_POLL_SECONDS, process.pids)
         health.state = "ready"
         log.say(f"ready in {process.age:.1f} s, serving {options.repository}")
         grpc = host_port(local(options.address), options.grpc_port)
         if then is not None:
-            raise Stopped(_run(then, process, local(options.address), grpc))
+            raise Stopped(_run(then, process, signals, local(options.address), grpc))
         log.say(f"  gRPC    {host_port(options.address, options.grpc_port)}")
         log.say(f"  HTTP    http://{host_port(options.address, options.http_port)}")
         log.say(f"  metrics http://{host_port(options.address, options.metrics_port)}/metrics")
         try:
             while True:
                 process.check()
-                pause(POLL_SECONDS)
+                signals.wait(WATCH_SECONDS, process.pids)
         except Stopped:
             health.state = "draining"
-            drain(process, drain_seconds, log)
+            drain(process, signals, drain_seconds, log)
             raise
 
 
-def drain(process: TritonProcess, seconds: float, log: Log) -> None:
+def drain(process: TritonProcess, signals: Signals, seconds: float, log: Log) -> None:
     """Has new requests refused, and waits until the live ones have ended.
 
     A second signal, or `seconds`, ends the wait.
@@ -91,8 +87,8 @@ def drain(process: TritonProcess, seconds: float, log: Log) -> None:
     if seconds <= 0 or not process.begin_drain():
         return
     log.say(f"draining: live requests have {seconds:g} s to end")
-    signals, until = len(_signals), time.monotonic() + seconds
-    while len(_signals) == signals and time.monotonic() < until:
+    come, until = len(signals.come), time.monotonic() + seconds
+    while len(signals.come) == come and time.monotonic() < until:
         if process.drained:
             time.sleep(ANSWER_SECONDS)
             break
@@ -103,14 +99,14 @@ def drain(process: TritonProcess, seconds: float, log: Log) -> None:
     process.end_now()
 
 
-def _run(command: str, process: TritonProcess, host: str, address: str) -> int:
+def _run(command: str, process: TritonProcess, signals: Signals, host: str, address: str) -> int:
     """Runs a shell command while the server lives; returns its exit code."""
     environment = os.environ | {"TWINBRUSH_SERVER": address, "no_grpc_proxy": host}
     running = subprocess.Popen(command, shell=True, env=environment, start_new_session=True)
     try:
         while (code := running.poll()) is None:
             process.check()
-            pause(POLL_SECONDS)
+            signals.wait(WATCH_SECONDS, [running.pid, *process.pids])
         return code if code >= 0 else SIGNALLED - code
     finally:
         _end_group(running)
@@ -127,17 +123,6 @@ def _end_group(command: subprocess.Popen) -> None:
             time.sleep(0.05)
         os.killpg(command.pid, signal.SIGKILL)
     command.wait()
-
-
-def pause(seconds: float) -> None:
-    """Waits.
-
-    Raises:
-        Stopped: a signal has come; only here, so that it cannot cut a clean-up short.
-    """
-    time.sleep(seconds)
-    if _signals:
-        raise Stopped(SIGNALLED + _signals[0])
 
 
 def main(
@@ -196,9 +181,8 @@ def main(
 ) -> None:
     """Serves a model repository until Ctrl-C."""
     log, health = Log(log_format), Health()
-    for number in ENDING:
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
-            signal.signal(number, lambda number, frame: _signals.append(number))
+    nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    signals = Signals(number for number in ENDING if not (nohup and number == signal.SIGHUP))
     starts_left = STARTS
     try:
         options = ServerOptions(
@@ -212,7 +196,7 @@ def main(
             _serve_health(health, options, health_port)
         while True:
             try:
-                serve(options, log, health, drain_seconds, then)
+                serve(options, log, health, signals, drain_seconds, then)
             except ServerError as error:
                 health.state = "restarting"
                 log.complain(str(error))
@@ -221,7 +205,7 @@ def main(
                 if not again:
                     raise typer.Exit(1) from None
                 log.say("starting again")
-                pause(RESTART_PAUSE)
+                signals.wait(RESTART_PAUSE)
     except (NoTriton, ServerError, manifest.ManifestError) as error:
         log.complain(str(error))
         raise typer.Exit(1) from None

@@ -28,7 +28,7 @@ TAIL_LINES = 200
 
 
 class Log:
-    """Writes lines as text, or each as one JSON object.
+    """Writes lines as text, or each as one JSON object; a line that cannot be written is lost.
 
     An object has `time` (UTC), `level`, `source` (launcher, triton or a model), `message` and,
     where the message names one, `request_id`; several are joined by commas.
@@ -39,32 +39,26 @@ class Log:
 
     def say(self, text: str) -> None:
         """A message of the launcher."""
-        if self._json:
-            self._write(sys.stdout, "info", "launcher", text)
-        else:
-            print(f"twinbrush: {text}", flush=True)
+        self._write(sys.stdout, "info", "launcher", text, f"twinbrush: {text}")
 
     def complain(self, text: str) -> None:
         """An error of the launcher."""
-        if self._json:
-            self._write(sys.stderr, "error", "launcher", text)
-        else:
-            print(f"twinbrush: {text}", file=sys.stderr, flush=True)
+        self._write(sys.stderr, "error", "launcher", text, f"twinbrush: {text}")
 
     def relay(self, line: str) -> None:
         """A line of the server or of a model."""
-        with contextlib.suppress(OSError, ValueError):  # a full disk, a reader that left
-            if self._json:
-                self._write(sys.stderr, *parse(line))
-            else:
-                print(line, file=sys.stderr, flush=True)
+        self._write(sys.stderr, *parse(line), line)
 
-    def _write(self, stream: IO[str], level: str, source: str, message: str) -> None:
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-        entry = {"time": now, "level": level, "source": source, "message": message}
-        if found := REQUEST_ID.search(message):
-            entry["request_id"] = found[1].strip(",.")
-        print(json.dumps(entry), file=stream, flush=True)
+    def _write(self, stream: IO[str], level: str, source: str, message: str, line: str) -> None:
+        """Writes a line, or its parts as JSON; the server lives on where it cannot be written."""
+        if self._json:
+            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+            entry = {"time": now, "level": level, "source": source, "message": message}
+            if found := REQUEST_ID.search(message):
+                entry["request_id"] = found[1].strip(",.")
+            line = json.dumps(entry)
+        with contextlib.suppress(OSError, ValueError):  # a full disk, a reader that left
+            print(line, file=stream, flush=True)
 
 
 def parse(line: str) -> tuple[str, str, str]:
@@ -73,7 +67,7 @@ def parse(line: str) -> tuple[str, str, str]:
         text = match[2]
         # file.cc:12] "message" where the server quotes it
         text = text.partition("] ")[2] or text
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             quoted = json.loads(text)
             text = quoted if isinstance(quoted, str) else text
         return LEVELS[match[1]], "triton", text
@@ -92,10 +86,13 @@ class ServerOutput:
     def __init__(self, rename: Callable[[str], str] = lambda line: line):
         self._rename = rename
         self.lines: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
+        self.started_models: set[str] = set()  # for which the server has started a stub
 
     def add(self, raw: bytes) -> str:
         line = self._rename(raw.decode("utf-8", "replace").rstrip())
         self.lines.append(line)
+        if match := INSTANCE.search(line):
+            self.started_models = self.started_models | {match[1]}
         return line
 
     def load_failures(self) -> dict[str, str]:
@@ -109,10 +106,6 @@ class ServerOutput:
                 failures[match[1] or match[2]] = reason + syntax_error
                 syntax_error = ""
         return failures
-
-    def started_models(self) -> set[str]:
-        """The models for which the server has started a stub."""
-        return {match[1] for line in list(self.lines) if (match := INSTANCE.search(line))}
 
     def tail(self) -> str:
         return "\n".join([line for line in list(self.lines) if not TABLE.match(line)][-12:])

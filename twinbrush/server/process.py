@@ -137,6 +137,11 @@ class TritonProcess:
         return self._process.pid
 
     @property
+    def pids(self) -> list[int]:
+        """The server and its stubs, as the last `check` has seen them."""
+        return [self._process.pid, *self._stubs.pids]
+
+    @property
     def age(self) -> float:
         """Seconds since its start."""
         return time.monotonic() - self._started
@@ -157,7 +162,11 @@ class TritonProcess:
         """Has the engine refuse new requests; returns False where no engine listens."""
         if self._control.seconds_since_beat() is None:
             return False
-        self._control.request_drain()
+        try:
+            self._control.request_drain()
+        except OSError as error:
+            self._log.complain(f"live requests are lost, because no drain can begin: {error}")
+            return False
         return True
 
     @property
@@ -178,7 +187,7 @@ class TritonProcess:
             ServerError: the server or one of its stubs has ended, its engine is silent, or it is
                 not ready in time.
         """
-        dead = self._stubs.dead(self._output.started_models())
+        dead = self._stubs.dead(self._output.started_models)
         code = self._process.poll()
         if code is not None and not (dead and " ended with " in dead):
             dead = None  # the server took its stubs along
@@ -201,7 +210,8 @@ class TritonProcess:
             unexplained = not self._output.load_failures()
             # The server may have reaped the stub, and with it the exit code.
             gave_up = dead is not None and dead.endswith(("exit code 1", "has ended"))
-            passing = unexplained and gave_up
+            crashed = dead is None and code < 0
+            passing = unexplained and (gave_up or crashed)
             raise ServerError(self._load_failure(dead), worth_another_try=False, passing=passing)
         if self.age > self._options.ready_timeout:
             text = f"not ready after {self._options.ready_timeout:.0f} s\n{self._output.tail()}"

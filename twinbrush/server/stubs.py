@@ -29,6 +29,11 @@ class Stubs:
         self._server = server
         self._known: dict[int, str] = {}  # process id -> the model it runs
 
+    @property
+    def pids(self) -> list[int]:
+        """Of the stubs that were seen."""
+        return list(self._known)
+
     def dead(self, started: Iterable[str]) -> str | None:
         """A sentence on a stub that has ended, or None.
 

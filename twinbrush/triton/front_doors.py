@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from twinbrush.control import Control
+from twinbrush.control import Beat, Control
 from twinbrush.engine.engine import Engine
-from twinbrush.engine.fields import InvalidArgument, shortened
+from twinbrush.engine.fields import InvalidArgument
 from twinbrush.engine.generation import End, EngineError, Event, Finished, Generation, Progress
 from twinbrush.engine.metrics import (
     METRICS,
@@ -28,15 +27,14 @@ from twinbrush.engine.metrics import (
 from twinbrush.engine.models import Models
 from twinbrush.engine.request import (
     GenerationRequest,
-    check_sizes,
     describe_server,
     explaining_generated_inputs,
-    unknown_input,
 )
 from twinbrush.engine.request_ids import LineFormatter
 from twinbrush.engine.tracing import Origin
 from twinbrush.memory import device_memory
 from twinbrush.otlp import open_tracer
+from twinbrush.triton import incoming
 from twinbrush.triton.answer import Answer, RequestMetrics
 from twinbrush.triton.cancel_watch import CancelWatch
 from twinbrush.triton.metrics import TritonMetrics
@@ -45,12 +43,6 @@ from twinbrush.triton.relay import RelayClient, RelayServer, relay_address
 
 log = logging.getLogger(__name__)
 UNARY_METRICS = (REQUESTS_LIVE, REQUESTS_ENDED, REFUSALS)
-TRACE_PARENT = "traceparent"  # a parameter, or a header that Triton lets through
-TRACE_PARENT_FORM = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
-MAX_PARAMETERS = 1 << 16  # bytes of a request's parameters, as JSON
-# The parameter that Triton makes of a header which --grpc-header-forward-pattern lets through: a
-# proxy's word on who asks.
-CLIENT_HEADER = "twinbrush-client"
 
 
 class StreamModel:
@@ -63,11 +55,11 @@ class StreamModel:
         folder = Path(args["model_repository"]) / args["model_version"]
         config = json.loads(args["model_config"])
         self._inputs = _input_names(config)
-        self._control = Control.from_environment()
+        beat = Beat(Control.from_environment(), lambda: self._engine.drain(0))
         self._tracer = open_tracer(config)
         self._engine = Engine.of_model(
             folder, config, self.open_models(folder, config), device_memory(),
-            fail=_end_process, beat=self._beat, observer=self._observer, tracer=self._tracer,
+            fail=_end_process, beat=beat, observer=self._observer, tracer=self._tracer,
         )  # fmt: skip
         self._relay = RelayServer(relay_address(), self._submit)
         self._watch = CancelWatch(_end_process)
@@ -85,16 +77,6 @@ class StreamModel:
             except Exception as error:
                 answer.fail(EngineError.of(error, answer.request_id))
 
-    def _beat(self) -> None:
-        if self._control is None:
-            return
-        try:
-            self._control.beat()
-            if self._control.drain_requested and self._engine.drain(0):
-                self._control.report_drained()
-        except OSError as error:  # a full disk: live requests go on
-            log.warning("the control folder cannot be written: %s", error)
-
     def finalize(self) -> None:
         self._relay.close()
         self._engine.close()
@@ -104,7 +86,7 @@ class StreamModel:
             self._tracer.close()
 
     def _start(self, request: Any, answer: Answer) -> None:
-        fields = _fields(request, self._inputs, self._observer)
+        fields, origin = _read(request, answer, self._inputs, self._observer)
         if (target := fields.pop("cancel", None)) is not None:
             self._cancel(target, fields, answer)
             return
@@ -122,7 +104,7 @@ class StreamModel:
                 forget()
             _tell(answer, event)
 
-        generation = self._submit(fields, reply, _origin(request, answer))
+        generation = self._submit(fields, reply, origin)
         if request_id:
             self._live[answer] = request_id, generation
         self._watch.add(answer, generation.cancel)
@@ -181,7 +163,7 @@ class UnaryModel:
         self._observer.close()
 
     def _start(self, request: Any, answer: Answer) -> None:
-        fields = _fields(request, self._inputs, self._observer)
+        fields, origin = _read(request, answer, self._inputs, self._observer)
 
         def done(outcome: list[Finished] | EngineError) -> None:
             self._watch.discard(answer)
@@ -195,7 +177,7 @@ class UnaryModel:
         ticket = self._relay.new_ticket()
         self._watch.add(answer, lambda: self._relay.cancel(ticket))
         fields |= {"progress": np.array([False])}
-        self._relay.submit(ticket, fields, done, _origin(request, answer))
+        self._relay.submit(ticket, fields, done, origin)
 
 
 def _stacked(images: list[Finished]) -> dict[str, Any]:
@@ -204,13 +186,6 @@ def _stacked(images: list[Finished]) -> dict[str, Any]:
         "seed": [image.seed for image in images],
         "warning": "; ".join(images[0].warnings).encode(),
     }
-
-
-def _origin(request: Any, answer: Answer) -> Origin:
-    """A request's id, and the client's span where it names one that W3C's form allows."""
-    parent = json.loads(request.parameters() or "{}").get(TRACE_PARENT, "")
-    valid = isinstance(parent, str) and TRACE_PARENT_FORM.fullmatch(parent)
-    return Origin(answer.request_id, parent if valid else "")
 
 
 def _input_names(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -227,42 +202,17 @@ def _refusals(observer: Observer) -> Iterator[None]:
         raise
 
 
-def _fields(request: Any, names: tuple[str, ...], observer: Observer) -> dict[str, np.ndarray]:
-    """Copies of the inputs that a request brings: the server takes back its memory.
-
-    An invalid request is counted as refused.
+def _read(
+    request: Any, answer: Answer, names: tuple[str, ...], observer: Observer
+) -> tuple[dict[str, np.ndarray], Origin]:
+    """A request's inputs, copied, and its origin; an invalid request is counted as refused.
 
     Raises:
-        InvalidArgument: see `_copied`.
+        InvalidArgument: see `incoming.read`.
     """
     with _refusals(observer):
-        return _copied(request, names)
-
-
-def _copied(request: Any, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """The inputs of a request, copied.
-
-    Raises:
-        InvalidArgument: an input is too large; or a JSON body had a member that is no input:
-            the server makes such members parameters of the request, and `id`, which it takes
-            for the request's, too.
-    """
-    parameters = request.parameters() or "{}"
-    if len(parameters) > MAX_PARAMETERS:
-        allowed = f"must have at most {MAX_PARAMETERS} bytes; it has {len(parameters)}"
-        raise InvalidArgument("parameters", shortened(parameters), allowed)
-    given = json.loads(parameters)
-    client = given.pop(CLIENT_HEADER, None)
-    for name, value in given.items():
-        if name not in ("id", TRACE_PARENT) and not name.startswith("triton_"):
-            raise unknown_input(name, value, names)
-    tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-    check_sizes(tensors)
-    fields = {name: tensor.copy() for name, tensor in tensors.items()}
-    if client is not None:
-        fields["client"] = np.array([str(client).encode()], object)
-        check_sizes({"client": fields["client"]})
-    return fields
+        fields, parent = incoming.read(request, names)
+    return fields, Origin(answer.request_id, parent)
 
 
 def _tell(answer: Answer, event: Event) -> None:

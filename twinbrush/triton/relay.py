@@ -40,6 +40,8 @@ LENGTHS = struct.Struct("<II")  # of header and body, in bytes
 MAX_HEADER = 1 << 16
 MAX_REQUEST = 1 << 20  # bytes of a request's body
 MAX_IMAGE = 1 << 31  # bytes of an image
+TEXT = "text"
+KINDS = frozenset({TEXT, "bool", "int32", "int64", "float32"})  # of fields
 PEER = struct.Struct("3i")  # process, user, group
 
 
@@ -98,21 +100,23 @@ class _Connection(socketserver.StreamRequestHandler):
                 message, body = frame
                 ticket = message["ticket"]
                 if "fields" in message:
-                    self._start(ticket, message["fields"], body, Origin(*message["origin"]))
+                    self._start(ticket, *_submission(message, body))
                 elif (generation := self._live.get(ticket)) is not None:
                     generation.cancel()
+        except OSError as error:
+            log.warning("the relay has closed a connection: %s", error)
         finally:
             for generation in list(self._live.values()):
                 generation.cancel()
 
-    def _start(self, ticket: int, layout: list[list], body: bytes, origin: Origin) -> None:
+    def _start(self, ticket: int, fields: dict[str, np.ndarray], origin: Origin) -> None:
         def reply(event: Event) -> None:
             if isinstance(event, End):
                 self._live.pop(ticket, None)
             self._send(ticket, event)
 
         try:
-            generation = self.server.submit(_unpacked(layout, body), reply, origin)
+            generation = self.server.submit(fields, reply, origin)
         except Exception as error:
             self._send(ticket, End(EngineError.of(error, origin.request_id)))
             return
@@ -199,28 +203,27 @@ class RelayClient:
             try:
                 while (frame := _read(stream, MAX_IMAGE)) is not None:
                     self._take(*frame)
-            except OSError:
-                pass  # lost, as at the end of the stream
-            finally:
-                with self._lock:
-                    self._socket = None
-                    lost = [done for _, done in self._waiting.values()]
-                    self._waiting.clear()
+            except OSError as error:  # as at the end of the stream
+                log.warning("the connection to the engine is lost: %s", error)
+            with self._lock:
+                self._socket = None
+                lost = [done for _, done in self._waiting.values()]
+                self._waiting.clear()
         for done in lost:
             _deliver(done, EngineError("UNAVAILABLE", "the engine went away"))
 
     def _take(self, message: dict[str, Any], image: bytes) -> None:
+        """Raises OSError where the message is none of an engine's."""
         ticket = message["ticket"]
+        if ticket not in self._waiting:
+            return  # its request could not be sent to its end
         images, done = self._waiting[ticket]
-        if "error" not in message:
-            warnings = tuple(message["warnings"])
-            images.append(Finished(message["index"], message["seed"], image, warnings))
+        outcome = _outcome(message, image)
+        if isinstance(outcome, Finished):
+            images.append(outcome)
             return
         del self._waiting[ticket]
-        error = message["error"]
-        _deliver(
-            done, EngineError(*error) if error else sorted(images, key=lambda image: image.index)
-        )
+        _deliver(done, outcome or sorted(images, key=lambda image: image.index))
 
 
 def _deliver(done: Done, outcome: list[Finished] | EngineError) -> None:
@@ -256,7 +259,7 @@ def _read(stream: Any, max_body: int) -> tuple[dict[str, Any], bytes] | None:
     """The next frame; None where the stream ends, also inside a frame.
 
     Raises:
-        OSError: the connection is lost, or a frame is larger than allowed.
+        OSError: the connection is lost, or a frame is larger than allowed or cannot be read.
     """
     lengths = stream.read(LENGTHS.size)
     if len(lengths) < LENGTHS.size:
@@ -267,7 +270,44 @@ def _read(stream: Any, max_body: int) -> tuple[dict[str, Any], bytes] | None:
     data = stream.read(header + body)
     if len(data) < header + body:
         return None
-    return json.loads(data[:header]), data[header:]
+    try:
+        message = json.loads(data[:header])
+    except (ValueError, RecursionError):
+        raise OSError("a frame's header is no JSON") from None
+    if not isinstance(message, dict) or type(message.get("ticket")) is not int:
+        raise OSError("a frame's header has no ticket")
+    return message, data[header:]
+
+
+def _submission(message: dict[str, Any], body: bytes) -> tuple[dict[str, np.ndarray], Origin]:
+    """The fields and the origin of a request.
+
+    Raises:
+        OSError: the message has none that can be read.
+    """
+    try:
+        request_id, traceparent = message["origin"]
+        fields = _unpacked(message["fields"], body)
+    except (KeyError, TypeError, ValueError) as error:
+        raise OSError(f"a frame holds no request: {error}") from None
+    if not isinstance(request_id, str) or not isinstance(traceparent, str):
+        raise OSError("a frame's origin is no text")
+    return fields, Origin(request_id, traceparent)
+
+
+def _outcome(message: dict[str, Any], image: bytes) -> Finished | EngineError | None:
+    """What an answer of the engine's says: an image, an error, or None as the end without one.
+
+    Raises:
+        OSError: the message says nothing of it.
+    """
+    try:
+        if "error" not in message:
+            warnings = tuple(message["warnings"])
+            return Finished(message["index"], message["seed"], image, warnings)
+        return EngineError(*message["error"]) if message["error"] else None
+    except (KeyError, TypeError) as error:
+        raise OSError(f"a frame holds no answer: {error}") from None
 
 
 def _packed(fields: Mapping[str, np.ndarray]) -> tuple[list[list], bytes]:
@@ -276,15 +316,21 @@ def _packed(fields: Mapping[str, np.ndarray]) -> tuple[list[list], bytes]:
     for name, tensor in fields.items():
         is_text = tensor.dtype == object
         value = tensor.reshape(-1)[0] if is_text else tensor.tobytes()
-        layout.append([name, "text" if is_text else tensor.dtype.name, len(value)])
+        layout.append([name, TEXT if is_text else tensor.dtype.name, len(value)])
         values.append(value)
     return layout, b"".join(values)
 
 
 def _unpacked(layout: list[list], body: bytes) -> dict[str, np.ndarray]:
-    fields, start = {}, 0
+    """Raises TypeError or ValueError where the layout is none, or not that of the body."""
+    fields: dict[str, np.ndarray] = {}
+    start = 0
     for name, kind, length in layout:
+        if not isinstance(name, str) or kind not in KINDS or not 0 <= length <= len(body) - start:
+            raise ValueError(f"the field {name!r:.60} of {length!r:.20} bytes is {kind!r:.20}")
         value = body[start : start + length]
-        fields[name] = np.array([value], object) if kind == "text" else np.frombuffer(value, kind)
+        fields[name] = np.array([value], object) if kind == TEXT else np.frombuffer(value, kind)
         start += length
+    if start < len(body):
+        raise ValueError(f"{len(body) - start} bytes belong to no field")
     return fields
