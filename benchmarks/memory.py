@@ -17,7 +17,7 @@ import typer
 from benchmarks.machine import describe
 from export.memory import measure
 from export.pipeline import memory_of
-from twinbrush.engine.config import ENGINE
+from twinbrush.engine.config import ENGINE, PipelineConfig
 from twinbrush.engine.memory import DECODER, UNET, CallMemory
 
 
@@ -26,9 +26,11 @@ def compare(repository: Path, model: str, sides: list[int]) -> list[dict[str, fl
     entry = dict(memory_of(repository / ENGINE)[model])
     tried = {round(cells**0.5) for cells, _ in entry.pop("rows")}
     calls = CallMemory(**entry)
-    folder = repository / model
+    folder, config = repository / model, PipelineConfig.load(repository / ENGINE / "pipeline.json")
+    tokens = config.chunk_length * config.max_chunks
     wanted = sorted(tried | set(sides))  # as they add up in a process
-    rows = measure(folder / "1" / "model.onnx", folder / "config.pbtxt", wanted)["rows"]
+    file = folder / "1" / "model.onnx"
+    rows = measure(file, folder / "config.pbtxt", wanted, tokens)["rows"]
     return [
         {
             "side": round(cells**0.5),

@@ -5,6 +5,7 @@ Only safetensors are read; nothing here runs code that a checkpoint brings.
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,9 +13,9 @@ from typing import Any
 
 from export.lora import Lora, check_loras, fuse
 from export.source import Source, Tree, check_source, first_line, open_tree
-from export.weights import LFS, choose_weights, lfs_pointer, read_header, read_json, variants_of
-from networks.loading import CheckpointError, load_part
-from networks.pruned import pruning_of
+from export.weights import LFS, choose_weights, lfs_pointer, read_json, variants_of
+from networks.loading import CheckpointError, load_part, refusing
+from twinbrush.server.manifest import sha256_of
 
 __all__ = ["PARTS", "Checkpoint", "Serving", "first_line", "open_checkpoint"]
 
@@ -38,6 +39,10 @@ PIPELINES = (
 OPTIONAL = (("text_encoder_2", "tokenizer_2"), ("bert", "bert_tokenizer"), ("fusion",))
 # A tokenizer needs all files of one of these; transformers makes an empty one without them.
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",))
+TOKENIZER_FILES = (
+    "tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model")
 
 
@@ -71,6 +76,7 @@ class Checkpoint:
         weights: variant and file names that each network is loaded from.
         clip_skip: layers of CLIP's towers, from the end, whose results are not used.
         scratch: keeps the converted parts of a single file for as long as the checkpoint lives.
+        file: the single file that the checkpoint is, None of a folder.
         serving: what the export changes of it.
     """
 
@@ -82,6 +88,7 @@ class Checkpoint:
     weights: dict[str, tuple[str | None, list[str]]] = field(default_factory=dict)
     clip_skip: int = 0
     scratch: tempfile.TemporaryDirectory | None = None
+    file: Path | None = None
     serving: Serving = field(default_factory=Serving)
 
     def config(self, part: str) -> dict[str, Any]:
@@ -96,6 +103,21 @@ class Checkpoint:
         network = load_part(self.folders[part], model_class, **options)
         fuse(network, part, self.serving.loras)
         return network
+
+    def weights_hash(self) -> str:
+        """SHA-256 of its weights in hexadecimal; of a single file, that of the file.
+
+        A1111 and the sites that share checkpoints name a single file by the first ten digits.
+        """
+        if self.file is not None and not self.serving.loras:
+            return sha256_of(self.file)
+        lines = [
+            f"{part}/{name} {sha256_of(self.folders[part] / name)}"
+            for part, (_, files) in sorted(self.weights.items())
+            for name in files
+        ]
+        lines += [f"{lora.sha256} {lora.scale:g}" for lora in self.serving.loras]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def lora_set_of(self, part: str) -> list[dict[str, Any]]:
         """Records of the LoRAs that requests can switch on in a part."""
@@ -129,10 +151,17 @@ def open_checkpoint(
     Raises:
         CheckpointError: with the first thing that is wrong.
     """
-    from export.checks import check_configs, without_weights
-
     if not isinstance(source, Source):
         source = Source(str(source))
+    with refusing(source.checkpoint):
+        return _open(source, bert, keep_bert, serving)
+
+
+def _open(
+    source: Source, bert: str | Path | None, keep_bert: bool, serving: Serving | None
+) -> Checkpoint:
+    from export.checks import check_configs, check_weights, without_weights
+
     if bert is not None:
         source = replace(source, bert=str(bert))
     check_source(source)
@@ -150,13 +179,14 @@ def open_checkpoint(
     check_loras(loras, lambda part: without_weights(opened, part))
     for tree, names in wanted.values():
         tree.fetch(names)
-    _check_weights(opened)
+    check_weights(opened)
     return opened
 
 
 def _find_parts(source: Source, keep_bert: bool) -> tuple[Checkpoint, dict[str, tuple[Tree, str]]]:
     """The parts of a checkpoint, and the tree and folder name that each is from."""
     name, scratch, tree = _open_root(source)
+    single = Path(source.checkpoint).expanduser() if scratch else None
     file = tree.folder / "model_index.json"
     if "model_index.json" not in tree.names:
         raise CheckpointError(
@@ -186,8 +216,9 @@ def _find_parts(source: Source, keep_bert: bool) -> tuple[Checkpoint, dict[str, 
     hubs = {place.hub for place, _ in trees.values() if place.hub}
     folders = {part: place.folder / folder for part, (place, folder) in trees.items()}
     opened = Checkpoint(
-        name, dict(hubs), folders, classes, index, clip_skip=source.clip_skip, scratch=scratch
-    )
+        name, dict(hubs), folders, classes, index, clip_skip=source.clip_skip, scratch=scratch,
+        file=single,
+    )  # fmt: skip
     return opened, trees
 
 
@@ -331,8 +362,13 @@ def _check_vocabulary(folder: Path, files: list[str]) -> None:
     for name in files:
         if name.endswith((".json", ".txt")):
             with (folder / name).open("rb") as stream:
-                if stream.read(len(LFS)) == LFS:
-                    raise CheckpointError(lfs_pointer(folder / name))
+                start = stream.read(len(LFS))
+            if start == LFS:
+                raise CheckpointError(lfs_pointer(folder / name))
+            if name in TOKENIZER_FILES and not start:
+                raise CheckpointError(f"{folder / name} is empty: download it again")
+            if name in TOKENIZER_FILES and name.endswith(".json"):
+                read_json(folder / name)
 
 
 def _check_variant(source: Source, trees: dict[str, tuple[Tree, str]]) -> None:
@@ -347,16 +383,6 @@ def _check_variant(source: Source, trees: dict[str, tuple[Tree, str]]) -> None:
     if source.variant not in found:
         have = f"they have {', '.join(sorted(found))}" if found else "they have plain weights only"
         raise CheckpointError(f"--variant {source.variant}: no part has such weights, {have}")
-
-
-def _check_weights(opened: Checkpoint) -> None:
-    for part, (_, files) in opened.weights.items():
-        for name in files:
-            read_header(opened.folders[part] / name)
-        try:
-            pruning_of(opened.folders[part])
-        except ValueError as error:
-            raise CheckpointError(str(error)) from error
 
 
 def _join(folder: str, name: str) -> str:

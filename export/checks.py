@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -20,8 +21,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from export.checkpoint import Checkpoint
 from export.source import first_line
 from export.unet import check_inputs, check_width
+from export.weights import read_header
 from networks.fusion_head import FusionHead
-from networks.loading import CheckpointError
+from networks.loading import CheckpointError, refusing
+from networks.pruned import pruning_of
+
+MOST_LAYERS, LARGEST = 512, 2**20  # of a kind of layers; of any other whole number
+# Types of weights in safetensors that PyTorch makes FP32 of without a scale.
+WEIGHT_TYPES = ("F16", "BF16", "F32", "F64")
 
 
 def check_configs(checkpoint: Checkpoint) -> None:
@@ -32,6 +39,9 @@ def check_configs(checkpoint: Checkpoint) -> None:
     """
     from export import pipeline
 
+    for part in checkpoint.weights:
+        for name, value in checkpoint.config(part).items():
+            _check_size(checkpoint, part, name, value)
     unet = checkpoint.config("unet")
     first = _check_tower(checkpoint, "text_encoder", CLIPTextModel)
     width, pooled, sources = first.hidden_size, None, "text_encoder has hidden_size"
@@ -53,13 +63,62 @@ def check_configs(checkpoint: Checkpoint) -> None:
     pipeline.check(checkpoint)
 
 
+def check_weights(checkpoint: Checkpoint) -> None:
+    """Checks the headers of all weight files, and their tensors against the configurations.
+
+    Raises:
+        CheckpointError: it names part, file and tensor.
+    """
+    for part, (_, files) in checkpoint.weights.items():
+        headers = {name: read_header(checkpoint.folders[part] / name) for name in files}
+        with refusing(checkpoint.folders[part]):
+            pruned = pruning_of(checkpoint.folders[part])
+        module = None if pruned else without_weights(checkpoint, part)
+        if module is None:
+            continue
+        wanted = {_short(name): tuple(value.shape) for name, value in module.named_parameters()}
+        for name, header in headers.items():
+            file = checkpoint.folders[part] / name
+            for tensor, entry in header.items():
+                _check_tensor(file, tensor, entry, wanted.get(_short(tensor)))
+
+
+def _short(name: str) -> str:
+    """A tensor's name as every version of transformers has it."""
+    return name.removeprefix("text_model.")
+
+
+def _check_tensor(file: Path, name: str, entry: Any, wanted: tuple[int, ...] | None) -> None:
+    if wanted is None:
+        return
+    shape = tuple(entry["shape"])
+    if shape != wanted:
+        text = f"{file}: {name} has shape {list(shape)}, config.json needs {list(wanted)}"
+        raise CheckpointError(f"{text}: they are of different checkpoints")
+    if entry["dtype"] not in WEIGHT_TYPES:
+        text = f"{file}: {name} has type {entry['dtype']}, which is not read"
+        raise CheckpointError(f"{text}: {', '.join(WEIGHT_TYPES)} are")
+
+
+def _check_size(checkpoint: Checkpoint, part: str, name: str, value: Any) -> None:
+    """Refuses numbers with which a network would take hours to build, or all memory."""
+    if isinstance(value, list):
+        for item in value:
+            _check_size(checkpoint, part, name, item)
+    elif isinstance(value, int):
+        most = MOST_LAYERS if "layer" in name else LARGEST
+        if value > most:
+            file = checkpoint.folders[part] / "config.json"
+            raise CheckpointError(f"{file}: {name}={value} is invalid: must be at most {most}")
+
+
 def without_weights(checkpoint: Checkpoint, part: str) -> nn.Module | None:
-    """A UNet or text encoder of CLIP without memory for its weights, None where it is missing."""
-    if part not in checkpoint.folders:
+    """A part without memory for its weights; None of the text model and fusion head."""
+    if part not in checkpoint.folders or part in ("bert", "fusion"):
         return None
     config, name = checkpoint.config(part), checkpoint.classes[part]
-    if part == "unet":
-        return _build(checkpoint, part, lambda: UNet2DConditionModel.from_config(config))
+    if part in ("unet", "vae"):
+        return _build(checkpoint, part, lambda: getattr(diffusers, name).from_config(config))
     return _build(checkpoint, part, lambda: getattr(transformers, name)(CLIPTextConfig(**config)))
 
 

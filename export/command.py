@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import tempfile
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -41,7 +42,7 @@ from export.repository import (
 )
 from export.resources import ResourceError
 from export.scheduler import parse_defaults
-from export.source import Source
+from export.source import Source, first_line
 from export.tensorrt import TensorRTError, load_tensorrt
 from networks.loading import CheckpointError
 from networks.pruned import pruning_of
@@ -208,6 +209,12 @@ def stop_on_error(repository: Path) -> Iterator[None]:
         reason = str(error)
     except OSError as error:
         reason = f"cannot write into {repository}: {error.strerror or error}"
+    except typer.Exit:
+        raise
+    except Exception as error:  # a fault of the export, of which users still get one sentence
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        reason += f" ({Path(place.filename).name}, line {place.lineno}); please report it"
     text = f"[red]export failed:[/] {escape(reason)}"
     console.print(text, highlight=False, soft_wrap=True)
     raise typer.Exit(1)

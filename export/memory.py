@@ -43,6 +43,7 @@ class Growth:
         multiple: sides of latents must be multiples of it.
         macs: multiply-accumulates of one row at the native size.
         weights, pairs: of its largest attention, as shares of the square of the cells.
+        tokens: of the longest text that it takes; 1 where it takes none.
     """
 
     native: tuple[int, int]
@@ -50,6 +51,7 @@ class Growth:
     macs: float
     weights: float
     pairs: float
+    tokens: int = 1
 
     def sides(self) -> list[int]:
         """Sides of latents to try, ascending, that take at most `MAX_MACS` a row."""
@@ -59,13 +61,14 @@ class Growth:
         return sorted(tried)
 
 
-def measure(model: Path, config: Path, sides: Sequence[int]) -> dict[str, Any]:
+def measure(model: Path, config: Path, sides: Sequence[int], tokens: int = 1) -> dict[str, Any]:
     """Runs a model in a process of its own.
 
     Args:
         model: the ONNX file.
         config: its `config.pbtxt`.
         sides: of the square latents that are tried, in cells, ascending.
+        tokens: of the text, where the model takes one.
 
     Returns:
         `rest`, bytes of the loaded model; `rows`, [cells, bytes of a call with one row] each;
@@ -84,6 +87,7 @@ def measure(model: Path, config: Path, sides: Sequence[int]) -> dict[str, Any]:
         "export.memory_probe",
         str(model),
         str(config),
+        str(tokens),
         *map(str, sides),
     ]
     try:

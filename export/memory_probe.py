@@ -1,7 +1,7 @@
 """The memory of calls with one row, in a process that does nothing else.
 
-`python -m export.memory_probe MODEL.onnx CONFIG.pbtxt SIDE...` prints what `export.memory.measure`
-returns, as JSON. Needs no PyTorch.
+`python -m export.memory_probe MODEL.onnx CONFIG.pbtxt TOKENS SIDE...` prints what
+`export.memory.measure` returns, as JSON. Needs no PyTorch.
 """
 
 from __future__ import annotations
@@ -13,20 +13,22 @@ from typing import Any
 
 import numpy as np
 
+from twinbrush.engine.config import TOKENS
 from twinbrush.runtimes.attention import is_whole
 from twinbrush.runtimes.onnx_runtime import open_session, read_config
 
 STATUS, PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def main(model: str, config: str, *sides: str) -> None:
+def main(model: str, config: str, tokens: str, *sides: str) -> None:
     before = _status("VmRSS")
     session = open_session(Path(model), read_config(Path(config)))
     loaded = _status("VmRSS")
     rows = []
     for side in map(int, sides):
         # ONNX Runtime keeps what a call has taken for later ones, so that sizes add up.
-        inputs, peak = _one_row(session, side), "VmHWM" if _forget_peak() else "VmRSS"
+        inputs = _one_row(session, side, int(tokens))
+        peak = "VmHWM" if _forget_peak() else "VmRSS"
         session.run(None, inputs)
         taken = max(_status("VmRSS"), _status(peak)) - loaded
         rows.append([side * side, max(taken, 1)])
@@ -43,13 +45,13 @@ def _forget_peak() -> bool:
     return True
 
 
-def _one_row(session: Any, side: int) -> dict[str, np.ndarray]:
-    """Inputs of one row; whatever varies besides the batch is a side."""
-    rng = np.random.default_rng(0)
-    shapes = {
-        node.name: [1, *(size if isinstance(size, int) else side for size in node.shape[1:])]
-        for node in session.get_inputs()
-    }
+def _one_row(session: Any, side: int, tokens: int) -> dict[str, np.ndarray]:
+    """Inputs of one row; what varies besides the batch is a side, or the number of tokens."""
+    rng, shapes = np.random.default_rng(0), {}
+    for node in session.get_inputs():
+        varying = tokens if node.name == TOKENS else side
+        sizes = (size if isinstance(size, int) else varying for size in node.shape[1:])
+        shapes[node.name] = [1, *sizes]
     return {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from export.checkpoint import Checkpoint
+from export.checkpoint import Checkpoint, first_line
 from export.part import Part
 from export.scheduler import (
     PIPELINE_OPTIONS,
@@ -21,10 +21,10 @@ from export.scheduler import (
     unused_options,
 )
 from export.sizes import native_size, scale_factor, side_multiple
-from export.tokenizer import check_ids, load_tokenizer
+from export.tokenizer import check_ids, check_vocabulary, load_tokenizer
 from export.unet import MAX_CHUNKS
 from export.vqgan_decoder import latent_to_rgb
-from networks.loading import CheckpointError
+from networks.loading import CheckpointError, refusing
 from twinbrush.engine.config import LORA_SCALE, PipelineConfig
 from twinbrush.engine.prompt import PromptTokenizer
 from twinbrush.engine.request import FIELDS, GenerationRequest
@@ -36,6 +36,9 @@ TOKENIZER = {
     "bert": "bert_tokenizer.json",
 }
 PIPELINE = "pipeline.json"
+PART_OF_TOKENIZER = {
+    "tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2", "bert_tokenizer": "bert",
+}  # fmt: skip
 SOURCES = {"clip_text": "tokenizer", "clip_text_2": "tokenizer_2", "bert": "bert_tokenizer"}
 
 
@@ -55,6 +58,7 @@ def write(checkpoint: Checkpoint, parts: dict[str, Part], folder: Path) -> None:
     height, width = native_size(checkpoint)
     pipeline = {
         "checkpoint": checkpoint.name,
+        "checkpoint_hash": checkpoint.weights_hash(),
         "schedule": _schedule(checkpoint),
         "defaults": defaults(checkpoint),
         "native_width": width * scale,
@@ -158,7 +162,7 @@ def check(checkpoint: Checkpoint) -> None:
             file.write_text(json.dumps(fields))
             _parse_silent_request(file)
     except (ValueError, TypeError) as error:
-        text = str(error).replace(f"{folder}/", "")
+        text = first_line(error)
         raise CheckpointError(f"{checkpoint.name} cannot be served: {text}") from error
 
 
@@ -167,17 +171,22 @@ def _check_preview(checkpoint: Checkpoint) -> None:
     if table is None:
         return
     rows = 9 * checkpoint.config("unet").get("in_channels", 4) + 1
-    shape = np.shape(np.array(table, float)) if isinstance(table, list) else ()
-    if shape != (rows, 3) or not np.isfinite(np.array(table, float)).all():
+    try:
+        numbers = np.array(table, float)
+    except (TypeError, ValueError):
+        numbers = np.empty(0)
+    if numbers.shape != (rows, 3) or not np.isfinite(numbers).all():
         raise ValueError(f"latent_to_rgb in model_index.json must be {rows} rows of 3 numbers")
 
 
 def _encoder(checkpoint: Checkpoint, part: Part, source: str, folder: Path) -> dict[str, Any]:
     """Writes the tokenizer of a text encoder; returns its entry in `pipeline.json`."""
     tokenizer = load_tokenizer(checkpoint, source)
-    file = TOKENIZER[part.name]
-    tokenizer.backend_tokenizer.save(str(folder / file))
-    check_ids(tokenizer, checkpoint.folders[source], folder / file)
+    file, place = TOKENIZER[part.name], checkpoint.folders[source]
+    check_vocabulary(checkpoint, tokenizer, source, PART_OF_TOKENIZER[source])
+    with refusing(place):
+        tokenizer.backend_tokenizer.save(str(folder / file))
+        check_ids(tokenizer, place, folder / file)
     pad = tokenizer.pad_token_id
     if source == "tokenizer_2" and checkpoint.folders[source] == checkpoint.folders["tokenizer"]:
         pad = 0  # OpenCLIP's towers pad with "!"; a single file has one vocabulary for both

@@ -24,6 +24,7 @@ from export.sizes import side_multiple
 from export.staging import put_in_place, staging
 from export.tensorrt import Wanted, stage_plan, wanted_by_engine
 from export.triton_config import with_tensors
+from export.unet import MAX_CHUNKS
 from networks.loading import CheckpointError
 from networks.pruned import Pruning, pruning_of
 from twinbrush.engine.config import ENGINE
@@ -188,7 +189,7 @@ def build(
         pipeline.write(checkpoint, parts, stage / ENGINE)
         _check_tokenizers(kept, repository, stage)
         _check_loras(kept, repository, checkpoint)
-        growths = {name: _growth(checkpoint, parts[name]) for name in (UNET, DECODER)}
+        growths = {name: growth_of(checkpoint, parts[name]) for name in (UNET, DECODER)}
         profiles = wanted_by_engine(repository, stage / ENGINE / "pipeline.json") if trt else None
         target = Build(repository, stage, precision, trt, profiles, cpu_runtime)
         parts = {name: parts[name] for name in only}
@@ -206,10 +207,12 @@ def build(
     return reports
 
 
-def _growth(checkpoint: Checkpoint, part: Part) -> Growth:
+def growth_of(checkpoint: Checkpoint, part: Part) -> Growth:
+    """What decides how the memory of a model grows with the size of pictures."""
     weights, pairs = attention_pairs(part)
     multiple = side_multiple(checkpoint.config("unet"))
-    return Growth(part.side or (1, 1), multiple, count_macs(part), weights, pairs)
+    tokens = part.tokens * MAX_CHUNKS if part.tokens else 1
+    return Growth(part.side or (1, 1), multiple, count_macs(part), weights, pairs, tokens)
 
 
 def _memory(target: Build, growths: dict[str, Growth], others: float) -> dict[str, Any] | None:
@@ -227,7 +230,8 @@ def _memory(target: Build, growths: dict[str, Growth], others: float) -> dict[st
         config = target.stage / name / "config.pbtxt"
         config = config if config.is_file() else target.repository / name / "config.pbtxt"
         try:
-            measured = measure(root / name / "1" / "model.onnx", config, growth.sides())
+            file = root / name / "1" / "model.onnx"
+            measured = measure(file, config, growth.sides(), growth.tokens)
         except MeasureError as error:
             log.error("memory was not measured, and does not bound calls: %s", error)
             return None

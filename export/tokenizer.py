@@ -15,8 +15,8 @@ from networks.loading import CheckpointError
 TEXTS = (
     "", "a", "a small green star on white", "A Photo of 3 CATS, 8k, f/1.8", "naïve café Ångström",
     "  two  spaces\tand a tab\nand a line ", "it's won't we'll", "(a:1.2) [b] <c> {d} #e_f",
-    "Straße, İstanbul, ﬁne, Ⅳ, ½", "红色的圆 赤い丸 빨간 원", "красный круг", "🟢 star ⭐️",
-    "1234567",
+    "Straße, İstanbul, ﬁne, Ⅳ, ½", "wow! a!! star !", "\u201cso\u201d \u2014 it\u2019s\u00a0`x`",
+    "红色的圆 赤い丸 빨간 원", "красный круг", "🟢 star ⭐️", "1234567",
 )  # fmt: skip
 
 
@@ -34,6 +34,23 @@ def load_tokenizer(checkpoint: Checkpoint, part: str) -> Any:
         text = f"{folder} has no tokenizer that can be served: {first_line(error)}"
         raise CheckpointError(text) from error
     return tokenizer
+
+
+def check_vocabulary(checkpoint: Checkpoint, tokenizer: Any, source: str, part: str) -> None:
+    """Raises CheckpointError where a tokenizer gives ids that its text model does not know.
+
+    Args:
+        checkpoint: that both are from.
+        tokenizer: as `load_tokenizer` loads it.
+        source, part: names of the tokenizer and of the text model.
+    """
+    known = checkpoint.config(part).get("vocab_size")
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if isinstance(known, int) and largest >= known:
+        raise CheckpointError(
+            f"{checkpoint.folders[source]} gives {token!r} the id {largest}, {part} has vocab_size"
+            f" {known}: they are of different checkpoints"
+        )
 
 
 def check_ids(tokenizer: Any, folder: Path, file: Path) -> None:

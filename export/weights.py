@@ -175,6 +175,8 @@ def read_json(file: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
     except CheckpointError:
         raise
+    except RecursionError:
+        raise CheckpointError(f"{file} is not JSON: it is nested too deeply") from None
     except ValueError as error:
         raise CheckpointError(f"{file} is not JSON: {error}") from error
     if not isinstance(content, dict):

@@ -145,10 +145,14 @@ def _add_lists(routes: APIRouter, studio: Studio) -> None:
     @routes.get("/sd-models")
     async def models() -> Response:
         """The checkpoints that are served."""
+        hashes = {
+            name: backend.info.checkpoint_hash if backend.info else ""
+            for name, backend in studio.pool.models().items()
+        }
         return JSONResponse([
-            {"title": name, "model_name": name, "hash": None, "sha256": None, "filename": name,
-             "config": None}
-            for name in studio.pool.models()
+            {"title": name, "model_name": name, "hash": sha256[:10] or None,
+             "sha256": sha256 or None, "filename": name, "config": None}
+            for name, sha256 in hashes.items()
         ])  # fmt: skip
 
     @routes.get("/loras")

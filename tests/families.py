@@ -164,8 +164,10 @@ class Family:
 
 
 def shallow(family: Family) -> Family:
-    """The family with the fewest layers a block that its structure has, which exports sooner."""
+    """The family with one layer a block, which exports sooner; Segmind's depths need all layers."""
     unet = family.unet
+    if "reverse_transformer_layers_per_block" in unet:
+        return family
     if family.xl:
         unet = unet | {"transformer_layers_per_block": (1, 2, 1)}
     return replace(family, unet=unet, layers=1)

@@ -150,11 +150,11 @@ def conversions(tmp_path_factory, worker_id) -> Iterator[None]:
 def once(measure_memory, kept: Path):
     """`export.memory.measure`, which starts a process, once for each file."""
 
-    def measured(model: Path, config: Path, sides: list[int]) -> dict:
+    def measured(model: Path, config: Path, sides: list[int], tokens: int) -> dict:
         files = model.read_bytes() + config.read_bytes()
-        known = kept / f"memory-{hashlib.sha256(files).hexdigest()}-{sides}.json"
+        known = kept / f"memory-{hashlib.sha256(files).hexdigest()}-{sides}-{tokens}.json"
         if not known.exists():
-            made = json.dumps(measure_memory(model, config, sides))
+            made = json.dumps(measure_memory(model, config, sides, tokens))
             known.with_suffix(f".{os.getpid()}").write_text(made)
             known.with_suffix(f".{os.getpid()}").rename(known)
         return json.loads(known.read_text())

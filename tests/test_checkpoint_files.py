@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from fnmatch import fnmatch
@@ -172,6 +173,18 @@ def test_a_single_file_is_what_its_folder_is(tmp_path, bert, monkeypatch, half):
     assert written[0] == written[1]
 
 
+def test_the_hash_is_of_the_file_or_of_all_weights(copied, plain, bert, tmp_path):
+    folder = twin(tmp_path / "folder")
+    file = write_single_file(folder, tmp_path / "one.safetensors")
+    single = open_checkpoint(Source(str(file), bert=str(bert), tokenizer=str(folder)))
+    assert single.weights_hash() == hashlib.sha256(file.read_bytes()).hexdigest()
+    whole = open_checkpoint(plain, bert).weights_hash()
+    assert open_checkpoint(copied, bert).weights_hash() == whole
+    unet = weights_of(copied / "unet")
+    save_file({key: 2 * tensor for key, tensor in load_file(unet).items()}, unet)
+    assert open_checkpoint(copied, bert).weights_hash() != whole
+
+
 def test_a_single_file_needs_a_tokenizer_and_says_so(plain, bert, tmp_path):
     file = write_single_file(plain, tmp_path / "one.safetensors")
     with pytest.raises(CheckpointError, match=r"--tokenizer names a folder .* vocab\.json and"):
@@ -297,6 +310,32 @@ def sentencepiece_only(folder: Path) -> None:
     (folder / "tokenizer" / "spiece.model").write_bytes(b"x")
 
 
+def reshape(folder: Path) -> None:
+    change_tensor(folder, "unet", "conv_in.weight", lambda tensor: tensor[:, :2])
+
+
+def whole_numbers(folder: Path) -> None:
+    change_tensor(folder, "vae", "decoder.conv_in.bias", torch.Tensor.int)
+
+
+def change_tensor(folder: Path, part: str, name: str, changed) -> None:
+    tensors = load_file(weights_of(folder / part))
+    tensors[name] = changed(tensors[name]).contiguous()
+    save_file(tensors, weights_of(folder / part), {"format": "pt"})
+
+
+def empty_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer" / "tokenizer.json").write_text("")
+
+
+def list_for_a_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer" / "tokenizer_config.json").write_text("[1]")
+
+
+def nested(folder: Path) -> None:
+    (folder / "vae" / "config.json").write_text('{"a":' * 9000)
+
+
 def index_of(**fields: object):
     return lambda folder: change(folder / "model_index.json", **fields)
 
@@ -328,6 +367,19 @@ def config_of(part: str, **fields: object):
         (config_of("unet", sample_size=-1), "unet/config.json: sample_size=-1 is invalid"),
         (config_of("unet", sample_size=[8, 7]), "latent sides must be multiples of 2"),
         (config_of("unet", in_channels=9), "unet has in_channels 9 and out_channels 4"),
+        (reshape, r"unet/\S+: conv_in\.weight has shape \[\d+, 2, 3, 3\], config\.json needs \["),
+        (whole_numbers, r"vae/\S+: decoder\.conv_in\.bias has type I32, which is not read"),
+        (empty_tokenizer, r"tokenizer/tokenizer\.json is empty: download it again"),
+        (list_for_a_tokenizer, r"tokenizer/tokenizer_config\.json is not a JSON object"),
+        (nested, r"vae/config\.json is not JSON: it is nested too deeply"),
+        (
+            config_of("unet", layers_per_block=10**9),
+            "layers_per_block=1000000000 .* at most 512",
+        ),
+        (config_of("vae", block_out_channels=[10**9]), "block_out_channels=1000000000 is invalid"),
+        (config_of("text_encoder", num_hidden_layers=None), "makes no CLIPTextModel"),
+        (index_of(latent_to_rgb="words"), "latent_to_rgb in model_index.json must be 37 rows"),
+        (index_of(scheduler=[None, None]), "lacks its part scheduler/"),
     ],
 )
 def test_one_sentence_names_file_and_remedy(copied, bert, monkeypatch, breaking, message):
@@ -338,6 +390,22 @@ def test_one_sentence_names_file_and_remedy(copied, bert, monkeypatch, breaking,
         open_checkpoint(copied, bert)
     assert "\n" not in str(caught.value)
     assert not reads
+
+
+def test_weights_that_are_not_finite_name_their_tensor(copied, bert):
+    change_tensor(copied, "unet", "conv_in.bias", lambda tensor: tensor * float("nan"))
+    with pytest.raises(CheckpointError, match=r"unet has numbers in conv_in\.bias that are not"):
+        load_parts(open_checkpoint(copied, bert))
+
+
+def test_a_tokenizer_of_another_text_encoder_is_refused(copied, bert, tmp_path):
+    file = copied / "tokenizer" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["vocab"]["zz"] = 5000
+    file.write_text(json.dumps(content))
+    opened = open_checkpoint(copied, bert)
+    with pytest.raises(CheckpointError, match="tokenizer gives 'zz' the id 5000, text_encoder has"):
+        write(opened, load_parts(opened), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["model.ckpt", "weights.bin", "old.pt"])

@@ -17,9 +17,24 @@ import torch
 from diffusers.models.attention_processor import Attention
 from families import FAMILIES, Family, shallow, write_family
 from harness import contents, open_engine, skeleton
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.normalizers import NFC
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
+from tokenizers.trainers import BpeTrainer
+from transformers import (
+    AutoTokenizer,
+    DebertaTokenizer,
+    DebertaV2Tokenizer,
+    GPT2Tokenizer,
+    PreTrainedTokenizerFast,
+    RobertaTokenizer,
+    T5Tokenizer,
+    XLMRobertaTokenizer,
+)
 
-from checkpoints import TEXT_MODELS, text_model
+from checkpoints import CAPTIONS, TEXT_MODELS, text_model
 from export import pipeline
 from export.checkpoint import open_checkpoint
 from export.painting import paint
@@ -27,7 +42,7 @@ from export.part import Part
 from export.precision import Precision, in_precision
 from export.repository import build, load_parts
 from export.source import Source
-from export.tokenizer import check_ids
+from export.tokenizer import TEXTS, check_ids
 from networks.loading import CheckpointError
 from twinbrush.engine.config import ENGINE
 from twinbrush.engine.fields import InvalidArgument
@@ -227,6 +242,59 @@ def test_exported_token_ids_are_those_of_the_tokenizer(kind, exported, tmp_path)
         check_ids(tokenizer, folder, file)
 
 
+# As hub repositories hold them; that of ModernBERT has no class of its own.
+TOKENIZERS = {
+    "roberta": RobertaTokenizer, "xlm-roberta": XLMRobertaTokenizer, "deberta": DebertaTokenizer,
+    "deberta-v2": DebertaV2Tokenizer, "t5": T5Tokenizer, "gpt2": GPT2Tokenizer,
+    "modernbert": None,
+}  # fmt: skip
+
+
+def write_tokenizer(folder: Path, kind: str) -> PreTrainedTokenizerFast:
+    tokenizer_class = TOKENIZERS[kind]
+    if tokenizer_class is not None:
+        made = tokenizer_class().train_new_from_iterator(CAPTIONS, 400)
+    else:
+        words = Tokenizer(BPE())
+        words.normalizer, words.pre_tokenizer = NFC(), ByteLevel(add_prefix_space=False)
+        marks = ["[UNK]", "[CLS]", "[SEP]", "[PAD]"]
+        words.train_from_iterator(CAPTIONS, BpeTrainer(
+            vocab_size=320, special_tokens=marks, initial_alphabet=ByteLevel.alphabet()
+        ))  # fmt: skip
+        words.post_processor = TemplateProcessing(
+            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+        )
+        made = PreTrainedTokenizerFast(
+            tokenizer_object=words, unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
+            pad_token="[PAD]",
+        )  # fmt: skip
+    made.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+    return made
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_ids_are_those_of_the_original_tokenizer_or_are_refused(kind, tmp_path):
+    made = write_tokenizer(tmp_path / kind, kind)
+    file, own = tmp_path / "exported.json", tmp_path / kind / "tokenizer.json"
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / kind)
+    tokenizer.backend_tokenizer.save(str(file))
+    check_ids(tokenizer, own.parent, file)
+    for text in TEXTS:
+        assert Tokenizer.from_file(str(file)).encode(text).ids == made(text)["input_ids"]
+    # A file that transformers reads otherwise than it is, as it rebuilds some normalisers.
+    own.write_text(json.dumps(json.loads(own.read_text()) | {"normalizer": {"type": "Lowercase"}}))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / kind)
+    tokenizer.backend_tokenizer.save(str(file))
+    original, exported = (Tokenizer.from_file(str(place)) for place in (own, file))
+    same = all(original.encode(text).ids == exported.encode(text).ids for text in TEXTS)
+    if same:
+        check_ids(tokenizer, own.parent, file)
+    else:
+        with pytest.raises(CheckpointError, match="gives other ids for"):
+            check_ids(tokenizer, own.parent, file)
+
+
 def test_sdxl_through_the_real_server(exported, start_server, monkeypatch):
     source, repository = exported(XL)
     family = FAMILIES[XL]
@@ -245,14 +313,18 @@ def test_sdxl_through_the_real_server(exported, start_server, monkeypatch):
     assert np.abs(pixels - theirs).max() <= 2
 
 
-def test_sdxls_decoder_keeps_full_precision_in_fp16(exported):
-    part = load_parts(open_checkpoint(exported(XL)[0]))["vqgan_decoder"]
+def shallow_parts(folder: Path, name: str) -> dict[str, Part]:
+    return load_parts(open_checkpoint(write_family(folder, shallow(FAMILIES[name]))))
+
+
+def test_sdxls_decoder_keeps_full_precision_in_fp16(tmp_path):
+    part = shallow_parts(tmp_path / "xl", XL)["vqgan_decoder"]
     halved = in_precision(part, Precision.FP16)
     assert {p.dtype for p in halved.parameters()} == {torch.float32}
 
 
-def test_upcast_attention_has_finite_logits_in_fp16(exported):
-    part = load_parts(open_checkpoint(exported("stabilityai/stable-diffusion-2-1")[0]))["unet"]
+def test_upcast_attention_has_finite_logits_in_fp16(tmp_path):
+    part = shallow_parts(tmp_path / "sd2", "stabilityai/stable-diffusion-2-1")["unet"]
     for module in part.module.modules():
         if isinstance(module, Attention):  # logits of about 1e6, FP16 ends at 65,504
             for layer in (module.to_q, module.to_k):

@@ -13,7 +13,10 @@ from harness import open_engine
 from onnx import TensorProto, helper
 from test_engine import Client, Watched, request
 
+from export.checkpoint import open_checkpoint
 from export.memory import Growth, MeasureError, fit, measure
+from export.repository import growth_of, load_parts
+from export.unet import MAX_CHUNKS
 from twinbrush import memory
 from twinbrush.engine.config import PipelineConfig
 from twinbrush.engine.fields import InvalidArgument
@@ -272,6 +275,22 @@ def test_an_export_measures_what_calls_take(repository):
         assert calls.rest > 0
         for cells, taken in entry[model]["rows"]:
             assert calls.row(cells) >= taken * (1 - 1e-9)
+
+
+def test_the_unet_is_measured_with_the_longest_prompt(repository):
+    """A row of many tokens holds more than one of few, so that long prompts are foreseen."""
+    file = repository / "unet" / "1" / "model.onnx"
+    config = file.parents[1] / "config.pbtxt"
+    few, many = (measure(file, config, [32], tokens)["rows"][0][1] for tokens in (16, 4096))
+    assert many > few + 4 * 4096 * 32  # the tokens of one row in FP32
+
+
+def test_growth_has_the_tokens_of_the_longest_prompt(tiny):
+    opened = open_checkpoint(tiny)
+    parts = load_parts(opened)
+    longest = MAX_CHUNKS * parts["clip_text"].inputs["input_ids"].axes[0]
+    assert growth_of(opened, parts["unet"]).tokens == longest
+    assert growth_of(opened, parts["vqgan_decoder"]).tokens == 1
 
 
 def test_sizes_that_were_not_tried_take_at_most_what_is_foreseen(repository):

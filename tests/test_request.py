@@ -151,9 +151,10 @@ def test_every_field_says_what_it_is_for():
 
 def test_metadata_repeats_a_picture_and_leaves_out_its_delivery():
     request = parse(prompt=b"a ring", seed=5, num_images=3, priority=b"low", preview_every=2)
-    metadata = request.metadata_of(2, CONFIG, "abc123")
+    config = replace(CONFIG, checkpoint_hash="0123456789abcdef")
+    metadata = request.metadata_of(2, config)
     assert metadata["seed"] == 7
-    assert (metadata["checkpoint"], metadata["checkpoint_hash"]) == ("test", "abc123")
+    assert (metadata["checkpoint"], metadata["checkpoint_hash"]) == ("test", "0123456789")
     fields = {name: value for name, value in metadata.items() if name in FIELDS}
     assert not fields.keys() & {"num_images", "image_format", "priority", "preview_every"}
     tensors = {n: np.array([v.encode() if isinstance(v, str) else v]) for n, v in fields.items()}

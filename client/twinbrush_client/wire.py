@@ -75,6 +75,7 @@ class ServerInfo:
             `maximum` of numbers, and `choices` of names.
         device: `CPU` or `GPU`: where Triton has placed the UNet; empty where that is not known.
         loras: names that a request's `lora` may use; empty from a server that has none.
+        checkpoint_hash: SHA-256 of its weights in hexadecimal; empty where that is not known.
     """
 
     version: str
@@ -86,6 +87,7 @@ class ServerInfo:
     fields: list[dict[str, Any]]
     device: str = ""
     loras: list[str] = field(default_factory=list)
+    checkpoint_hash: str = ""
 
     @classmethod
     def of(cls, text: bytes) -> ServerInfo:

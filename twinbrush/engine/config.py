@@ -82,6 +82,8 @@ class PipelineConfig:
         side_limit: pixels of a side that the operator allows, or None for the checkpoint's own.
         max_pixels: width × height that the operator allows, or None for any.
         loras: names of the LoRAs that requests can switch on, in the order of their scales.
+        checkpoint_hash: SHA-256 of its weights in hexadecimal; empty where an export of an earlier
+            version did not write it.
     """
 
     checkpoint: str
@@ -103,6 +105,7 @@ class PipelineConfig:
     side_limit: int | None = None
     max_pixels: int | None = None
     loras: tuple[str, ...] = ()
+    checkpoint_hash: str = ""
 
     @property
     def chunk_length(self) -> int:

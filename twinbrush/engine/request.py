@@ -49,6 +49,7 @@ MAX_SEED = 2**63 - 1
 MAX_PIXELS_A_SIDE = 2**20  # of sizes that SDXL is conditioned on
 MAX_DEADLINE_MS = 24 * 3600 * 1000
 PRIORITIES = ("low", "normal", "high")
+SHORT_HASH = 10  # digits of a checkpoint's hash in image files, as A1111 writes them
 CHECKPOINTS_OWN = "default"  # sigma schedule
 INPUT_FILE_HINT = (
     "The request sets every input, as perf_analyzer does with random data: run it with "
@@ -236,13 +237,12 @@ class GenerationRequest:
         """None where it is the checkpoint's own."""
         return None if self.sigma_schedule == CHECKPOINTS_OWN else self.sigma_schedule
 
-    def metadata_of(self, index: int, config: PipelineConfig, checkpoint_hash: str = "") -> dict:
+    def metadata_of(self, index: int, config: PipelineConfig) -> dict:
         """What the file of image `index` carries: enough to ask for it again. Empty if not wanted.
 
         Args:
             index: of the image within the request.
             config: the checkpoint.
-            checkpoint_hash: of its weights; empty where it is not known.
         """
         if not self.metadata:
             return {}
@@ -252,8 +252,8 @@ class GenerationRequest:
             if name not in NOT_IN_METADATA and value is not None
         }
         values |= {"seed": self.seed + index, "checkpoint": config.checkpoint}
-        if checkpoint_hash:
-            values["checkpoint_hash"] = checkpoint_hash
+        if config.checkpoint_hash:
+            values["checkpoint_hash"] = config.checkpoint_hash[:SHORT_HASH]
         return values | {"version": f"Twinbrush {twinbrush.__version__}"}
 
 
@@ -329,6 +329,7 @@ def describe_server(config: PipelineConfig) -> dict[str, Any]:
     return {
         "version": twinbrush.__version__,
         "checkpoint": config.checkpoint,
+        "checkpoint_hash": config.checkpoint_hash,
         "samplers": list(SAMPLERS),
         "loras": list(config.loras),
         "image_formats": list(IMAGE_FORMATS),
