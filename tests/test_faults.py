@@ -241,7 +241,7 @@ def test_a_drain_finishes_what_lives_and_refuses_what_comes(repository, watched)
 
 
 def test_pictures_that_wait_for_an_encoder_hold_the_decoder_back(repository, watched, monkeypatch):
-    monkeypatch.setattr("twinbrush.engine.decode.WAITING_PIXELS", 1)
+    monkeypatch.setattr("twinbrush.engine.decode.WAITING_NUMBERS", 1)
     go_on, encode = threading.Event(), engine_module.images.encode
 
     def slow(*args, **kwargs):

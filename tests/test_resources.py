@@ -24,7 +24,7 @@ def huge(tiny, tmp_path):
     folder = shutil.copytree(tiny, tmp_path / "huge")
     (weights,) = (folder / "unet").glob("*.safetensors")
     tensor = {"dtype": "F32", "shape": [10**6, 10**6], "data_offsets": [0, SIZE]}
-    header = json.dumps({"__metadata__": {"format": "pt"}, "conv_in.weight": tensor}).encode()
+    header = json.dumps({"__metadata__": {"format": "pt"}, "huge.weight": tensor}).encode()
     with weights.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(8 + len(header) + SIZE)  # sparse

@@ -53,7 +53,7 @@ def fields_of(story: dict[str, Any]) -> dict[str, Any]:
     Raises:
         InvalidRequest: the story has no prompt, or a value has the wrong type.
     """
-    if "prompt" not in story:
+    if not isinstance(story.get("prompt"), str):
         raise invalid("file", "parameters", "was not made by Twinbrush, so it cannot be repeated")
     return {name: typed(name, value) for name, value in story.items() if name in DATA_TYPES}
 

@@ -33,7 +33,7 @@ class CancelWatch:
         fail: called with a sentence when the thread dies.
     """
 
-    # Seconds; the shortest is less than a UNet call of one picture takes, so that a client which
+    # Seconds; the shortest is less than a step of one picture takes, so that a client which
     # leaves wastes hardly more than the call that runs.
     SHORTEST_PAUSE, LONGEST_PAUSE = 0.01, 0.5
     PAUSE_PER_SECOND_POLLED = 40.0
