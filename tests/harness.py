@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import hashlib
 import json
@@ -118,10 +119,11 @@ def conversions(tmp_path_factory, worker_id) -> Iterator[None]:
 
     def kept_trace(part: Part, precision: Precision, opset: int = OPSET):
         file = traced / f"{structure(part, precision)}-{opset}.onnx"
-        if not file.exists():
-            begun = tmp_path_factory.mktemp("trace") / "model.onnx"
-            trace(part, precision, opset).save(begun)
-            begun.rename(file)
+        with one_process(file):
+            if not file.exists():
+                begun = tmp_path_factory.mktemp("trace") / "model.onnx"
+                trace(part, precision, opset).save(begun)
+                begun.rename(file)
         program = torch.onnx.ONNXProgram(onnx_ir.load(file), None)
         program.apply_weights(in_precision(part, precision).state_dict())
         return program
@@ -144,6 +146,14 @@ def conversions(tmp_path_factory, worker_id) -> Iterator[None]:
         for module in ("repository", "gate"):
             patched.setattr(f"export.{module}.to_onnx", kept)
         patched.setattr("export.repository.measure", once(measure, converted))
+        yield
+
+
+@contextmanager
+def one_process(file: Path) -> Iterator[None]:
+    """While one test process makes a file, the others wait for it."""
+    with file.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 

@@ -115,8 +115,9 @@ def paint_in_pytorch(source: Source, family: Family, folder: Path) -> np.ndarray
 
 # Exported with few layers; `family_table` exports all of them with all layers.
 EXPORTED = (
-    "runwayml/stable-diffusion-v1-5", "stabilityai/stable-diffusion-2-1",
     "SimianLuo/LCM_Dreamshaper_v7", "stabilityai/stable-diffusion-xl-base-1.0",
+    *(pytest.param(name, marks=pytest.mark.slow)
+      for name in ("runwayml/stable-diffusion-v1-5", "stabilityai/stable-diffusion-2-1")),
 )  # fmt: skip
 
 

@@ -36,7 +36,9 @@ UNET = [
     "down_blocks.0.downsamplers.0.conv", "up_blocks.1.attentions.1.proj_out",
 ]  # fmt: skip
 UNET_XL = ["down_blocks.1.attentions.0.transformer_blocks.1.attn1.to_q", "add_embedding.linear_1"]
-TEXT = ["encoder.layers.0.self_attn.q_proj", "encoder.layers.1.mlp.fc1"]
+# Diffusers reads kohya's names of a tower only where the output projection of attention is there.
+TEXT = ["encoder.layers.0.self_attn.q_proj", "encoder.layers.0.self_attn.out_proj",
+        "encoder.layers.1.mlp.fc1"]  # fmt: skip
 CLASSES = {"unet": diffusers.UNet2DConditionModel, "text_encoder": CLIPTextModel,
            "text_encoder_2": CLIPTextModelWithProjection}  # fmt: skip
 

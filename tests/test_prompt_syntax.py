@@ -92,7 +92,7 @@ def strings(**fields: str) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(
     "name",
     [
-        "runwayml/stable-diffusion-v1-5",
+        pytest.param("runwayml/stable-diffusion-v1-5", marks=pytest.mark.slow),
         "stabilityai/stable-diffusion-xl-base-1.0",
         "SimianLuo/LCM_Dreamshaper_v7",
     ],

@@ -141,7 +141,11 @@ def foreign(tmp_path_factory) -> tuple[Path, str, Path]:
     return whole, bert, folder / "pruned"
 
 
-@pytest.mark.parametrize("model", RATIOS)
+@pytest.mark.parametrize(
+    "model",
+    [*("unet", "vqgan_decoder"),
+     *(pytest.param(name, marks=pytest.mark.slow) for name in ("clip_text", "bert"))],
+)  # fmt: skip
 def test_a_checkpoint_of_another_world_learns_from_its_own_pictures(
     foreign, tmp_path, monkeypatch, capsys, model
 ):

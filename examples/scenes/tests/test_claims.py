@@ -34,6 +34,7 @@ from training.run import digest
 CHECKPOINT = Path("checkpoints/scenes-64")
 
 
+@pytest.mark.slow
 def test_every_arm_of_fusion_is_trained_and_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(world, "SCENES", 100)
     out = tmp_path / "fusion.json"
@@ -52,6 +53,7 @@ def test_every_arm_of_fusion_is_trained_and_measured(tmp_path, monkeypatch, caps
     assert Image.open(out.with_suffix(".png")).size[0] > 500
 
 
+@pytest.mark.slow
 def test_fusion_can_be_measured_behind_a_bert_of_masked_words(tmp_path, monkeypatch):
     monkeypatch.setattr(world, "SCENES", 100)
     monkeypatch.setattr(fusion, "MASKED_WORDS_STEPS", 2)
@@ -129,6 +131,7 @@ def test_a_sheet_of_pictures_has_a_row_for_each_number_of_objects(repository, tm
         assert len(shown) > 1
 
 
+@pytest.mark.slow
 def test_training_time_is_that_of_a_stages_own_steps(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(training_time, "STAGES", (bert,))
     out = tmp_path / "time.json"
@@ -164,6 +167,7 @@ def test_training_time_is_what_a_run_of_all_took(tmp_path, monkeypatch, capsys):
     assert summary == found["summary"] == {"minutes": 2.5, "goal": 150.0}
 
 
+@pytest.mark.slow
 def test_every_decoder_of_losses_is_trained_and_measured(tmp_path, capsys):
     out = tmp_path / "losses.json"
     given = {"steps": 2, "batch": 4, "device": "cpu", "bf16": False, "n": 6, "threads": 1}
@@ -181,6 +185,7 @@ def test_every_decoder_of_losses_is_trained_and_measured(tmp_path, capsys):
     assert json.loads(out.read_text())["results"] == results
 
 
+@pytest.mark.slow
 def test_decoders_of_losses_can_go_on_from_the_checkpoints(tmp_path):
     out = tmp_path / "losses.json"
     given = {"steps": 10, "batch": 8, "device": "cpu", "bf16": False, "n": 6, "threads": 1}
@@ -190,6 +195,7 @@ def test_decoders_of_losses_can_go_on_from_the_checkpoints(tmp_path):
     assert min(psnr.values()) > 28  # a fresh decoder after ten steps is far below
 
 
+@pytest.mark.slow
 def test_steps_are_measured_of_student_and_teacher(tiny, repository, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quality, "read", lambda picture: read(np.tile(picture, (2, 2, 1))))
     monkeypatch.setattr(steps, "STEPS", (1, 4, 25))
@@ -234,6 +240,7 @@ class Words(fusion.Arm):
         return torch.nn.functional.one_hot(ids, len(self.tokenizer)).float(), mask, mask
 
 
+@pytest.mark.slow
 def test_a_probe_tells_what_tokens_tell():
     words = Words(CHECKPOINT, "clip", torch.device("cpu"))
     said = tokens.probed(words, tokens.stream, steps=120, n=60)["all"]
@@ -243,6 +250,7 @@ def test_a_probe_tells_what_tokens_tell():
     assert nothing["shape"] < 50
 
 
+@pytest.mark.slow
 def test_the_tokens_of_every_encoder_are_probed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fusion, "MASKED_WORDS_STEPS", 2)
     out = tmp_path / "tokens.json"

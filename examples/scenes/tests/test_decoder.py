@@ -125,5 +125,6 @@ def test_encoder_and_codebook_stay(trained, tmp_path):
     assert torch.equal(after["post_quant_conv.weight"], state["ema.module.0.weight"])
 
 
+@pytest.mark.slow
 def test_a_decoder_that_was_stopped_ends_as_an_undisturbed_one(trained):
     torch.testing.assert_close(trained("stopped", 7), trained("whole"), rtol=0, atol=0)

@@ -54,6 +54,7 @@ def said(encoders: Path, head: Path) -> torch.Tensor:
     return load_part(head / "fusion", FusionHead)(*Encoders(encoders)(TEXTS))
 
 
+@pytest.mark.slow
 def test_the_head_says_behind_a_changed_bert_what_it_said(changed):
     wanted = said(ORIGINAL, ORIGINAL)
     before = F.mse_loss(said(changed, ORIGINAL), wanted)

@@ -179,6 +179,7 @@ def test_bert_learns_further_from_the_weights_that_init_names(tmp_path):
         bert.train(replace(started, init=tmp_path))
 
 
+@pytest.mark.slow
 def test_bert_learns_what_no_word_says_alone(tmp_path):
     bert.train(Run(tmp_path, tmp_path / "runs", 60, 16, source=MirroredPair(), save_every=60))
     curve = list(csv.DictReader((tmp_path / "runs" / "bert" / "losses.csv").open()))
@@ -186,6 +187,7 @@ def test_bert_learns_what_no_word_says_alone(tmp_path):
     assert float(curve[-1]["place"]) == 1
 
 
+@pytest.mark.slow
 def test_bert_never_reads_the_size_of_what_training_shows_in_one_alone(tmp_path, monkeypatch):
     read = []
     at = SceneBatches.at
