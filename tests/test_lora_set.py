@@ -27,6 +27,7 @@ from twinbrush.engine.config import PipelineConfig
 from twinbrush.engine.fields import InvalidArgument
 from twinbrush.engine.loras import parse_loras
 from twinbrush.engine.request import describe_server
+from twinbrush_client import Client as RemoteClient
 
 SD1, XL = "runwayml/stable-diffusion-v1-5", "stabilityai/stable-diffusion-xl-base-1.0"
 UNET = [
@@ -243,3 +244,19 @@ def test_options_that_do_not_fit_are_refused(source, files, served, options, mes
     assert done.exit_code == 1
     assert message in " ".join(done.output.split())
     assert (repository / "MANIFEST.json").read_bytes() == before
+
+
+def test_a_lora_through_the_real_server_paints_what_the_engine_paints(served, start_server):
+    fields = {"steps": np.array([2]), "lora": np.array([b"ink:0.7"], object)}
+    engine = open_engine(served)
+    (wanted,) = paint(engine, [PROMPT], **fields)
+    engine.close()
+    server = start_server(served)
+    server.wait_for("ready in")
+    with RemoteClient(server.address) as client:
+        (ours,) = client.generate(PROMPT, seed=0, steps=2, lora="ink:0.7")
+        (plain,) = client.generate(PROMPT, seed=0, steps=2)
+    server.stop()
+    pixels = np.asarray(ours.convert("RGB"), float)
+    assert np.abs(pixels - wanted).max() <= 1
+    assert np.abs(pixels - np.asarray(plain.convert("RGB"), float)).max() > 2
