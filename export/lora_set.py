@@ -83,7 +83,7 @@ class LayerWithLoras(nn.Module):
         scale = rows[:, self.owners].to(x.dtype)  # (B, ranks)
         if isinstance(self.layer, nn.Linear):
             low = F.linear(x, self.down)
-            scale = scale.view(len(scale), *[1] * (x.ndim - 2), -1)
+            scale = scale.view(scale.shape[0], *[1] * (x.ndim - 2), -1)
             return out + F.linear(low * scale, self.up)
         layer = self.layer
         low = F.conv2d(x, self.down, None, layer.stride, layer.padding, layer.dilation)
