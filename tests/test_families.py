@@ -159,7 +159,7 @@ def test_sizes_of_sdxl_are_those_of_diffusers(exported, monkeypatch):
 
 
 def test_checkpoints_without_sizes_refuse_them_by_name(exported):
-    _, repository = exported("runwayml/stable-diffusion-v1-5")
+    _, repository = exported("SimianLuo/LCM_Dreamshaper_v7")
     with pytest.raises(InvalidArgument, match=r"target_size=\[64, 64\] is invalid: is no input"):
         paint_served(repository, FAMILIES[XL], target_size=np.array([64, 64]))
 
