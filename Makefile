@@ -49,19 +49,17 @@ clean:
 	rm -rf .venv output model_repository/MANIFEST.json
 	git clean -fdXq model_repository
 
-# Byte code is made on all cores, which pip does on one; templates of Python files fail, as they may.
+# Without byte code, most of which would never be read: Python writes that of what it imports.
 $(INSTALLED): requirements/serve.txt requirements/export.txt requirements/gateway.txt pyproject.toml client/pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed: make PYTHON=/path/to/it"; exit 1; }
 	$(PYTHON) -m venv .venv
 	pip install --quiet --no-compile --requirement requirements/export.txt --requirement requirements/gateway.txt
 	pip install --quiet --no-deps --editable . --editable client
-	python -m compileall -qq -j 0 .venv/lib || true
 	@touch $@
 
 $(DEVELOPED): $(INSTALLED) $(wildcard requirements/*.txt)
 	pip install --quiet --no-compile --requirement requirements/dev.txt
 	pip install --quiet --no-compile --no-deps --requirement requirements/page.txt
-	python -m compileall -qq -j 0 .venv/lib || true
 	@touch $@
 
 $(EXPORTED): $(INSTALLED) $(wildcard export/*.py networks/*.py) $(wildcard $(CHECKPOINT)/*/*) $(CHECKPOINT)/model_index.json
