@@ -18,10 +18,10 @@ from transformers import (
     AutoModelForTextEncoding,
 )
 
-from export.checkpoint import Checkpoint, first_line
+from export.checkpoint import Checkpoint
 from export.part import Part, TensorSpec, integers, padding_mask
 from export.tokenizer import load_tokenizer
-from networks.loading import CheckpointError
+from networks.loading import CheckpointError, first_line
 
 MAX_TOKENS = 77  # prompts are padded to this or to what the model takes, the smaller
 

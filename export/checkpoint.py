@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from export.lora import Lora, check_loras, fuse
-from export.source import Source, Tree, check_source, first_line, open_tree
+from export.source import Source, Tree, check_source, open_tree
 from export.weights import LFS, choose_weights, lfs_pointer, read_json, variants_of
 from networks.loading import CheckpointError, load_part, refusing
 from twinbrush.server.manifest import sha256_of
 
-__all__ = ["PARTS", "Checkpoint", "Serving", "first_line", "open_checkpoint"]
+__all__ = ["PARTS", "Checkpoint", "Serving", "open_checkpoint"]
 
 # Classes that each part may be of; None is any text model that transformers knows.
 PARTS = {

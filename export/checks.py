@@ -19,11 +19,10 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from export.checkpoint import Checkpoint
-from export.source import first_line
 from export.unet import check_inputs, check_width
 from export.weights import read_header
 from networks.fusion_head import FusionHead
-from networks.loading import CheckpointError, refusing
+from networks.loading import CheckpointError, first_line, refusing
 from networks.pruned import pruning_of
 
 MOST_LAYERS, LARGEST = 512, 2**20  # of a kind of layers; of any other whole number

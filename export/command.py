@@ -42,9 +42,9 @@ from export.repository import (
 )
 from export.resources import ResourceError
 from export.scheduler import parse_defaults
-from export.source import Source, first_line
+from export.source import Source
 from export.tensorrt import TensorRTError, load_tensorrt
-from networks.loading import CheckpointError
+from networks.loading import CheckpointError, first_line
 from networks.pruned import pruning_of
 
 FAILURES = (

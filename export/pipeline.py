@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from export.checkpoint import Checkpoint, first_line
+from export.checkpoint import Checkpoint
 from export.part import Part
 from export.scheduler import (
     PIPELINE_OPTIONS,
@@ -24,7 +24,7 @@ from export.sizes import native_size, scale_factor, side_multiple
 from export.tokenizer import check_ids, check_vocabulary, load_tokenizer
 from export.unet import MAX_CHUNKS
 from export.vqgan_decoder import latent_to_rgb
-from networks.loading import CheckpointError, refusing
+from networks.loading import CheckpointError, first_line, refusing
 from twinbrush.engine.config import LORA_SCALE, PipelineConfig
 from twinbrush.engine.prompt import PromptTokenizer
 from twinbrush.engine.request import FIELDS, GenerationRequest

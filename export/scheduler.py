@@ -13,8 +13,7 @@ from typing import Any
 import diffusers
 from diffusers import SchedulerMixin
 
-from export.source import first_line
-from networks.loading import CheckpointError
+from networks.loading import CheckpointError, first_line
 from twinbrush.engine.samplers import MAX_STEPS, SAMPLERS, NoiseSchedule, trajectory
 
 # The sampler that a scheduler's class stands for.

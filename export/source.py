@@ -12,7 +12,7 @@ from pathlib import Path
 
 import huggingface_hub
 
-from networks.loading import CheckpointError
+from networks.loading import CheckpointError, first_line
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Files that say what a repository holds; all are small and are downloaded before any weight.
@@ -163,11 +163,6 @@ def check_folder(path: Path, text: str) -> None:
         f"{text} is a file that is not read: give a folder in diffusers layout"
         " or a .safetensors file"
     )
-
-
-def first_line(error: Exception) -> str:
-    """The message of a library's error, without its advice."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _names(folder: Path) -> frozenset[str]:

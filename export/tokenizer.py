@@ -8,8 +8,8 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from export.checkpoint import Checkpoint, first_line
-from networks.loading import CheckpointError
+from export.checkpoint import Checkpoint
+from networks.loading import CheckpointError, first_line
 
 # Texts on which tokenizers of different rules differ: case, accents, spaces, digits, scripts.
 TEXTS = (

@@ -18,6 +18,11 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be used; the message says which part and why."""
 
 
+def first_line(error: Exception) -> str:
+    """The message of a library's error, without its advice."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 @contextmanager
 def refusing(what: object) -> Iterator[None]:
     """Makes one sentence of whatever reading `what`, a file or folder, raises.
@@ -30,8 +35,7 @@ def refusing(what: object) -> Iterator[None]:
     except CheckpointError:
         raise
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        text = f"{what} cannot be used: {reason or 'it is damaged'} ({type(error).__name__})"
+        text = f"{what} cannot be used: {first_line(error)} ({type(error).__name__})"
         raise CheckpointError(f"{text}; download it again, or correct it") from error
 
 
