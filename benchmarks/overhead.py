@@ -3,7 +3,8 @@
 The same engine on the same ONNX files: alone in this process, against through a server and gRPC,
 with its networks served by Triton and with its networks in its own process; and with calls shared
 between requests, against deterministic ones, each in calls of its own. The sides of a comparison
-take turns, and ratios are medians over the turns.
+take turns, and ratios are medians over the turns. `--beside` measures one more server in the same
+turns: another version on the same checkpoint, say.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ def main(
     ),
     turns: Annotated[int, typer.Option(min=1, help="How often both sides of each ratio run.")] = 5,
     requests: Annotated[int, typer.Option(min=1, help="Images a turn, at concurrency 1.")] = 12,
+    beside: Annotated[str, typer.Option(help="HOST:PORT of one more server, over gRPC.")] = "",
     out: Annotated[Path, typer.Option(help="Result file.")] = Path(
         "benchmarks/results/overhead.json"
     ),
@@ -65,6 +67,8 @@ def main(
             str(runtime): stack.enter_context(running_server(repository, runtime))[0]
             for runtime in Runtime
         }
+        if beside:
+            clients["beside"] = stack.enter_context(grpc.InferenceServerClient(beside))
         servers = {runtime: through_grpc(client) for runtime, client in clients.items()}
         sides = {"engine": in_process(engine), **servers}
         points = {f"c{c}": compare(sides, c, turns, max(requests, 2 * c)) for c in CONCURRENCY}

@@ -42,6 +42,8 @@ from twinbrush.runtimes.onnx_runtime import LocalModels
 
 ROOT = Path(__file__).parent.parent
 START_SECONDS = 120
+# Settings of modules that change no graph; the last is a set, in another order in every process.
+NAMES_AND_ORDERS = ("name_or_path", "_name_or_path", "_use_default_values")
 
 
 def skeleton(folder: Path) -> Path:
@@ -85,7 +87,7 @@ def structure(part: Part, precision: Precision) -> str:
         settings = dict(vars(module))
         for config in (settings.pop("config", {}), settings.pop("_internal_dict", {})):
             settings |= config if isinstance(config, dict) else config.to_dict()
-        plain = {k: v for k, v in settings.items() if is_plain(v) and "name_or_path" not in k}
+        plain = {k: v for k, v in settings.items() if is_plain(v) and k not in NAMES_AND_ORDERS}
         made_of.update(f"{name} {type(module)} {json.dumps(plain, sort_keys=True)}".encode())
         for key, value in settings.items():
             if isinstance(value, torch.Tensor):
