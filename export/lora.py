@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from export.source import PICKLES
 from export.weights import read_header, read_json
-from networks.loading import CheckpointError
+from networks.loading import CheckpointError, refusing
 
 KOHYA = {
     "lora_unet_": "unet",
@@ -110,6 +110,11 @@ def read_lora(text: str) -> Lora:
         CheckpointError: the file or the scale cannot be used, or a key is not one of a LoRA.
     """
     file, scale = _parse(text)
+    with refusing(f"LoRA {file}"):
+        return _read(file, scale)
+
+
+def _read(file: Path, scale: float) -> Lora:
     header = read_header(file)
     if not header:
         raise CheckpointError(f"LoRA {file} has no tensors: download it again")

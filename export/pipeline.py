@@ -94,7 +94,7 @@ def memory_of(folder: Path) -> dict[str, Any]:
     """What an earlier export has measured; nothing where there was none, or it cannot be read."""
     try:
         return json.loads((folder / PIPELINE).read_text()).get("memory") or {}
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return {}
 
 

@@ -138,7 +138,9 @@ def read_header(file: Path) -> dict[str, Any]:
             end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (
+        ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError,
+    ) as error:  # fmt: skip
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{file} is no safetensors file: download it again") from error

@@ -89,6 +89,9 @@ class Guard:
                 503, "The gateway is shutting down.", code="draining", type="server_error",
                 retry_after=1.0,
             )  # fmt: skip
+        if not scope["query_string"].isascii():
+            text = "The URL's query must be percent-encoded: it has bytes beyond ASCII."
+            return ApiError(400, text, code="invalid_value")
         key = self._keys.find(headers.get("authorization"))
         scope["state"]["key"] = key
         if key is None and path.startswith(LOCKED) and not path.startswith(FILES):
@@ -100,8 +103,9 @@ class Guard:
             text = f"content-encoding: {encoding} is not supported: send the body as it is."
             return ApiError(415, text, code="unsupported_encoding")
         length = headers.get("content-length", "")
-        if length.isdecimal() and int(length) > self._max_body:
-            text = f"The body has {length} bytes; at most {self._max_body} are allowed."
+        # Python refuses to read a number of thousands of digits.
+        if length.isdecimal() and (len(length) > 20 or int(length) > self._max_body):
+            text = f"The body has {length[:20]} bytes; at most {self._max_body} are allowed."
             return ApiError(413, text, code="body_too_large")
         return None
 

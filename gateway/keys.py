@@ -6,7 +6,6 @@ Knows no HTTP beyond the `Authorization` header's value.
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import hmac
 import re
@@ -153,7 +152,7 @@ def _secret(authorization: str) -> str:
     if scheme.lower() == "basic":
         try:
             decoded = base64.b64decode(value, validate=True).decode()
-        except (binascii.Error, UnicodeDecodeError):
+        except ValueError:  # of base64, of UTF-8, or of a header that is not ASCII
             return ""
         return decoded.partition(":")[2]
     return value.strip() if scheme.lower() == "bearer" else ""

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.faults import fuzz, killed, pressure, soak, upstream
+from benchmarks.faults import fuzz, killed, parsers, pressure, soak, upstream
 from benchmarks.machine import write_result
 
 PARTS: dict[str, Callable[[Path], dict]] = {
@@ -28,6 +28,7 @@ PARTS: dict[str, Callable[[Path], dict]] = {
     "starvation": pressure.starvation,
     "soak": soak.soak,
     "fuzz": fuzz.fuzz,
+    "parsers": parsers.parsers,
     "upstream": upstream.upstream,
 }
 GOALS = {
@@ -41,6 +42,7 @@ GOALS = {
     "starvation": {"work_share_over_fair": 0.5},
     "soak": {"threads_gained": 0, "descriptors_gained": 0},
     "fuzz": {"crashes": 0, "without_an_answer": 0, "unforeseen": 0},
+    "parsers": {"failures": 0},
 }
 
 

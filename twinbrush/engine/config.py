@@ -157,7 +157,7 @@ class PipelineConfig:
             )
         except FileNotFoundError:
             raise ValueError(f"{path} is not there: run `python -m export CHECKPOINT`") from None
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is not a pipeline.json of this version: {error}") from error
 
 

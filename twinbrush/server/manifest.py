@@ -45,7 +45,7 @@ def reading(manifest: Path) -> Iterator[None]:
     """Makes of what a broken manifest raises a `ManifestError`."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ManifestError(f"{manifest} cannot be read: {error!r}") from error
 
 
