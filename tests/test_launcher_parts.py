@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -241,13 +242,32 @@ def test_a_server_that_answers_no_more_is_ended_only_if_it_stays_mute(ready, mon
 def test_a_disk_that_is_full_at_the_start_is_a_sentence(monkeypatch, repository, tmp_path):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     triton = SimpleNamespace(development=False, environment={}, prepare_backends=full_disk)
-    with pytest.raises(ServerError, match=r"cannot be started: .*No space left on device"):
+    words = r"cannot be started: \[Errno 28\] No space left.*more space than"
+    with pytest.raises(ServerError, match=words):
         TritonProcess(triton, ServerOptions(repository, None, "127.0.0.1", 0, 1, 2)).__enter__()
     assert not list(tmp_path.iterdir())
 
 
+def test_a_port_that_another_launcher_took_meanwhile_is_a_sentence(tmp_path):
+    """Two that start at once find the ports free; the server of one loses the race."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        process = TritonProcess(None, ServerOptions(tmp_path, http_port=port, grpc_port=1))
+        process._process = SimpleNamespace(poll=lambda: 1, pid=0)
+        process._stubs = SimpleNamespace(dead=lambda started: None)
+        line = (
+            f"failed to start GRPC service: Unavailable - Socket '127.0.0.1:{port}' already in use"
+        )
+        process._output.add(line.encode())
+        with pytest.raises(ServerError, match=f"^port {port} of .* choose another: --http-port$"):
+            process.check()
+
+
 def full_disk(_):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    why = f"[Errno {errno.ENOSPC}] {os.strerror(errno.ENOSPC)}: 'a' -> 'b'"
+    raise shutil.Error([("a", "b", why)])
 
 
 def test_many_files_are_allowed_as_far_as_the_machine_lets_it():

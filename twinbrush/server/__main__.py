@@ -218,6 +218,7 @@ def main(
         log.complain(str(error))
         raise typer.Exit(1) from None
     except Stopped as stopped:
+        signals.ignore()
         if then is None:
             log.say("stopped")
             raise typer.Exit from None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import http.client
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import threading
@@ -31,6 +33,7 @@ REASON_SECONDS = 1.5
 # Triton's protocols that change the server or map memory of its machine.
 CLOSED = ("shared-memory", "model-repository", "trace", "logging")
 FRONT_DOORS = ("text_to_image", "text_to_image_stream")
+PORT_TAKEN = "already in use"  # in the last words of a server that found its port taken
 LIVE_SECONDS = 5.0  # between two questions to a ready server whether it lives
 
 
@@ -89,12 +92,20 @@ class TritonProcess:
         except BaseException as error:
             scratch.remove(self._scratch, self._region)
             if isinstance(error, OSError):
-                raise ServerError(f"the server cannot be started: {error}", False) from None
+                raise ServerError(self._why_not(error), worth_another_try=False) from None
             raise
         self._stubs = Stubs(self._process.pid)
         self._reader = threading.Thread(target=self._read_log, daemon=True)
         self._reader.start()
         return self
+
+    def _why_not(self, error: OSError) -> str:
+        # That of copying a folder has a list of files, each with its error as text.
+        reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error
+        text = f"the server cannot be started: {reason}"
+        if os.strerror(errno.ENOSPC) in text:
+            text += f"; give a folder with more space than {self._scratch.parent} in TMPDIR"
+        return text
 
     def _served_repository(self) -> Path:
         """What Triton loads; the front doors alone where the engine runs the networks."""
@@ -196,6 +207,8 @@ class TritonProcess:
         code = self._process.poll()
         if code is not None and not (dead and " ended with " in dead):
             dead = None  # the server took its stubs along
+        if code is not None and PORT_TAKEN in self._output.tail():
+            self._check_ports()  # says it better
         if not self._was_ready:
             self._check_start(dead, code)
         if dead is not None:
@@ -266,9 +279,7 @@ class TritonProcess:
             options.repository, options.config_name, options.runtime, options.expose_networks
         )
         checks.check_door(options.address, triton.development, options.insecure)
-        names = ("http_port", "grpc_port", "metrics_port")
-        ports = {"--" + name.replace("_", "-"): getattr(options, name) for name in names}
-        check_ports(options.address, ports)
+        self._check_ports()
         checks.check_temporary_folder()
         if triton.development:
             checks.check_libpython(triton.environment["LD_LIBRARY_PATH"])
@@ -276,6 +287,11 @@ class TritonProcess:
         stubs = models if every_model else len(FRONT_DOORS)
         if warning := checks.check_shared_memory(options.repository, stubs):
             self._log.complain(warning)
+
+    def _check_ports(self) -> None:
+        names = ("http_port", "grpc_port", "metrics_port")
+        ports = {"--" + name.replace("_", "-"): getattr(self._options, name) for name in names}
+        check_ports(self._options.address, ports)
 
     def _command(self, backends: Path) -> list[str]:
         options = self._options
