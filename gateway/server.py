@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import resource
 import socket
 import time
 from types import FrameType
@@ -16,6 +18,8 @@ from gateway.pool import Pool
 
 log = logging.getLogger(__name__)
 LAST_ANSWERS = 2  # seconds that cancelled requests have to write their errors
+REQUEST_SECONDS = 20.0  # that a connection may take until its next request has its headers
+MOST_FILES = 1 << 16
 
 
 class DrainingServer(uvicorn.Server):
@@ -25,6 +29,8 @@ class DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._gate, self._pool, self._drain_seconds = gate, pool, drain_seconds
         self._until = 0.0
+        # Connections without a request: their last one, and since when they wait for the next.
+        self._waiting: dict[Any, tuple[object, float]] = {}
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -46,6 +52,8 @@ class DrainingServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         ended = await super().on_tick(counter)
+        if counter % 10 == 0:  # once a second
+            self._close_idle(time.monotonic())
         late = time.monotonic() >= self._until
         if not self._gate.draining or not (ended or late or self._gate.live == 0):
             return ended
@@ -54,6 +62,29 @@ class DrainingServer(uvicorn.Server):
             self._pool.cancel_all()
         return True
 
+    def _close_idle(self, now: float) -> None:
+        """Closes connections that send no request; uvicorn itself would wait for ever."""
+        waiting: dict[Any, tuple[object, float]] = {}
+        for connection in list(self.server_state.connections):
+            last = getattr(connection, "cycle", self)  # a web socket has none
+            if last is not None and not getattr(last, "response_complete", False):
+                continue
+            known, since = self._waiting.get(connection, (self, now))
+            since = since if known is last else now
+            waiting[connection] = last, since
+            if now - since > REQUEST_SECONDS:
+                connection.transport.close()
+        self._waiting = waiting
+
+
+def allow_many_files() -> None:
+    """Raises this process's limit of open files; each connection takes one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with contextlib.suppress(OSError, ValueError):  # a confined process keeps what it has
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
 
 def run(app: FastAPI, gate: Gate, pool: Pool, drain_seconds: float, **options: Any) -> None:
     """Serves until a signal comes and the drain has ended.
@@ -61,6 +92,7 @@ def run(app: FastAPI, gate: Gate, pool: Pool, drain_seconds: float, **options: A
     Args:
         options: uvicorn's, such as `host`, `port` and `ssl_certfile`.
     """
+    allow_many_files()
     config = uvicorn.Config(
         app, timeout_graceful_shutdown=LAST_ANSWERS, access_log=False, **options
     )

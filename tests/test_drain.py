@@ -149,4 +149,4 @@ def test_a_server_whose_engine_is_silent_is_ended(repository, start_server):
     time.sleep(1)
     os.kill(victim_of(server, "text_to_image_stream"), signal.SIGSTOP)
     assert server.process.wait(30) == 1
-    assert "the engine has given no sign of life for " in server.text()
+    assert "text_to_image_stream has given no sign of life for " in server.text()

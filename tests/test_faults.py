@@ -171,6 +171,33 @@ def test_work_is_bounded_and_one_large_request_is_taken_alone(repository, watche
     engine.close()
 
 
+def test_a_full_queue_is_known_before_a_request_is_read(repository, watched):
+    engine = open_engine(repository, watched, limits=Limits(queue_size=1))
+    engine.check_room()
+    hold = threading.Event()
+    watched.before_unet = lambda inputs: hold.wait(30)
+    held = Client(engine, request(engine, steps=2, guidance_scale=1.0))
+    with pytest.raises(EngineError, match="the queue is full") as unknown:
+        engine.check_room()
+    assert unknown.value.hold == 0, "no pace is known"
+    engine._admission.observe(1, 5.0)  # two units are left
+    with pytest.raises(EngineError, match="retry after 10 s") as refused:
+        engine.check_room()
+    assert (refused.value.code, refused.value.reason) == ("RESOURCE_EXHAUSTED", "queue_full")
+    assert refused.value.hold == pytest.approx(0.2)  # 2% of the time that the queue takes
+    engine._admission.pace = 1000.0
+    with pytest.raises(EngineError) as refused:
+        engine.check_room()
+    assert refused.value.hold == 0.25
+    hold.set()
+    assert held.error is None
+    engine.check_room()
+    engine.drain(0)
+    with pytest.raises(EngineError, match="shutting down"):
+        engine.check_room()
+    engine.close()
+
+
 def test_one_client_has_a_share_of_the_queue_and_leaves_the_rest(repository, watched):
     engine = open_engine(repository, watched, limits=Limits(queue_size=8, queue_work=100))
     hold = threading.Event()

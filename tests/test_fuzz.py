@@ -307,7 +307,7 @@ def test_whatever_becomes_of_the_control_folder_the_engine_beats_on_and_logs_an_
         patched.setattr("twinbrush.control.log", SimpleNamespace(error=lambda *a: lines.append(a)))
         folder = Path(parent) / "scratch" / "control"
         engine, launcher = Control(folder), Control(folder)
-        beat, outages, lost = Beat(engine, lambda: True), 0, False
+        beat, outages, lost = Beat(engine, "door", lambda: True), 0, False
         for step in [None, *steps]:
             if step is not None:
                 step(folder)
@@ -316,25 +316,42 @@ def test_whatever_becomes_of_the_control_folder_the_engine_beats_on_and_logs_an_
             outages += folder.is_file() and not lost
             lost = folder.is_file()
             if not lost:
-                assert (launcher.seconds_since_beat() or 0) < 5
+                assert (launcher.silence() or ("", 0))[1] < 5
         assert len(lines) == outages
-        assert launcher.seconds_since_beat() is not None
+        assert launcher.silence() is not None
 
 
 def test_a_drain_begins_also_after_the_control_folder_was_cleaned_away(tmp_path):
     folder = tmp_path / "control"
     engine, launcher = Control(folder), Control(folder)
-    assert launcher.seconds_since_beat() is None
-    beat = Beat(engine, lambda: True)
+    assert launcher.silence() is None
+    beat = Beat(engine, "door", lambda: True)
     beat()
-    assert launcher.seconds_since_beat() is not None
+    assert launcher.silence() is not None
     shutil.rmtree(folder)
-    assert launcher.seconds_since_beat() is not None
+    assert launcher.silence() is not None
     launcher.request_drain()
     assert not launcher.drained
     beat()
     assert launcher.drained
     assert os.listdir(folder)
+
+
+def test_a_step_of_the_machines_clock_is_neither_silence_nor_a_beat(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("twinbrush.control.time.monotonic", lambda: now[0])
+    doors, launcher = Control(tmp_path), Control(tmp_path)
+    for door in ("first", "second"):
+        doors.beat(door)
+    assert (launcher.silence() or ("", 1))[1] == 0
+    for stamp in (10**9, 4 * 10**9):  # the clock goes far back, and far ahead
+        now[0] += 50
+        for door in ("first", "second"):
+            os.utime(tmp_path / f"{door}.heartbeat", (stamp, stamp))
+        assert (launcher.silence() or ("", 1))[1] == 0
+    now[0] += 7
+    os.utime(tmp_path / "first.heartbeat")
+    assert launcher.silence() == ("second", 7)
 
 
 # Pictures of others --------------------------------------------------------------------------

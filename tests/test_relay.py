@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import queue
 import socket
+import time
 import uuid
 
 import numpy as np
 import pytest
 
+from twinbrush.engine.admission import LONGEST_HOLD
 from twinbrush.engine.generation import EngineError, Finished
 from twinbrush.engine.request import GenerationRequest
 from twinbrush.triton.relay import LENGTHS, RelayClient, RelayServer, _frame
@@ -68,6 +70,23 @@ def test_errors_keep_their_code(relay):
     error = relay.ask(steps=0)[1].get(timeout=WAIT)
     assert isinstance(error, EngineError)
     assert (error.code, "steps=0 is invalid" in str(error)) == ("INVALID_ARG", True)
+
+
+def test_a_full_queue_is_remembered_for_as_long_as_the_engine_says(relay, monkeypatch):
+    def refuse(*_):
+        raise EngineError("RESOURCE_EXHAUSTED", "the queue is full", 9.0, "queue_full", hold)
+
+    monkeypatch.setattr(relay.engine, "submit", refuse)
+    hold = 0.0
+    assert relay.ask()[1].get(timeout=WAIT).code == "RESOURCE_EXHAUSTED"
+    assert relay.client.refusal is None
+    hold = 5.0  # which no engine says
+    assert relay.ask()[1].get(timeout=WAIT).code == "RESOURCE_EXHAUSTED"
+    first, second = relay.client.refusal, relay.client.refusal
+    assert first is not second, "each is raised once"
+    assert (first.code, str(first)) == ("RESOURCE_EXHAUSTED", "the queue is full")
+    time.sleep(LONGEST_HOLD)
+    assert relay.client.refusal is None
 
 
 def test_an_unforeseen_error_fails_its_request_alone(relay, monkeypatch, caplog):

@@ -11,6 +11,9 @@ from twinbrush.engine.fields import shown
 from twinbrush.engine.generation import EngineError, Generation
 
 SMOOTHING = 0.1  # weight of the latest observation of the pace
+# For how long a full queue is taken to stay full: a share of the time that its work takes, so that
+# it never runs dry meanwhile, and at most some seconds.
+HOLD_SHARE, LONGEST_HOLD = 0.02, 0.25
 
 
 class Admission:
@@ -39,11 +42,9 @@ class Admission:
             EngineError: RESOURCE_EXHAUSTED, with the seconds after which to retry, when a bound is
                 reached; DEADLINE_EXCEEDED when the request cannot meet its deadline.
         """
-        after = self._seconds(self.outstanding)
         self._check_client(generation)
-        if len(self.live) >= self._max_requests:
-            text = f"the queue is full ({self._max_requests} requests): retry after {after:.0f} s"
-            raise EngineError("RESOURCE_EXHAUSTED", text, after, "queue_full")
+        self.check_room()
+        after = self._seconds(self.outstanding)
         if self.live and self.outstanding + generation.work > self._max_work:
             text = f"the queue is full ({self.outstanding:.0f} of {self._max_work:.0f} units of"
             text += f" work, the request needs {generation.work:.0f}): retry after {after:.0f} s"
@@ -56,6 +57,16 @@ class Admission:
         self.live.add(generation)
         self.outstanding += generation.work
 
+    def check_room(self) -> None:
+        """Raises EngineError where any request would be refused, whatever it asks for."""
+        if len(self.live) < self._max_requests:
+            return
+        after = self._seconds(self.outstanding)
+        text = f"the queue is full ({self._max_requests} requests): retry after {after:.0f} s"
+        busy = self.pace * self.outstanding if self._observed else 0.0
+        hold = min(HOLD_SHARE * busy, LONGEST_HOLD)
+        raise EngineError("RESOURCE_EXHAUSTED", text, after, "queue_full", hold)
+
     def _seconds(self, work: float) -> float:
         """After how many seconds so much work is done, at least 1."""
         return max(1.0, math.ceil(self.pace * work) if self._observed else 1.0)
@@ -63,7 +74,7 @@ class Admission:
     def _check_client(self, generation: Generation) -> None:
         """Raises EngineError where a named client has its share of the queue already."""
         name = generation.request.client
-        theirs = [g for g in self.live if name and g.request.client == name]
+        theirs = [g for g in self.live if g.request.client == name] if name else []
         if not theirs:
             return
         work = sum(g.work for g in theirs)

@@ -173,6 +173,21 @@ class Engine:
             self._to_encode.put(generation)
         return generation
 
+    def check_room(self) -> None:
+        """Refuses what `submit` would refuse whatever it asks for, before it is read.
+
+        Raises:
+            EngineError: as `submit`.
+        """
+        try:
+            with self._work:
+                if self._closed or self._draining:
+                    raise self._closed or EngineError.of_shutdown()
+                self._admission.check_room()
+        except EngineError as error:
+            self._telemetry.refused(error.reason)
+            raise
+
     def _cached_files(self, request: GenerationRequest) -> list[bytes]:
         """The files of a deterministic request that was answered before, where they are kept."""
         if not self._image_cache.holds(request):

@@ -23,13 +23,19 @@ class EngineError(Exception):
             DEADLINE_EXCEEDED, CANCELLED or INTERNAL.
         retry_after: seconds after which a retry makes sense, None where it never does.
         reason: one of `metrics.REASONS` where a request was refused.
+        hold: seconds for which any other request may be refused in the same words, unread.
     """
 
     def __init__(
-        self, code: str, message: str, retry_after: float | None = None, reason: str = "other"
+        self,
+        code: str,
+        message: str,
+        retry_after: float | None = None,
+        reason: str = "other",
+        hold: float = 0.0,
     ):
         super().__init__(message)
-        self.code, self.retry_after, self.reason = code, retry_after, reason
+        self.code, self.retry_after, self.reason, self.hold = code, retry_after, reason, hold
 
     @classmethod
     def of(cls, error: Exception, request_id: str) -> EngineError:

@@ -30,6 +30,29 @@ def start_guarded(name: str, loop: Callable[[], None], fail: Fail) -> threading.
     return thread
 
 
+class Pulse:
+    """Calls `beat` about twice a second from a thread of its own, until it is closed.
+
+    Args:
+        beat: must return soon.
+        fail: called with a sentence when `beat` raises.
+    """
+
+    PERIOD = 0.5  # seconds
+
+    def __init__(self, beat: Callable[[], None], fail: Fail):
+        self._beat, self._closing = beat, threading.Event()
+        self._thread = start_guarded("heartbeat", self._run, fail)
+
+    def close(self) -> None:
+        self._closing.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._closing.wait(self.PERIOD):
+            self._beat()
+
+
 class Watchdog:
     """`Models` that notices a call which does not return.
 
@@ -40,13 +63,11 @@ class Watchdog:
         beat: called about once a period while no call is over the limit.
     """
 
-    PERIOD = 0.5  # seconds
-
     def __init__(self, models: Models, limit: float, fail: Fail, beat: Callable[[], None]):
         self._models, self._limit, self._fail, self._beat = models, limit, fail, beat
         self._running: dict[object, tuple[str, float]] = {}
-        self._closing = threading.Event()
-        self._thread = start_guarded("watchdog", self._watch, fail)
+        self._failed = False
+        self._pulse = Pulse(self._look, fail)
 
     def run(self, model: str, inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         """See `Models.run`."""
@@ -58,14 +79,14 @@ class Watchdog:
             del self._running[call]
 
     def close(self) -> None:
-        self._closing.set()
-        self._thread.join()
+        self._pulse.close()
 
-    def _watch(self) -> None:
-        while not self._closing.wait(self.PERIOD):
-            now = time.monotonic()
-            for model, started in list(self._running.values()):
-                if now - started > self._limit:
-                    self._fail(f"{model} has not answered for {self._limit:g} s")
-                    return
+    def _look(self) -> None:
+        now = time.monotonic()
+        for model, started in [] if self._failed else list(self._running.values()):
+            if now - started > self._limit:
+                self._failed = True
+                self._fail(f"{model} has not answered for {self._limit:g} s")
+                break
+        if not self._failed:
             self._beat()

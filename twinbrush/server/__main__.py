@@ -26,6 +26,7 @@ from twinbrush.server.health import Health
 from twinbrush.server.install import NoTriton, find_triton
 from twinbrush.server.log import Log, LogFormat
 from twinbrush.server.process import ServerOptions, TritonProcess
+from twinbrush.server.processes import allow_many_files, end_with_parent
 from twinbrush.server.waits import SIGNALLED, Signals, Stopped
 
 START_POLL_SECONDS = 0.25
@@ -102,7 +103,9 @@ def drain(process: TritonProcess, signals: Signals, seconds: float, log: Log) ->
 def _run(command: str, process: TritonProcess, signals: Signals, host: str, address: str) -> int:
     """Runs a shell command while the server lives; returns its exit code."""
     environment = os.environ | {"TWINBRUSH_SERVER": address, "no_grpc_proxy": host}
-    running = subprocess.Popen(command, shell=True, env=environment, start_new_session=True)
+    running = subprocess.Popen(
+        command, shell=True, env=environment, start_new_session=True, preexec_fn=end_with_parent
+    )
     try:
         while (code := running.poll()) is None:
             process.check()
@@ -146,7 +149,7 @@ def main(
         float, typer.Option(min=0, help="Time that live requests have to end after SIGTERM.")
     ] = 30.0,
     heartbeat_timeout: Annotated[
-        float, typer.Option(min=2, help="Seconds without a heartbeat of the engine until its end.")
+        float, typer.Option(min=2, help="Seconds without a sign of life until the server's end.")
     ] = 60.0,
     ready_timeout: Annotated[
         float, typer.Option(min=1, help="Seconds that the server may take to start.")
@@ -184,6 +187,7 @@ def main(
 ) -> None:
     """Serves a model repository until Ctrl-C."""
     log, health = Log(log_format), Health()
+    allow_many_files()
     nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     signals = Signals(number for number in ENDING if not (nohup and number == signal.SIGHUP))
     starts_left = STARTS
@@ -214,6 +218,7 @@ def main(
         log.complain(str(error))
         raise typer.Exit(1) from None
     except Stopped as stopped:
+        signals.ignore()
         if then is None:
             log.say("stopped")
             raise typer.Exit from None

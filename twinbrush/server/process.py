@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import errno
+import http.client
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import threading
 import time
-import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from twinbrush.server.addresses import check_ports, for_grpc, for_http, host_por
 from twinbrush.server.errors import ServerError
 from twinbrush.server.install import Triton
 from twinbrush.server.log import CHATTER, Log, ServerOutput
+from twinbrush.server.processes import end_with_parent
 from twinbrush.server.stubs import STUB, Stubs
 
 NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -31,8 +33,8 @@ REASON_SECONDS = 1.5
 # Triton's protocols that change the server or map memory of its machine.
 CLOSED = ("shared-memory", "model-repository", "trace", "logging")
 FRONT_DOORS = ("text_to_image", "text_to_image_stream")
-# A silent engine is given this much longer, because a step of the clock looks like silence.
-SILENCE_SECONDS = 1.5
+PORT_TAKEN = "already in use"  # in the last words of a server that found its port taken
+LIVE_SECONDS = 5.0  # between two questions to a ready server whether it lives
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ class TritonProcess:
         self._output = ServerOutput(self._with_real_path)
         self._runtime = Runtime.SERVED  # until the options are checked
         self._was_ready = self._now = False
-        self._silent_since: float | None = None
+        self._next_question = 0.0  # when a ready server is asked next whether it lives
+        self._mute_since: float | None = None  # the first of the questions without an answer
 
     def __enter__(self) -> TritonProcess:
         self._check_options()
@@ -86,13 +89,23 @@ class TritonProcess:
         try:
             self._served = self._served_repository()
             self._start()
-        except BaseException:
+        except BaseException as error:
             scratch.remove(self._scratch, self._region)
+            if isinstance(error, OSError):
+                raise ServerError(self._why_not(error), worth_another_try=False) from None
             raise
         self._stubs = Stubs(self._process.pid)
         self._reader = threading.Thread(target=self._read_log, daemon=True)
         self._reader.start()
         return self
+
+    def _why_not(self, error: OSError) -> str:
+        # That of copying a folder has a list of files, each with its error as text.
+        reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error
+        text = f"the server cannot be started: {reason}"
+        if os.strerror(errno.ENOSPC) in text:
+            text += f"; give a folder with more space than {self._scratch.parent} in TMPDIR"
+        return text
 
     def _served_repository(self) -> Path:
         """What Triton loads; the front doors alone where the engine runs the networks."""
@@ -116,7 +129,7 @@ class TritonProcess:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=_end_with_parent,
+            preexec_fn=end_with_parent,
         )
 
     def __exit__(self, *exc: object) -> None:
@@ -148,19 +161,22 @@ class TritonProcess:
 
     def ready(self) -> bool:
         """Whether the server takes requests, for every model."""
+        self._was_ready = self._ask("ready")
+        return self._was_ready
+
+    def _ask(self, health: str) -> bool:
         address = host_port(local(self._options.address), self._options.http_port)
         try:
-            with NO_PROXY.open(f"http://{address}/v2/health/ready", timeout=1) as answer:
-                self._was_ready = answer.status == 200
-        except (urllib.error.URLError, OSError):
+            with NO_PROXY.open(f"http://{address}/v2/health/{health}", timeout=1) as answer:
+                return answer.status == 200
+        except (http.client.HTTPException, OSError):  # URLError is an OSError
             return False
-        return self._was_ready
 
     # The end ---------------------------------------------------------------------------------
 
     def begin_drain(self) -> bool:
         """Has the engine refuse new requests; returns False where no engine listens."""
-        if self._control.seconds_since_beat() is None:
+        if self._control.silence() is None:
             return False
         try:
             self._control.request_drain()
@@ -184,13 +200,15 @@ class TritonProcess:
         """Returns while all is well.
 
         Raises:
-            ServerError: the server or one of its stubs has ended, its engine is silent, or it is
-                not ready in time.
+            ServerError: the server or one of its stubs has ended, it or a front door is silent,
+                or it is not ready in time.
         """
         dead = self._stubs.dead(self._output.started_models)
         code = self._process.poll()
         if code is not None and not (dead and " ended with " in dead):
             dead = None  # the server took its stubs along
+        if code is not None and PORT_TAKEN in self._output.tail():
+            self._check_ports()  # says it better
         if not self._was_ready:
             self._check_start(dead, code)
         if dead is not None:
@@ -199,7 +217,7 @@ class TritonProcess:
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
             raise ServerError(f"the server ended with {how}\n{self._output.tail()}", True)
         if self._was_ready:
-            self._check_heartbeat()
+            self._check_signs_of_life()
 
     def _check_start(self, dead: str | None, code: int | None) -> None:
         if dead is not None:
@@ -217,16 +235,25 @@ class TritonProcess:
             text = f"not ready after {self._options.ready_timeout:.0f} s\n{self._output.tail()}"
             raise ServerError(text, worth_another_try=True)
 
-    def _check_heartbeat(self) -> None:
-        seconds = self._control.seconds_since_beat()
-        if seconds is None or seconds <= self._options.heartbeat_timeout:
-            self._silent_since = None
-            return
-        now = time.monotonic()
-        self._silent_since = self._silent_since or now
-        if now - self._silent_since > SILENCE_SECONDS:
-            text = f"the engine has given no sign of life for {seconds:.0f} s: the server was ended"
+    def _check_signs_of_life(self) -> None:
+        """Of the front doors by their heartbeats, of the server by what it answers."""
+        who, seconds = max(
+            self._control.silence() or ("", 0.0), ("the server", self._muteness()),
+            key=lambda sign: sign[1],
+        )  # fmt: skip
+        if seconds > self._options.heartbeat_timeout:
+            text = f"{who} has given no sign of life for {seconds:.0f} s: the server was ended"
             raise ServerError(text, worth_another_try=True)
+
+    def _muteness(self) -> float:
+        """For how many seconds the server has not answered; each look then asks again."""
+        asked = time.monotonic()
+        if asked >= self._next_question:
+            if self._ask("live"):
+                self._mute_since, self._next_question = None, asked + LIVE_SECONDS
+            else:
+                self._mute_since = self._mute_since or asked
+        return 0.0 if self._mute_since is None else time.monotonic() - self._mute_since
 
     def _await_reason(self) -> None:
         until = time.monotonic() + REASON_SECONDS
@@ -252,9 +279,7 @@ class TritonProcess:
             options.repository, options.config_name, options.runtime, options.expose_networks
         )
         checks.check_door(options.address, triton.development, options.insecure)
-        names = ("http_port", "grpc_port", "metrics_port")
-        ports = {"--" + name.replace("_", "-"): getattr(options, name) for name in names}
-        check_ports(options.address, ports)
+        self._check_ports()
         checks.check_temporary_folder()
         if triton.development:
             checks.check_libpython(triton.environment["LD_LIBRARY_PATH"])
@@ -262,6 +287,11 @@ class TritonProcess:
         stubs = models if every_model else len(FRONT_DOORS)
         if warning := checks.check_shared_memory(options.repository, stubs):
             self._log.complain(warning)
+
+    def _check_ports(self) -> None:
+        names = ("http_port", "grpc_port", "metrics_port")
+        ports = {"--" + name.replace("_", "-"): getattr(self._options, name) for name in names}
+        check_ports(self._options.address, ports)
 
     def _command(self, backends: Path) -> list[str]:
         options = self._options
@@ -329,9 +359,3 @@ def _restrictions(flags: tuple[str, ...]) -> list[str]:
     }
     given = {flag.partition("=")[0] for flag in flags}
     return [f"{name}={value}" for name, value in restricted.items() if name not in given]
-
-
-def _end_with_parent() -> None:
-    """Asks the kernel to end the server when this process is gone, however it went."""
-    parent_death_signal = 1
-    ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGTERM)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
+import resource
+import signal
 from pathlib import Path
 
 PROC = Path("/proc")
+PARENT_DEATH_SIGNAL = 1  # of prctl
+MOST_FILES = 1 << 16
 
 
 def children(parent: int) -> list[int]:
@@ -54,3 +60,20 @@ def start_time(pid: int) -> str | None:
     """
     fields = stat(pid)
     return None if fields is None or fields[0] in "ZX" else fields[19]
+
+
+def end_with_parent() -> None:
+    """In a child process: asks the kernel for SIGTERM when the parent is gone, however it went."""
+    ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGTERM)
+
+
+def allow_many_files() -> None:
+    """Raises this process's limit of open files, and of its children, as far as it may go.
+
+    Each connection takes one; with the usual 1,024, idle clients could keep all others out.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with contextlib.suppress(OSError, ValueError):  # a confined process keeps what it has
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

@@ -36,8 +36,15 @@ class Signals:
         self.come: list[int] = []
         self._woken, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
-        for number in numbers:
+        self._numbers = tuple(numbers)
+        for number in self._numbers:
             signal.signal(number, lambda number, frame: self.come.append(number))
+
+    def ignore(self) -> None:
+        """Lets later signals do nothing; for the end, when Python no longer handles any."""
+        signal.set_wakeup_fd(-1)
+        for number in self._numbers:
+            signal.signal(number, signal.SIG_IGN)
 
     def wait(self, seconds: float, processes: Iterable[int] = ()) -> None:
         """Waits, at most until one of some processes ends.

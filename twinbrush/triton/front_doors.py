@@ -31,6 +31,7 @@ from twinbrush.engine.request import (
     explaining_generated_inputs,
 )
 from twinbrush.engine.request_ids import LineFormatter
+from twinbrush.engine.threads import Pulse
 from twinbrush.engine.tracing import Origin
 from twinbrush.memory import device_memory
 from twinbrush.otlp import open_tracer
@@ -55,7 +56,8 @@ class StreamModel:
         folder = Path(args["model_repository"]) / args["model_version"]
         config = json.loads(args["model_config"])
         self._inputs = _input_names(config)
-        beat = Beat(Control.from_environment(), lambda: self._engine.drain(0))
+        control = Control.from_environment()
+        beat = Beat(control, args["model_name"], lambda: self._engine.drain(0))
         self._tracer = open_tracer(config)
         self._engine = Engine.of_model(
             folder, config, self.open_models(folder, config), device_memory(),
@@ -114,6 +116,7 @@ class StreamModel:
     def _submit(
         self, fields: dict[str, np.ndarray], reply: Callable[[Event], None], origin: Origin
     ) -> Generation:
+        self._engine.check_room()
         with _refusals(self._observer):
             request = GenerationRequest.parse(fields, self._engine.config)
         return self._engine.submit(request, reply, origin)
@@ -147,20 +150,30 @@ class UnaryModel:
         self._inputs = _input_names(json.loads(args["model_config"]))
         self._relay = RelayClient(relay_address())
         self._watch = CancelWatch(_end_process)
+        self._pulse = Pulse(Beat(Control.from_environment(), args["model_name"]), _end_process)
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
             answer = Answer(request, self._metrics)
             try:
+                self._check_room()
                 self._start(request, answer)
             except Exception as error:
                 self._watch.discard(answer)
                 answer.fail(EngineError.of(error, answer.request_id))
 
     def finalize(self) -> None:
+        self._pulse.close()
         self._relay.close()
         self._watch.close()
         self._observer.close()
+
+    def _check_room(self) -> None:
+        """Raises EngineError while the engine's queue is known to be full, at no cost to it."""
+        refusal = self._relay.refusal
+        if refusal is not None:
+            self._observer.record(REFUSALS, 1, "queue_full")
+            raise refusal
 
     def _start(self, request: Any, answer: Answer) -> None:
         fields, origin = _read(request, answer, self._inputs, self._observer)

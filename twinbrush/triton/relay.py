@@ -17,11 +17,13 @@ import socket
 import socketserver
 import struct
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from twinbrush.engine.admission import LONGEST_HOLD
 from twinbrush.engine.generation import (
     End,
     EngineError,
@@ -131,7 +133,7 @@ class _Connection(socketserver.StreamRequestHandler):
             case Finished(index, seed, image, warnings):
                 message |= {"index": index, "seed": seed, "warnings": warnings}
             case End(error):
-                message["error"] = error and [error.code, str(error)]
+                message["error"] = error and [error.code, str(error), error.hold]
         if isinstance(event, Progress):
             return  # a unary response has none
         with self._sending, contextlib.suppress(OSError):  # the peer has gone
@@ -147,6 +149,7 @@ class RelayClient:
         self._lock = threading.Lock()
         self._waiting: dict[int, tuple[list[Finished], Done]] = {}
         self._tickets = itertools.count()
+        self._full = 0.0, EngineError("OK", "")  # until when, on the monotonic clock, and the words
 
     def new_ticket(self) -> int:
         return next(self._tickets)
@@ -178,6 +181,12 @@ class RelayClient:
                 del self._waiting[ticket]
                 text = "the engine is not there: is text_to_image_stream loaded?"
                 raise EngineError("UNAVAILABLE", text) from None
+
+    @property
+    def refusal(self) -> EngineError | None:
+        """What the engine would say to any request, while it is known: its queue was full."""
+        until, error = self._full
+        return EngineError(error.code, str(error)) if time.monotonic() < until else None
 
     def cancel(self, ticket: int) -> None:
         """Cancels a request; has no effect on one that has ended."""
@@ -223,6 +232,8 @@ class RelayClient:
             images.append(outcome)
             return
         del self._waiting[ticket]
+        if outcome is not None and outcome.hold:
+            self._full = time.monotonic() + outcome.hold, outcome
         _deliver(done, outcome or sorted(images, key=lambda image: image.index))
 
 
@@ -305,8 +316,11 @@ def _outcome(message: dict[str, Any], image: bytes) -> Finished | EngineError | 
         if "error" not in message:
             warnings = tuple(message["warnings"])
             return Finished(message["index"], message["seed"], image, warnings)
-        return EngineError(*message["error"]) if message["error"] else None
-    except (KeyError, TypeError) as error:
+        if not message["error"]:
+            return None
+        code, text, hold = message["error"]
+        return EngineError(code, text, hold=min(float(hold), LONGEST_HOLD))
+    except (KeyError, TypeError, ValueError) as error:
         raise OSError(f"a frame holds no answer: {error}") from None
 
 

@@ -5,8 +5,8 @@ This module knows no sampler: it returns the timesteps and the noise levels that
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -96,6 +96,14 @@ class NoiseSchedule:
     variance_type: str = "fixed_small"
     cosine: bool = False
     eta: float | None = None
+
+    def __hash__(self) -> int:
+        """Counted once: caches ask for it several times a request."""
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
 
     def __post_init__(self) -> None:
         for field, allowed in CHOICES.items():
