@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -61,7 +62,10 @@ def create_app(pool: Pool, settings: Settings, gate: Gate) -> FastAPI:
         yield
         await pool.close()
 
-    app = FastAPI(title="Twinbrush gateway", description=DESCRIPTION, lifespan=lifespan)
+    app = FastAPIOffline(
+        redoc_url=None, title="Twinbrush gateway", description=DESCRIPTION, lifespan=lifespan,
+        swagger_ui_parameters={"validatorUrl": None},
+    )  # fmt: skip
     metrics = Metrics()
     files = Files(settings.files_bytes, settings.files_seconds)
     studio = Studio(pool, Meter(), files, metrics, settings.public_url)
