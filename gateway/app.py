@@ -29,6 +29,7 @@ from gateway.painting import Studio
 from gateway.pool import Pool
 from gateway.validation import error_of
 
+NOT_JSON = "The body cannot be read: it must be JSON in UTF-8."
 CODES = {400: "invalid_body", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 DESCRIPTION = "OpenAI's images API and A1111's API over Twinbrush servers."
 
@@ -88,6 +89,11 @@ def create_app(pool: Pool, settings: Settings, gate: Gate) -> FastAPI:
 
 
 def _add_health(app: FastAPI, pool: Pool, gate: Gate, metrics: Metrics) -> None:
+    @app.get("/internal/ping", include_in_schema=False)
+    async def ping() -> Response:
+        """How A1111's page asks whether its server lives."""
+        return JSONResponse({})
+
     @app.head("/health/live", include_in_schema=False)
     @app.get("/health/live", tags=["operation"])
     async def live() -> Response:
@@ -138,6 +144,10 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def on_http_error(request: Request, error: HTTPException) -> Response:
         path = request.url.path
         text = f"{request.method} {path}: {error.detail}."
+        if error.status_code == 400:
+            text = NOT_JSON
+        elif error.status_code == 404:
+            text = f"{request.method} {path} is not served; /docs lists what is."
         response = ApiError(error.status_code, text, code=CODES.get(error.status_code)).response(
             path
         )
