@@ -1,12 +1,14 @@
 """`python -m benchmarks.gateway`: what the gateway's OpenAI door costs over gRPC directly.
 
-One server, asked by gRPC and through the gateway in turns, so that both see the same machine. Both
-sides get PNG files; the gateway's come as base64 in JSON.
+One server, asked by gRPC and through the gateway in turns, so that both see the same machine: with
+one client, request by request; with 16, in loads of some seconds. Both sides get PNG files; the
+gateway's come as base64 in JSON.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import subprocess
 import sys
@@ -14,21 +16,24 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
+import tritonclient.grpc as grpc
 import typer
 import urllib3
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.load import Send
+from benchmarks.load import Call, Send, in_turns
 from benchmarks.machine import write_result
 from benchmarks.overhead import compare, new_prompt, running_server, through_grpc
 from twinbrush.runtime_choice import Runtime
 from twinbrush.server.addresses import chosen_ports
+from twinbrush_client.wire import inputs
 
-CONCURRENCY = (1, 16)
+CLIENTS = 16
 START_SECONDS = 60
 GOALS = {"ratio_c16": 0.97, "p50_more_ms_c1": 3.0}
 console = Console()
@@ -49,10 +54,14 @@ def main(
     with ExitStack() as stack:
         client, _ = stack.enter_context(running_server(repository, Runtime.SERVED, server))
         stack.enter_context(_running_gateway(f"127.0.0.1:{server}", gateway))
-        http = stack.enter_context(_through_http(gateway, max(CONCURRENCY)))
-        sides = {"grpc": through_grpc(client), "gateway": http}
+        pool = urllib3.HTTPConnectionPool("127.0.0.1", gateway, maxsize=CLIENTS, block=True)
+        call = functools.partial(_through_http, stack.enter_context(pool))
+        http = stack.enter_context(_in_threads(call, CLIENTS))
         points = {
-            f"c{c}": compare(sides, c, turns, requests * (2 if c == 1 else c)) for c in CONCURRENCY
+            "c1": _one_client(client, call, turns * requests * 2),
+            "c16": compare(
+                {"grpc": through_grpc(client), "gateway": http}, CLIENTS, turns, requests * CLIENTS
+            ),
         }
     summary = {f"ratio_{name}": point["ratio"]["gateway"] for name, point in points.items()}
     for name, point in points.items():
@@ -88,23 +97,41 @@ def _ready(port: int) -> bool:
     return False
 
 
-@contextmanager
-def _through_http(port: int, clients: int) -> Iterator[Send]:
-    """A sender with a connection and a thread for each client."""
-    pool = urllib3.HTTPConnectionPool("127.0.0.1", port, maxsize=clients, block=True)
+def _one_client(client: grpc.InferenceServerClient, call: Call, requests: int) -> dict[str, Any]:
+    """Both sides by a client that waits for each answer, request by request in turn."""
+
+    def direct(number: int) -> None:
+        fields = {"prompt": new_prompt(number), "seed": number, "image_format": "png"}
+        client.infer("text_to_image", inputs(fields))
+
+    loads = in_turns({"grpc": direct, "gateway": call}, requests)
+    paces = {side: load.images_per_second for side, load in loads.items()}
+    return {
+        "ratio": {"gateway": round(paces["gateway"] / paces["grpc"], 3)},
+        "sides": {
+            side: {name: round(value, 2) for name, value in asdict(load).items()}
+            for side, load in loads.items()
+        },
+    }
+
+
+def _through_http(pool: urllib3.HTTPConnectionPool, number: int) -> None:
+    body = json.dumps({"prompt": new_prompt(number), "seed": number})
     headers = {"content-type": "application/json"}
+    answer = pool.urlopen("POST", "/v1/images/generations", body, headers, retries=False)
+    if answer.status != 200:
+        raise RuntimeError(answer.data.decode())
 
-    def call(number: int) -> str | None:
-        body = json.dumps({"prompt": new_prompt(number), "seed": number})
-        answer = pool.urlopen("POST", "/v1/images/generations", body, headers, retries=False)
-        return None if answer.status == 200 else answer.data.decode()
 
-    with ThreadPoolExecutor(clients) as threads, pool:
+@contextmanager
+def _in_threads(call: Call, clients: int) -> Iterator[Send]:
+    """A sender with a thread for each client."""
+    with ThreadPoolExecutor(clients) as threads:
 
         def send(number: int, done: Callable[[str | None], None]) -> None:
             def finish(future: Any) -> None:
                 error = future.exception()
-                done(str(error) if error else future.result())
+                done(str(error) if error else None)
 
             threads.submit(call, number).add_done_callback(finish)
 

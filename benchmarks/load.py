@@ -1,15 +1,16 @@
-"""A closed loop of clients: each sends its next request when its last one is answered."""
+"""Loads: a closed loop of clients, and one client whose requests go to several sides in turn."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 Send = Callable[[int, Callable[[str | None], None]], None]
+Call = Callable[[int], object]
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,12 @@ class Load:
     p50: float
     p95: float
     p99: float
+
+    @classmethod
+    def of(cls, latencies: Sequence[float], seconds: float) -> Load:
+        """Of latencies in seconds, and the time in which all of them were."""
+        p50, p95, p99 = (float(value) * 1000 for value in np.percentile(latencies, (50, 95, 99)))
+        return cls(len(latencies) / seconds, p50, p95, p99)
 
 
 def closed_loop(send: Send, concurrency: int, requests: int) -> Load:
@@ -67,5 +74,24 @@ def closed_loop(send: Send, concurrency: int, requests: int) -> Load:
     finished.wait()
     if errors:
         raise RuntimeError(errors[0])
-    p50, p95, p99 = (float(value) * 1000 for value in np.percentile(latencies, (50, 95, 99)))
-    return Load(requests / (time.perf_counter() - began), p50, p95, p99)
+    return Load.of(latencies, time.perf_counter() - began)
+
+
+def in_turns(calls: Mapping[str, Call], requests: int) -> dict[str, Load]:
+    """One client that sends each request to every side in turn and waits for its answer.
+
+    All sides so meet the same machine, and a server that had the same pause before each request.
+
+    Args:
+        calls: (number) sends a request and returns when it is answered.
+        requests: to each side, after one that is not counted.
+    """
+    latencies: dict[str, list[float]] = {side: [] for side in calls}
+    order = list(calls)
+    for number in range(requests + 1):
+        for side in order:
+            started = time.perf_counter()
+            calls[side](number)
+            latencies[side].append(time.perf_counter() - started)
+        order.append(order.pop(0))
+    return {side: Load.of(spent[1:], sum(spent[1:])) for side, spent in latencies.items()}

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -28,6 +29,7 @@ from gateway.painting import Studio
 from gateway.pool import Pool
 from gateway.validation import error_of
 
+NOT_JSON = "The body cannot be read: it must be JSON in UTF-8."
 CODES = {400: "invalid_body", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 DESCRIPTION = "OpenAI's images API and A1111's API over Twinbrush servers."
 
@@ -61,7 +63,10 @@ def create_app(pool: Pool, settings: Settings, gate: Gate) -> FastAPI:
         yield
         await pool.close()
 
-    app = FastAPI(title="Twinbrush gateway", description=DESCRIPTION, lifespan=lifespan)
+    app = FastAPIOffline(
+        redoc_url=None, title="Twinbrush gateway", description=DESCRIPTION, lifespan=lifespan,
+        swagger_ui_parameters={"validatorUrl": None},
+    )  # fmt: skip
     metrics = Metrics()
     files = Files(settings.files_bytes, settings.files_seconds)
     studio = Studio(pool, Meter(), files, metrics, settings.public_url)
@@ -84,6 +89,11 @@ def create_app(pool: Pool, settings: Settings, gate: Gate) -> FastAPI:
 
 
 def _add_health(app: FastAPI, pool: Pool, gate: Gate, metrics: Metrics) -> None:
+    @app.get("/internal/ping", include_in_schema=False)
+    async def ping() -> Response:
+        """How A1111's page asks whether its server lives."""
+        return JSONResponse({})
+
     @app.head("/health/live", include_in_schema=False)
     @app.get("/health/live", tags=["operation"])
     async def live() -> Response:
@@ -134,6 +144,10 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def on_http_error(request: Request, error: HTTPException) -> Response:
         path = request.url.path
         text = f"{request.method} {path}: {error.detail}."
+        if error.status_code == 400:
+            text = NOT_JSON
+        elif error.status_code == 404:
+            text = f"{request.method} {path} is not served; /docs lists what is."
         response = ApiError(error.status_code, text, code=CODES.get(error.status_code)).response(
             path
         )

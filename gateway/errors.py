@@ -18,7 +18,7 @@ from twinbrush_client import (
     TwinbrushError,
 )
 
-A1111 = "/sdapi/"  # its paths
+A1111 = ("/sdapi/", "/internal/", "/controlnet/")  # its paths, and those of its page and extension
 CLIENT_LEFT = 499  # nginx's status of a request whose client has gone; nobody reads it
 FIELD = re.compile(r"(\w+)=")
 # Of each kind of error of a server: HTTP's status, OpenAI's type, and its code.

@@ -23,18 +23,21 @@ QUALITY_OF = {None: "medium", "auto": "medium", "standard": "medium", "hd": "hig
 NAMES = {"width": "size", "height": "size", "num_images": "n", "image_format": "output_format",
          "image_quality": "output_compression", "preview_every": "partial_images"}  # fmt: skip
 NOT_SERVED = ("frame_count", "frame_duration_ms", "svg")
+EXAMPLE = "a large blue ring on a brown background"
 MAX_TEXT = 8000  # characters of a text; a server's limit is below
 
 
 class GenerationBody(BaseModel):
     """What `POST /v1/images/generations` takes. A field that is null is a field left out."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, title="ImageGenerationRequest")
+    model_config = ConfigDict(
+        extra="forbid", strict=True, title="ImageGenerationRequest",
+        json_schema_extra={"examples": [{"prompt": EXAMPLE, "n": 1, "response_format": "url"}]},
+    )  # fmt: skip
 
     prompt: str = Field(
-        min_length=1, max_length=MAX_TEXT, description="What to paint.",
-        examples=["a large blue ring on a brown background"],
-    )  # fmt: skip
+        min_length=1, max_length=MAX_TEXT, description="What to paint.", examples=[EXAMPLE]
+    )
     model: str | None = Field(
         None, max_length=256, description="A checkpoint of /v1/models; the first one by default."
     )

@@ -21,7 +21,7 @@ from starlette.types import Scope
 
 from gateway import page_form as form
 from gateway import page_html as html
-from gateway.errors import ApiError
+from gateway.errors import A1111, ApiError
 from gateway.keys import Key, KeyRing
 from gateway.page_layout import SCRIPT, Layout, lay_out, theme, updates
 from gateway.page_tabs import Tab, View, sentence, words
@@ -30,7 +30,7 @@ from gateway.pool import work_of
 from twinbrush_client import InvalidRequest, TwinbrushError
 from twinbrush_client.story import fields_of, read_story
 
-DOORS = ("/v1/", "/sdapi/", "/health/", "/metrics")
+DOORS = ("/v1/", *A1111, "/health/", "/metrics")
 MOST_UPLOADED = "64mb"
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 # Between two looks of Gradio's queue at what waits, and at progress bars of its own, which the page
@@ -138,6 +138,10 @@ class Handlers:
         if tab := self._tabs.pop(str(request.session_hash), None):
             tab.cancel()
 
+    def forget_others(self) -> tuple[dict[str, Any], str]:
+        """Drops the settings of a picture that have no control."""
+        return {}, html.others({})
+
     def roll(self) -> tuple[str, bool]:
         """A new seed, to keep."""
         return form.new_seed(), True
@@ -221,6 +225,9 @@ def _connect(page: gr.Blocks, layout: Layout, do: Handlers) -> None:
         lambda sample: sample[0], layout.examples, layout.controls["prompt"], queue=False, **QUIET
     )
     layout.gallery.click(do.restore_card, None, restored, concurrency_limit=None, **QUIET)
+    layout.restored.click(
+        do.forget_others, None, [layout.others, layout.restored], queue=False, **QUIET
+    )
     layout.file.upload(do.restore_file, layout.file, restored, concurrency_limit=None, **QUIET)
     offered = [layout.server, layout.examples, *controls]
     page.load(do.load, None, offered, concurrency_limit=None, **QUIET)

@@ -99,11 +99,14 @@ def unreachable(text: str) -> str:
 
 
 def others(fields: dict[str, object]) -> str:
-    """Settings of a picture that the form has no control for."""
+    """Settings of a picture that the form has no control for, and a button to drop them."""
     if not fields:
         return ""
     words = ", ".join(f"{escape(name)} {escape(str(value))}" for name, value in fields.items())
-    return f'<p class="tb-info">Also from the picture: {words}.</p>'
+    return (
+        f'<p class="tb-info tb-line"><span>Also from the picture: {words}.</span>'
+        '<button type="button" data-forget>Leave out</button></p>'
+    )
 
 
 def _card(index: int, card: Card, live: bool) -> str:

@@ -77,6 +77,12 @@ def updates(info: ServerInfo) -> dict[str, dict[str, Any]]:
     return found
 
 
+# A click on the button below a picture's other settings reaches Python.
+FORGET_BUTTON = """
+element.addEventListener('click', (event) => {
+  if (event.target.closest('[data-forget]')) trigger('click', {});
+});
+"""
 # A click on a card's button reaches Python with the picture's URL.
 CARD_BUTTONS = """
 element.addEventListener('click', (event) => {
@@ -112,8 +118,12 @@ def _request() -> dict[str, Any]:
     with gr.Row(elem_id="tb-buttons"):
         paint = gr.Button("Paint", variant="primary", elem_id="tb-paint")
         cancel = gr.Button("Cancel", variant="stop", interactive=False, elem_id="tb-cancel")
+    restored = gr.HTML("", elem_id="tb-restored", js_on_load=FORGET_BUTTON)
     controls = {"prompt": prompt, "negative_prompt": negative}
-    return {"controls": controls, "examples": examples, "paint": paint, "cancel": cancel}
+    return {
+        "controls": controls, "examples": examples, "paint": paint, "cancel": cancel,
+        "restored": restored,
+    }  # fmt: skip
 
 
 def _settings(controls: dict[str, Any]) -> dict[str, Any]:
@@ -143,8 +153,7 @@ def _settings(controls: dict[str, Any]) -> dict[str, Any]:
         file = gr.File(
             label="Picture made by Twinbrush", file_types=PICTURES, height=160, elem_id="tb-file",
         )  # fmt: skip
-    others, restored = gr.State({}), gr.HTML("")
-    return {"dice": dice, "keep": keep, "file": file, "others": others, "restored": restored}
+    return {"dice": dice, "keep": keep, "file": file, "others": gr.State({})}
 
 
 def _more(controls: dict[str, Any]) -> None:

@@ -25,7 +25,8 @@ from twinbrush_client import Cancelled
 # What the gateway has none of; tools ask for them at their start.
 EMPTY: dict[str, Any] = {
     "latent-upscale-modes": [], "hypernetworks": [], "face-restorers": [], "realesrgan-models": [],
-    "prompt-styles": [], "sd-vae": [], "script-info": [], "extensions": [],
+    "prompt-styles": [], "sd-vae": [], "script-info": [], "extensions": [], "artists": [],
+    "artist-categories": [],
     "scripts": {"txt2img": [], "img2img": []}, "embeddings": {"loaded": {}, "skipped": {}},
     "cmd-flags": {"api": True},
     "upscalers": [{"name": "None", "model_name": None, "model_path": None, "model_url": None,
@@ -163,6 +164,8 @@ def _add_lists(routes: APIRouter, studio: Studio) -> None:
             for name in (await studio.info()).loras
         ])  # fmt: skip
 
+    @routes.post("/refresh-vae")
+    @routes.post("/refresh-loras")
     @routes.post("/refresh-checkpoints")
     async def refresh() -> Response:
         """Asks the servers anew what they serve."""

@@ -53,7 +53,9 @@ NAMES = {"num_images": "batch_size", "sampler": "sampler_name", "sigma_schedule"
 class TextToImage(BaseModel):
     """What `POST /sdapi/v1/txt2img` takes; what is left out takes the checkpoint's value."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(
+        extra="allow", json_schema_extra={"examples": [{"prompt": "a red ring", "steps": 8}]}
+    )
 
     prompt: str = Field("", max_length=8000, description="What to paint.", examples=["a red ring"])
     negative_prompt: str | None = Field(None, max_length=8000)

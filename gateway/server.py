@@ -94,6 +94,8 @@ def run(app: FastAPI, gate: Gate, pool: Pool, drain_seconds: float, **options: A
     """
     allow_many_files()
     config = uvicorn.Config(
-        app, timeout_graceful_shutdown=LAST_ANSWERS, access_log=False, **options
-    )
+        app, timeout_graceful_shutdown=LAST_ANSWERS, access_log=False,
+        http="h11",  # httptools, which uvicorn prefers, bounds neither headers nor URLs
+        **options,
+    )  # fmt: skip
     DrainingServer(config, gate, pool, drain_seconds).run()

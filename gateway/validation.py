@@ -39,5 +39,6 @@ def error_of(problems: Sequence[Mapping[str, Any]], body: object) -> ApiError:
 
 
 def _lowered(message: str) -> str:
-    """Pydantic's sentence in the middle of another one."""
+    """Pydantic's sentence in the middle of another one, in our words."""
+    message = message.replace("Input should be", "must be").replace("Input should", "must")
     return message[:1].lower() + message[1:]

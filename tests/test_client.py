@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from test_wire import SLOW, unet_calls, work_stops
 from tritonclient.grpc import service_pb2_grpc
+from typer.testing import CliRunner
 
 from twinbrush_client import (
     AsyncClient,
@@ -28,6 +29,7 @@ from twinbrush_client import (
     ServerUnavailable,
     TwinbrushError,
 )
+from twinbrush_client.cli import app
 from twinbrush_client.connection import Connection
 from twinbrush_client.errors import error_of
 from twinbrush_client.fields import DATA_TYPES, STREAM_ONLY
@@ -287,22 +289,86 @@ def test_headers_reach_the_server(server):
         assert [sent["x-api-key"] for sent in flaky.metadata] == ["secret"] * 2
 
 
-def test_tls_by_a_file_of_certificates(server, tmp_path):
-    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out",
-         certificate, "-days", "2", "-subj", "/CN=localhost", "-addext",
-         "subjectAltName=DNS:localhost"], check=True, capture_output=True,
-    )  # fmt: skip
-    pair = [(key.read_bytes(), certificate.read_bytes())]
+@pytest.fixture(scope="module")
+def pem(tmp_path_factory):
+    """A certificate of localhost and its key, and a key of another."""
+    folder = tmp_path_factory.mktemp("pem")
+    for name in ("certificate", "other"):
+        subprocess.run(
+            ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256",
+             "-nodes", "-keyout", folder / f"{name}.key", "-out", folder / f"{name}.pem", "-days",
+             "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"],
+            check=True, capture_output=True,
+        )  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def secure(server, pem):
+    """A server that asks clients for a certificate, and its port."""
+    pair = [((pem / "certificate.key").read_bytes(), (pem / "certificate.pem").read_bytes())]
+    asking = grpc.ssl_server_credentials(pair, pair[0][1], require_client_auth=True)
     flaky = Flaky(server.address, 0, grpc.StatusCode.INTERNAL, "")
-    port = flaky.server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials(pair))
+    port = flaky.server.add_secure_port("127.0.0.1:0", asking)
     with flaky:
-        with Client(f"localhost:{port}", tls=certificate) as client:
-            assert client.generate("a red circle", steps=1)[0].size == (32, 32)
-        stranger = Client(f"localhost:{port}", tls=True, max_retries=0)
-        with stranger, pytest.raises(ServerUnavailable, match="ertificate"):
-            stranger.generate("a red circle")
+        yield flaky, port
+
+
+def test_tls_by_files_of_certificates(secure, pem):
+    _, port = secure
+    own, other = ({"tls": pem / "certificate.pem", "cert": pem / f"{name}.pem",
+                   "key": pem / f"{name}.key"} for name in ("certificate", "other"))  # fmt: skip
+    with Client(f"localhost:{port}", **own) as client:
+        assert client.generate("a red circle", steps=1)[0].size == (32, 32)
+    faults = [
+        ("localhost", {"tls": True}, "of no authority that is trusted"),
+        ("localhost", other, "a certificate of the client"),
+        ("localhost", {"tls": own["tls"]}, "a certificate of the client"),
+        ("127.0.0.1", own, "of another name"),
+        ("localhost", {}, "may need TLS"),
+    ]
+    for host, options, words in faults:
+        with (
+            Client(f"{host}:{port}", max_retries=0, **options) as client,
+            pytest.raises(ServerUnavailable, match=words),
+        ):
+            client.generate("a red circle")
+
+
+def test_the_command_has_tls_headers_and_a_key(secure, pem, monkeypatch):
+    flaky, port = secure
+    monkeypatch.setenv("TWINBRUSH_API_KEY", "secret")
+    certificate, key = pem / "certificate.pem", pem / "certificate.key"
+    arguments = ["status", f"--server=localhost:{port}", f"--ca={certificate}",
+                 f"--cert={certificate}", f"--key={key}", "--header", "X-Team: a:b"]  # fmt: skip
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert flaky.metadata[-1]["authorization"] == "Bearer secret"
+    assert flaky.metadata[-1]["x-team"] == "a:b"
+    assert CliRunner().invoke(app, [*arguments, "--header=authorization:own"]).exit_code == 0
+    assert flaky.metadata[-1]["authorization"] == "own"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"tls": "other.key"}, "tls=.*must be a PEM file of certificates"),
+        ({"tls": True, "cert": "certificate.pem", "key": "other.key"}, "key=.*must be the private"),
+        ({"tls": True, "cert": "certificate.pem"}, "cert=.* needs key"),
+        ({"cert": "certificate.pem", "key": "certificate.key"}, "cert=.* needs tls"),
+        ({"headers": {"a b": "c"}}, "header='a b' is invalid"),
+        ({"headers": {"a-bin": "c"}}, "header='a-bin' is invalid"),
+        ({"headers": {"grpc-timeout": "1"}}, "header='grpc-timeout' is invalid"),
+        ({"headers": {"a": "secrét"}}, "header='a' is invalid: must have a value of printable"),
+    ],
+)
+def test_what_a_connection_cannot_use_is_named(pem, options, words):
+    given = {
+        name: pem / value if isinstance(value, str) else value for name, value in options.items()
+    }
+    with pytest.raises(InvalidRequest, match=words) as error:
+        Client("localhost:8001", **given)
+    assert "secr" not in str(error.value)
 
 
 def test_pauses_grow_have_jitter_and_heed_the_server():

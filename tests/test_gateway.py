@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import http.client
 import io
 import json
 import signal
@@ -106,6 +108,8 @@ def test_a_url_serves_the_picture_and_is_signed(client, gateway):
         assert Image.open(io.BytesIO(file.read())).format == "WEBP"
         assert file.headers["content-type"] == "image/webp"
     path = url.removeprefix(gateway.url)
+    head = gateway.call(path, method="HEAD")
+    assert (head.status, head.headers["content-type"], head.data) == (200, "image/webp", b"")
     assert gateway.call(path[:-1] + ("0" if path[-1] != "0" else "1")).status == 404
     assert gateway.call(path.replace("expires=1", "expires=2")).status == 404
 
@@ -190,8 +194,37 @@ def test_errors_of_routes_and_bodies_have_openais_form(gateway):
     assert (answer.status, answer.json()["error"]["code"]) == (415, "unsupported_encoding")
     answer = gateway.call(GENERATIONS, b'{"prompt": ' + b"[" * 50_000)
     assert (answer.status, answer.json()["error"]["code"]) == (400, "invalid_body")
+    answer = gateway.call(GENERATIONS, b'{"prompt": "\xff"}')
+    assert (answer.status, answer.json()["error"]["code"]) == (400, "invalid_body")
+    assert "must be JSON in UTF-8" in answer.json()["error"]["message"]
     answer = gateway.call(GENERATIONS, {"prompt": "x", "\ud800": 1})
     assert (answer.status, answer.json()["error"]["code"]) == (400, "invalid_value")
+
+
+def test_headers_and_addresses_are_bounded(gateway):
+    for start in ("GET /health/live HTTP/1.1\r\nx: ", "GET /"):
+        with socket.create_connection(("127.0.0.1", gateway.port), timeout=20) as connection:
+            with contextlib.suppress(ConnectionError):  # closed before it has read everything
+                connection.sendall(start.encode() + b"a" * 2**20)
+            assert connection.recv(100).startswith(b"HTTP/1.1 400")
+
+
+def test_a_connection_outlives_what_is_refused(gateway):
+    connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=20)
+    json_type = {"content-type": "application/json"}
+    refusals = [
+        ("POST", GENERATIONS, b"{}", json_type, 400),
+        ("POST", GENERATIONS, b"{}", json_type | {"content-encoding": "gzip"}, 415),
+        ("GET", "/v1/none", None, {}, 404),
+        ("OPTIONS", GENERATIONS, None, {"origin": "https://a.example"}, 405),
+    ]
+    for method, path, body, headers, status in refusals:
+        connection.request(method, path, body, headers)
+        socket_of_it = connection.sock
+        answer = connection.getresponse()
+        assert (answer.status, bool(json.loads(answer.read())["error"])) == (status, True)
+        assert connection.sock is socket_of_it is not None
+    connection.close()
 
 
 @pytest.mark.parametrize("path", ["/health/live", "/health/ready"])
@@ -311,6 +344,17 @@ def test_bodies_are_bounded_and_other_origins_are_let_in_by_name(locked, gateway
     assert locked.call("/health/live", **asked).headers[allowed] == "https://a.example"
     assert locked.call("/health/live", origin="https://b.example").headers[allowed] is None
     assert gateway.call("/health/live", **asked).headers[allowed] is None
+
+
+def test_a_body_of_unknown_length_is_bounded_too(locked):
+    connection = http.client.HTTPConnection("127.0.0.1", locked.port, timeout=20)
+    headers = {"content-type": "application/json", "authorization": f"Bearer {KEY}"}
+    with contextlib.suppress(ConnectionError):
+        connection.request(
+            "POST", GENERATIONS, iter([b"x" * 1000] * 50), headers, encode_chunked=True
+        )
+    assert connection.getresponse().status == 413
+    connection.close()
 
 
 def test_the_front_page_leads_on(gateway):

@@ -57,8 +57,18 @@ def test_webuiapi_finds_what_it_asks_for_at_its_start(api, gateway, server):
     assert [upscaler["name"] for upscaler in api.get_upscalers()] == ["None"]
     for name in ("hypernetworks", "sd-vae", "cmd-flags", "memory", "scripts"):
         assert gateway.call(f"/sdapi/v1/{name}").status == 200
+    assert gateway.call("/internal/ping").json() == {}
     assert api.get_progress()["progress"] == 0
     api.refresh_checkpoints()
+
+
+@pytest.mark.parametrize(
+    "path", ["/sdapi/v1/png-info", "/sdapi/v1/skip", "/controlnet/model_list", "/internal/progress"]
+)
+def test_a_path_of_a1111s_that_is_not_served_says_so(gateway, path):
+    answer = gateway.call(path, {})
+    assert (answer.status, answer.json()["error"]) == (404, "not_found")
+    assert f"POST {path} is not served" in answer.json()["detail"]
 
 
 def test_options_are_kept_and_checked(api, gateway):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import re
 import shutil
 import time
@@ -16,6 +17,7 @@ from typing import Any
 
 import gradio as gr
 import pytest
+from PIL.PngImagePlugin import PngInfo
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 from starlette.testclient import TestClient
 
@@ -33,8 +35,11 @@ from twinbrush_client.story import read_story
 
 PROMPT = "a large red circle left of a small blue square"
 SECONDS = 30.0
+SDXL = {"original_size": [64, 64]}
+ANOTHER_NAME = "twinbrush.example"  # of this machine: pages may treat localhost in their own way
 # Chromium asks no host but the page's, and runs as root.
 FLAGS = [
+    f"--host-resolver-rules=MAP {ANOTHER_NAME} 127.0.0.1",
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--no-proxy-server",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
@@ -194,7 +199,9 @@ def test_the_settings_of_a_picture_come_back(tab, server, tmp_path):
         )  # fmt: skip
         *_, picture = stream
     file = tmp_path / "kept.png"
-    file.write_bytes(picture.data)
+    told = PngInfo()  # a setting of another checkpoint, for which the page has no control
+    told.add_text("twinbrush", json.dumps(read_story(io.BytesIO(picture.data)) | SDXL))
+    picture.image.save(file, pnginfo=told)
     page = tab()
     page.click("#tb-from button")
     page.set_input_files("#tb-file input[type=file]", file)
@@ -202,6 +209,11 @@ def test_the_settings_of_a_picture_come_back(tab, server, tmp_path):
     assert page.input_value("#tb-prompt textarea") == PROMPT
     assert page.input_value("#tb-size input") == "64 × 32"
     assert page.input_value(SEED) == str(2**62 + 1)
+    expect(page.locator("#tb-restored")).to_contain_text("original_size (64, 64)")
+    page.click("#tb-paint")
+    expect(page.get_by_role("alert")).to_contain_text("original_size=")
+    page.click("#tb-restored button")
+    expect(page.locator("#tb-restored p")).to_have_count(0)
     page.click("#tb-paint")
     expect(downloads(page)).to_have_count(1)
     with page.expect_download() as started:
@@ -210,6 +222,17 @@ def test_the_settings_of_a_picture_come_back(tab, server, tmp_path):
     page.fill("#tb-prompt textarea", "something else")
     page.click("#tb-now [data-use]")
     expect(page.locator("#tb-prompt textarea")).to_have_value(PROMPT)
+
+
+def test_the_list_of_routes_asks_no_other_host(context, gateway):
+    asked = []
+    page = context.new_page()
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(f"http://{ANOTHER_NAME}:{gateway.port}/docs")
+    expect(page.locator(".opblock-summary-path", has_text="generations")).to_be_visible()
+    page.close()
+    assert len(asked) > 2
+    assert all(url.startswith((f"http://{ANOTHER_NAME}:", "data:")) for url in asked)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -20,14 +20,14 @@ import typer
 from rich.console import Console
 
 from twinbrush_client.client import Client
-from twinbrush_client.connection import DEFAULT_ADDRESS, TIMEOUT
+from twinbrush_client.connection import TIMEOUT
 from twinbrush_client.errors import (
     DeadlineExceeded,
     ServerUnavailable,
     TwinbrushError,
     invalid,
 )
-from twinbrush_client.options import with_field_options
+from twinbrush_client.options import Way, with_field_options, with_server_options
 from twinbrush_client.output import Output, format_of, grid, new_file
 from twinbrush_client.painting import Display, Job, events
 from twinbrush_client.story import fields_of, read_story
@@ -38,7 +38,6 @@ INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended
 STDIN = "-"
 CONTROLS = ("Cc", "Cs")  # Unicode's categories of control characters and lone surrogates
 ERROR, WARNING = "red", "yellow"
-Server = Annotated[str, typer.Option(envvar="TWINBRUSH_SERVER", help="Server's gRPC address.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -65,6 +64,7 @@ def twinbrush(
 
 
 @app.command()
+@with_server_options
 @with_field_options
 def generate(
     prompt: Annotated[
@@ -97,7 +97,8 @@ def generate(
     timeout: Annotated[
         float, typer.Option(min=0.1, help="Seconds that everything may take; then it is cancelled.")
     ] = TIMEOUT,
-    server: Server = DEFAULT_ADDRESS,
+    *,
+    way: Way,
     **fields: Any,
 ) -> None:  # fmt: skip
     """Paints prompts and writes their pictures. Ctrl-C stops the work on the server too.
@@ -116,7 +117,7 @@ def generate(
         fields |= {"preview_every": 1 if preview else None, "timeout": timeout}
         jobs = _jobs(_texts(prompt, prompts), like, fields)
         files = Output(out, output, overwrite)
-        with Client(server, timeout) as client:
+        with way.client(timeout) as client:
             painted = _paint(client, jobs, files, Display(console, preview), console)
         if grid_file:
             sheet = grid([picture.image for _, picture, _ in painted])
@@ -134,15 +135,16 @@ def generate(
 
 
 @app.command()
-def status(as_json: AsJson = False, server: Server = DEFAULT_ADDRESS) -> None:
+@with_server_options
+def status(as_json: AsJson = False, *, way: Way) -> None:
     """Tells what a server serves; exits with 1 where none is ready."""
     with _errors():
-        with Client(server, timeout=10, max_retries=0) as client:
+        with way.client(timeout=10, max_retries=0) as client:
             info = client.info()
         if as_json:
             _print_json(asdict(info))
         else:
-            _print_status(info, server)
+            _print_status(info, way.server)
 
 
 def _print_status(info: ServerInfo, server: str) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import grpc
 
+from twinbrush_client.certificates import credentials
 from twinbrush_client.errors import (
     QueueFull,
     ServerUnavailable,
@@ -29,8 +30,18 @@ TIMEOUT = 300.0  # seconds
 MAX_RETRIES = 2
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 10.0  # seconds
 ADDRESS = re.compile(r"[^/\s]+:\d{1,5}|(dns|ipv4|ipv6|unix|vsock|xds):\S+")
+HEADER = re.compile(r"[A-Za-z0-9_-]+")
+VALUE = re.compile(r"[ -~]+")
 NOT_GRPC = "Failed parsing HTTP/2"  # in gRPC's words where a server speaks another protocol
 PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")
+# Signs of faults in gRPC's words, and what they mean.
+TLS_FAULTS = {
+    "CERTIFICATE_VERIFY_FAILED": "its certificate is of no authority that is trusted here: name "
+    "the file of its authority",
+    "Hostname Verification": "its certificate is of another name: use the name that it has",
+    "WRONG_VERSION_NUMBER": "it does not use TLS",
+    "Socket closed": "it closed the connection: it may need TLS, or a certificate of the client",
+}
 OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -47,7 +58,8 @@ class Connection:
         timeout: seconds that a call may take in all, its retries included.
         max_retries: tries after the first where the server was full or not there.
         headers: metadata of every call, such as an API key.
-        tls: True for TLS with the system's certificates, or a PEM file of the authorities.
+        tls: True for TLS with the public authorities that gRPC knows, or a PEM file of others.
+        cert, key: PEM files of the client, for servers that ask for a certificate.
         credentials: gRPC's own, in place of `tls`.
     """
 
@@ -56,28 +68,38 @@ class Connection:
     max_retries: int = MAX_RETRIES
     headers: Mapping[str, str] = field(default_factory=dict)
     tls: bool | str | Path = False
+    cert: str | Path | None = None
+    key: str | Path | None = None
     credentials: grpc.ChannelCredentials | None = None
 
     def __post_init__(self) -> None:
-        """Raises InvalidRequest where the address is none of gRPC's."""
+        """Raises InvalidRequest where gRPC would not take the address or a header."""
         if not ADDRESS.fullmatch(self.address):
             allowed = "must be host:port of the server's gRPC endpoint, such as 127.0.0.1:8001"
             raise invalid("address", self.address, allowed)
+        for name, value in self.headers.items():
+            _check_header(name, value)
+        if (self.cert is None) != (self.key is None):
+            given, other = ("cert", "key") if self.key is None else ("key", "cert")
+            raise invalid(given, str(getattr(self, given)), f"needs {other}")
+        if self.cert is not None and not self.tls:
+            raise invalid("cert", str(self.cert), "needs tls")
 
     def channel(self, kind: Any) -> Any:
         """A channel of `grpc` or of `grpc.aio`.
 
         Raises:
-            OSError: the file of certificates cannot be read.
+            InvalidRequest: a file is not what TLS needs.
+            OSError: a file cannot be read.
         """
         options = [*OPTIONS, ("grpc.enable_http_proxy", int(not self.is_loopback))]
-        credentials = self.credentials
-        if credentials is None and self.tls:
-            roots = None if self.tls is True else Path(str(self.tls)).read_bytes()
-            credentials = grpc.ssl_channel_credentials(roots)
-        if credentials is None:
+        chosen = self.credentials
+        if chosen is None and self.tls:
+            authorities = None if self.tls is True else str(self.tls)
+            chosen = credentials(authorities, self.cert, self.key)
+        if chosen is None:
             return kind.insecure_channel(self.address, options)
-        return kind.secure_channel(self.address, credentials, options)
+        return kind.secure_channel(self.address, chosen, options)
 
     @property
     def is_loopback(self) -> bool:
@@ -97,7 +119,8 @@ class Connection:
         if NOT_GRPC in text:
             text = f"{self.address} does not speak gRPC; the gRPC port is 8001 by default"
         elif code == "UNAVAILABLE" and "failed to connect" in text:
-            text = f"no server answers at {self.address}{self._proxy()} ({text})"
+            cause = next((fault for sign, fault in TLS_FAULTS.items() if sign in text), text)
+            text = f"no server answers at {self.address}{self._proxy()} ({cause})"
         elif code == "CANCELLED" and "Locally cancelled" in text:
             text = "the request was cancelled"
         elif code == "DEADLINE_EXCEEDED":
@@ -122,6 +145,18 @@ class Connection:
         longest = min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE)
         pause = (failure.retry_after or 0.0) + longest * random.uniform(0.5, 1)
         return pause if pause < deadline.left else None
+
+
+def _check_header(name: str, value: str) -> None:
+    """A fault names no value: it may be a secret."""
+    if not HEADER.fullmatch(name) or name.lower().startswith("grpc-"):
+        raise invalid(
+            "header", name, "must be a name of letters, digits, - and _, without grpc- in front"
+        )
+    if name.lower().endswith("-bin"):
+        raise invalid("header", name, "holds bytes in gRPC; only text is supported")
+    if not isinstance(value, str) or not VALUE.fullmatch(value):
+        raise invalid("header", name, "must have a value of printable ASCII characters")
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,90 @@
-"""Command-line options of the request fields, from the table that the server gives."""
+"""Command-line options that commands share: of the request fields, and of the way to a server."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from twinbrush_client.client import Client
+from twinbrush_client.connection import DEFAULT_ADDRESS
+from twinbrush_client.errors import invalid
 from twinbrush_client.fields import ALLOWED, COUNTS, DATA_TYPES, HELP, STREAM_ONLY
 
 TYPES = {"BYTES": str, "INT64": int, "INT32": int, "FP32": float, "BOOL": bool}
 SHORT = {"num_images": "-n", "guidance_scale": "-g"}
 OTHERWISE = {"prompt", "image_format", *STREAM_ONLY}  # fields that a command takes in its own way
+
+API_KEY = "TWINBRUSH_API_KEY"
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a command reaches its server; the options of the same names, with their help."""
+
+    server: Annotated[
+        str, typer.Option(envvar="TWINBRUSH_SERVER", help="Server's gRPC address.")
+    ] = DEFAULT_ADDRESS
+    tls: Annotated[
+        bool, typer.Option("--tls", help="Use TLS, with the public authorities or those of --ca.")
+    ] = False
+    ca: Annotated[
+        Path | None, typer.Option(help="PEM file of the authorities to trust; turns TLS on.")
+    ] = None
+    cert: Annotated[
+        Path | None, typer.Option(help="PEM file of the client's certificate, of TLS.")
+    ] = None
+    key: Annotated[Path | None, typer.Option(help="PEM file of its private key.")] = None
+    header: Annotated[
+        list[str] | None,
+        typer.Option(help=f"NAME:VALUE to send with each call; repeatable. {API_KEY} of the "
+                     "environment becomes `authorization: Bearer KEY`.", metavar="NAME:VALUE"),
+    ] = None  # fmt: skip
+
+    def client(self, timeout: float, **options: Any) -> Client:
+        """A client of the server.
+
+        Raises:
+            InvalidRequest: an option is wrong.
+            OSError: a file cannot be read.
+        """
+        options |= {"cert": self.cert, "key": self.key, "headers": self._headers()}
+        return Client(self.server, timeout, tls=self.ca or self.tls, **options)
+
+    def _headers(self) -> dict[str, str]:
+        key = os.environ.get(API_KEY, "").strip()
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        for text in self.header or ():
+            name, colon, value = text.partition(":")
+            if not colon:
+                raise invalid("--header", name, "must be NAME:VALUE")
+            headers[name.strip().lower()] = value.strip()
+        return headers
+
+
+def with_server_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives a command the options of `Way`, which reach it as its keyword `way`."""
+    signature = inspect.signature(command, eval_str=True)
+    own = [p for name, p in signature.parameters.items() if name != "way"]
+    hints = inspect.get_annotations(Way, eval_str=True)
+    options = [
+        inspect.Parameter(
+            each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default,
+            annotation=hints[each.name],
+        )
+        for each in fields(Way)
+    ]  # fmt: skip
+
+    def run(**values: Any) -> None:
+        way = Way(**{each.name: values.pop(each.name) for each in fields(Way)})
+        command(**values, way=way)
+
+    return _of_signature(run, command, [*own, *options])
 
 
 def with_field_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -20,10 +92,18 @@ def with_field_options(command: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(command, eval_str=True)
     own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     options = [_option(name) for name in DATA_TYPES if name not in OTHERWISE]
-    parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in (*own, *options)]
-    vars(command)["__signature__"] = signature.replace(parameters=parameters)
-    command.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}
-    return command
+    return _of_signature(command, command, [*own, *options])
+
+
+def _of_signature(
+    run: Callable[..., Any], command: Callable[..., Any], parameters: Sequence[inspect.Parameter]
+) -> Callable[..., Any]:
+    """`run` with the name and help of a command, and keywords of these parameters."""
+    keywords = [p.replace(kind=p.KEYWORD_ONLY) for p in parameters]
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    vars(run)["__signature__"] = inspect.Signature(keywords)
+    run.__annotations__ = {p.name: p.annotation for p in keywords} | {"return": None}
+    return run
 
 
 def _option(name: str) -> inspect.Parameter:

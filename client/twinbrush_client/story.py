@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from twinbrush_client.errors import invalid
@@ -41,7 +42,7 @@ def read_story(file: Path | IO[bytes]) -> dict[str, Any]:
     except (ValueError, RecursionError):
         story = None
     if isinstance(story, dict):
-        return story
+        return {name: _shortest(name, value) for name, value in story.items()}
     if text:
         return {"parameters": text}
     raise invalid("file", name, "says nothing of how it was made")
@@ -61,6 +62,13 @@ def fields_of(story: dict[str, Any]) -> dict[str, Any]:
 def parameters_of(image: Image.Image) -> str:
     """A1111's text in a picture; empty where it has none."""
     return _texts(image)[1]
+
+
+def _shortest(name: str, value: Any) -> Any:
+    """A number of 32 bits as it was written: 0.3 and not 0.30000001192092896."""
+    if DATA_TYPES.get(name) == "FP32" and isinstance(value, float):
+        return float(str(np.float32(value)))
+    return value
 
 
 def _texts(image: Image.Image) -> tuple[str, str]:

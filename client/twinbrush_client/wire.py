@@ -12,6 +12,7 @@ import struct
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -56,9 +57,15 @@ class Picture:
 
     index: int
     seed: int
-    image: Image.Image
     warning: str
     data: bytes = field(repr=False)
+
+    @cached_property
+    def image(self) -> Image.Image:
+        """The file, opened when this is first used; PIL decodes the pixels when they are."""
+        image = Image.open(io.BytesIO(self.data))
+        image.info["seed"] = self.seed
+        return image
 
 
 @dataclass(frozen=True)
@@ -280,14 +287,7 @@ def pictures(response: Any) -> list[Picture]:
     values = outputs(response)
     warning = values["warning"][0]
     rows = enumerate(zip(values["image"], values["seed"], strict=True))
-    return [picture(data, index, seed, warning) for index, (data, seed) in rows]
-
-
-def picture(data: bytes, index: int, seed: int, warning: bytes) -> Picture:
-    """Its pixels are decoded when they are first used: who only stores `data` never waits."""
-    image = Image.open(io.BytesIO(data))
-    image.info["seed"] = seed
-    return Picture(index, seed, image, warning.decode(), data)
+    return [Picture(index, seed, warning.decode(), data) for index, (data, seed) in rows]
 
 
 def opened(data: bytes) -> Image.Image:
@@ -317,7 +317,7 @@ def event(response: Any) -> Event:
     value = {name: values[0] for name, values in outputs(response.infer_response).items()}
     match value["event"]:
         case b"image":
-            return picture(value["image"], value["index"], value["seed"], value["warning"])
+            return Picture(value["index"], value["seed"], value["warning"].decode(), value["image"])
         case b"preview":
             step = (value["index"], value["step"], value["total_steps"])
             return Preview(*step, opened(value["image"]))
