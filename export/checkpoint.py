@@ -14,7 +14,7 @@ from typing import Any
 from export.lora import Lora, check_loras, fuse
 from export.source import Source, Tree, check_source, open_tree
 from export.weights import LFS, choose_weights, lfs_pointer, read_json, variants_of
-from networks.loading import CheckpointError, load_part, refusing
+from networks.loading import CheckpointError, hollow_part, load_part, refusing
 from twinbrush.server.manifest import sha256_of
 
 __all__ = ["PARTS", "Checkpoint", "Serving", "open_checkpoint"]
@@ -78,6 +78,7 @@ class Checkpoint:
         scratch: keeps the converted parts of a single file for as long as the checkpoint lives.
         file: the single file that the checkpoint is, None of a folder.
         serving: what the export changes of it.
+        hollow: whether its networks are loaded without their weights, on PyTorch's meta device.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Checkpoint:
     scratch: tempfile.TemporaryDirectory | None = None
     file: Path | None = None
     serving: Serving = field(default_factory=Serving)
+    hollow: bool = False
 
     def config(self, part: str) -> dict[str, Any]:
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
@@ -97,9 +99,13 @@ class Checkpoint:
 
     def load(self, part: str, model_class: Any, **options: Any) -> Any:
         """The part's torch module, with the LoRAs fused: see `load_part`."""
-        variant = self.weights.get(part, (None, []))[0]
+        if self.hollow:
+            options.pop("unused", None)
+            return hollow_part(self.folders[part], model_class, **options)
+        variant, files = self.weights.get(part, (None, []))
         if variant is not None:
             options["variant"] = variant
+        options["files"] = files
         network = load_part(self.folders[part], model_class, **options)
         fuse(network, part, self.serving.loras)
         return network

@@ -15,17 +15,26 @@ import diffusers
 import torch
 import transformers
 from diffusers import UNet2DConditionModel
+from safetensors import safe_open
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from export.checkpoint import Checkpoint
 from export.unet import check_inputs, check_width
+from export.vqgan_decoder import UNUSED
 from export.weights import read_header
 from networks.fusion_head import FusionHead
-from networks.loading import CheckpointError, first_line, refusing
+from networks.loading import (
+    CheckpointError,
+    check_missing,
+    first_line,
+    not_finite,
+    refusing,
+)
 from networks.pruned import pruning_of
 
 MOST_LAYERS, LARGEST = 512, 2**20  # of a kind of layers; of any other whole number
+FORMER_LAYERS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 # Types of weights in safetensors that PyTorch makes FP32 of without a scale.
 WEIGHT_TYPES = ("F16", "BF16", "F32", "F64")
 
@@ -76,15 +85,40 @@ def check_weights(checkpoint: Checkpoint) -> None:
         if module is None:
             continue
         wanted = {_short(name): tuple(value.shape) for name, value in module.named_parameters()}
+        present = {_of_today(_short(tensor)) for header in headers.values() for tensor in header}
+        unused = UNUSED if part == "vae" else ()
+        check_missing(checkpoint.folders[part], wanted.keys() - present, unused)
         for name, header in headers.items():
             file = checkpoint.folders[part] / name
             for tensor, entry in header.items():
-                _check_tensor(file, tensor, entry, wanted.get(_short(tensor)))
+                _check_tensor(file, tensor, entry, wanted.get(_of_today(_short(tensor))))
+
+
+def check_values(checkpoint: Checkpoint) -> None:
+    """Checks all weights before any is converted.
+
+    Raises:
+        CheckpointError: numbers are not finite; it names part and tensor.
+    """
+    for part, (_, files) in checkpoint.weights.items():
+        folder = checkpoint.folders[part]
+        for name in files:
+            with refusing(folder / name), safe_open(folder / name, "pt") as stored:
+                for key in stored.keys():  # noqa: SIM118  (no mapping)
+                    if not torch.isfinite(stored.get_tensor(key)).all():
+                        raise not_finite(folder, key)
 
 
 def _short(name: str) -> str:
     """A tensor's name as every version of transformers has it."""
     return name.removeprefix("text_model.")
+
+
+def _of_today(name: str) -> str:
+    """A tensor's name where that of its layer is of diffusers' former attention."""
+    layer, _, kind = name.rpartition(".")
+    owner, _, last = layer.rpartition(".")
+    return f"{owner}.{FORMER_LAYERS[last]}.{kind}" if last in FORMER_LAYERS else name
 
 
 def _check_tensor(file: Path, name: str, entry: Any, wanted: tuple[int, ...] | None) -> None:
