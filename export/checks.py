@@ -6,18 +6,19 @@ library rejects is rejected before anything is read or downloaded. Knows no weig
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 import transformers
-from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig
 
 from export.checkpoint import Checkpoint
 from export.unet import check_inputs, check_width
@@ -51,10 +52,10 @@ def check_configs(checkpoint: Checkpoint) -> None:
         for name, value in checkpoint.config(part).items():
             _check_size(checkpoint, part, name, value)
     unet = checkpoint.config("unet")
-    first = _check_tower(checkpoint, "text_encoder", CLIPTextModel)
+    first = _check_tower(checkpoint, "text_encoder")
     width, pooled, sources = first.hidden_size, None, "text_encoder has hidden_size"
     if "text_encoder_2" in checkpoint.folders:
-        second = _check_tower(checkpoint, "text_encoder_2", CLIPTextModelWithProjection)
+        second = _check_tower(checkpoint, "text_encoder_2")
         width, pooled = width + second.hidden_size, second.projection_dim
         sources = "text_encoder and text_encoder_2 have together"
         if first.max_position_embeddings != second.max_position_embeddings:
@@ -63,7 +64,7 @@ def check_configs(checkpoint: Checkpoint) -> None:
                 f" text_encoder_2 has {second.max_position_embeddings}"
             )
     check_unet(checkpoint, unet, pooled)
-    _build(checkpoint, "unet", lambda: UNet2DConditionModel.from_config(unet))
+    without_weights(checkpoint, "unet")
     if "bert" in checkpoint.folders:
         _check_fusion(checkpoint, width)
     check_width(unet, width, sources)
@@ -146,22 +147,29 @@ def _check_size(checkpoint: Checkpoint, part: str, name: str, value: Any) -> Non
 
 
 def without_weights(checkpoint: Checkpoint, part: str) -> nn.Module | None:
-    """A part without memory for its weights; None of the text model and fusion head."""
+    """A part without memory for its weights, to look at; None of the text model and fusion head."""
     if part not in checkpoint.folders or part in ("bert", "fusion"):
         return None
-    config, name = checkpoint.config(part), checkpoint.classes[part]
-    if part in ("unet", "vae"):
-        return _build(checkpoint, part, lambda: getattr(diffusers, name).from_config(config))
-    return _build(checkpoint, part, lambda: getattr(transformers, name)(CLIPTextConfig(**config)))
+    config = json.dumps(checkpoint.config(part))
+    return _build(checkpoint, part, lambda: _network(checkpoint.classes[part], config))
 
 
-def _check_tower(checkpoint: Checkpoint, part: str, model_class: Any) -> CLIPTextConfig:
+@lru_cache(maxsize=8)
+def _network(class_name: str, config: str) -> nn.Module:
+    """A network of diffusers or CLIP, of a configuration in JSON, on the current device."""
+    fields = json.loads(config)
+    if hasattr(diffusers, class_name):
+        return getattr(diffusers, class_name).from_config(fields)
+    return getattr(transformers, class_name)(CLIPTextConfig(**fields))
+
+
+def _check_tower(checkpoint: Checkpoint, part: str) -> CLIPTextConfig:
     """Checks one of CLIP's towers, and returns its configuration."""
     given = checkpoint.config(part)
     for name in ("hidden_size", "max_position_embeddings", "vocab_size"):
         if name in given:
             check_whole(checkpoint, part, name, given[name])
-    tower = _build(checkpoint, part, lambda: model_class(CLIPTextConfig(**given))).config
+    tower = without_weights(checkpoint, part).config
     left = tower.num_hidden_layers - checkpoint.clip_skip
     if left < 2:
         raise CheckpointError(
@@ -197,8 +205,7 @@ def check_vae(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
     if tiny and config.get("upsampling_scaling_factor", 2) != 2:
         value = config["upsampling_scaling_factor"]
         raise CheckpointError(f"vae has upsampling_scaling_factor {value!r}, only 2 is served")
-    vae_class = getattr(diffusers, checkpoint.classes["vae"])
-    vae = _build(checkpoint, "vae", lambda: vae_class.from_config(config))
+    vae = without_weights(checkpoint, "vae")
     channels = vae.config.get("vq_embed_dim") or vae.config.latent_channels
     painted = checkpoint.config("unet").get("in_channels", 4)
     if channels != painted:

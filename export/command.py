@@ -239,6 +239,7 @@ def export_checkpoint(options: Options, report: Path | None = None) -> None:
     with ExitStack() as stack:
         status = stack.enter_context(console.status("opening the checkpoint"))
         opened, original = _open(options)
+        stack.enter_context(opened.naming_its_file())
         _print_changes(opened)
         models = options.models or models_of(opened)
         if options.prune:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib.metadata
 import json
 import logging
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -363,6 +365,8 @@ def _drop_weights(part: Part) -> None:
     """Leaves a part with the shapes of its tensors alone."""
     part.module.to("meta")
     gc.collect()  # a traced program holds the weights, and itself
+    with suppress(OSError, AttributeError):  # of other C libraries than glibc
+        ctypes.CDLL(None).malloc_trim(0)  # which keeps what was freed
 
 
 def _with_plan(report: ModelReport, target: Build) -> ModelReport:
