@@ -6,7 +6,10 @@ Only safetensors are read; nothing here runs code that a checkpoint brings.
 from __future__ import annotations
 
 import hashlib
+import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from typing import Any
 from export.lora import Lora, check_loras, fuse
 from export.source import Source, Tree, check_source, open_tree
 from export.weights import LFS, choose_weights, lfs_pointer, read_json, variants_of
-from networks.loading import CheckpointError, load_part, refusing
+from networks.loading import CheckpointError, hollow_part, load_part, refusing
 from twinbrush.server.manifest import sha256_of
 
 __all__ = ["PARTS", "Checkpoint", "Serving", "open_checkpoint"]
@@ -78,6 +81,7 @@ class Checkpoint:
         scratch: keeps the converted parts of a single file for as long as the checkpoint lives.
         file: the single file that the checkpoint is, None of a folder.
         serving: what the export changes of it.
+        hollow: whether its networks are loaded without their weights, on PyTorch's meta device.
     """
 
     name: str
@@ -90,6 +94,18 @@ class Checkpoint:
     scratch: tempfile.TemporaryDirectory | None = None
     file: Path | None = None
     serving: Serving = field(default_factory=Serving)
+    hollow: bool = False
+
+    @contextmanager
+    def naming_its_file(self) -> Iterator[None]:
+        """Makes errors name the single file, not the folder that it was unpacked into."""
+        try:
+            yield
+        except CheckpointError as error:
+            if self.scratch is None:
+                raise
+            text = str(error).replace(f"{self.scratch.name}/", f"{self.file}: ")
+            raise CheckpointError(text) from error
 
     def config(self, part: str) -> dict[str, Any]:
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
@@ -97,9 +113,13 @@ class Checkpoint:
 
     def load(self, part: str, model_class: Any, **options: Any) -> Any:
         """The part's torch module, with the LoRAs fused: see `load_part`."""
-        variant = self.weights.get(part, (None, []))[0]
+        if self.hollow:
+            options.pop("unused", None)
+            return hollow_part(self.folders[part], model_class, **options)
+        variant, files = self.weights.get(part, (None, []))
         if variant is not None:
             options["variant"] = variant
+        options["files"] = files
         network = load_part(self.folders[part], model_class, **options)
         fuse(network, part, self.serving.loras)
         return network
@@ -160,20 +180,28 @@ def open_checkpoint(
 def _open(
     source: Source, bert: str | Path | None, keep_bert: bool, serving: Serving | None
 ) -> Checkpoint:
-    from export.checks import check_configs, check_weights, without_weights
-
     if bert is not None:
         source = replace(source, bert=str(bert))
     check_source(source)
     opened, trees = _find_parts(source, keep_bert)
+    with opened.naming_its_file():
+        return _checked(opened, trees, source.variant, serving or Serving())
+
+
+def _checked(
+    opened: Checkpoint, trees: dict[str, tuple[Tree, str]], preferred: str | None, serving: Serving
+) -> Checkpoint:
+    """The checkpoint with its weights chosen, checked and downloaded."""
+    from export.checks import check_configs, check_weights, without_weights
+
     weights, wanted = {}, {}
     for part in opened.folders:
         tree, name = trees[part]
         if part in PARTS:
-            variant, files = choose_weights(tree.within(name), opened.folders[part], source.variant)
+            variant, files = choose_weights(tree.within(name), opened.folders[part], preferred)
             weights[part] = variant, files
             wanted.setdefault(id(tree), (tree, []))[1].extend(_join(name, f) for f in files)
-    opened = replace(opened, weights=weights, serving=_to_fuse(serving or Serving(), opened))
+    opened = replace(opened, weights=weights, serving=_to_fuse(serving, opened))
     check_configs(opened)
     loras = (*opened.serving.loras, *opened.serving.lora_set.values())
     check_loras(loras, lambda part: without_weights(opened, part))
@@ -196,13 +224,13 @@ def _find_parts(source: Source, keep_bert: bool) -> tuple[Checkpoint, dict[str, 
     names, classes = _read_index(index, file)
     trees = {part: (tree, names[part]) for part in names}
     if source.bert is not None and not (keep_bert and classes.get("bert")):
-        other = open_tree(source.bert, source.bert_revision)
+        other = open_tree(source.bert, source.bert_revision, what="--bert")
         for part in FORMER:
             trees[part], classes[part] = (other, ""), "AutoModel"
     if source.vae is not None:
         trees["vae"], classes["vae"] = _open_vae(source.vae)
     if source.tokenizer is not None:
-        other = open_tree(source.tokenizer)
+        other = open_tree(source.tokenizer, what="--tokenizer")
         place = "tokenizer" if other.within("tokenizer") else ""
         trees["tokenizer"], classes["tokenizer"] = (other, place), "CLIPTokenizer"
         if other.within("tokenizer_2"):
@@ -249,10 +277,12 @@ def _open_root(source: Source) -> tuple[str, tempfile.TemporaryDirectory | None,
             )
         check_disk(Path(tempfile.gettempdir()), path.stat().st_size)
         scratch = tempfile.TemporaryDirectory(prefix="twinbrush-")
-        unpack(path, Path(scratch.name), PIPELINES)
+        elsewhere = () if source.vae is None else ("vae",)
+        with refusing(path):
+            unpack(path, Path(scratch.name), PIPELINES, elsewhere)
         return path.stem, scratch, open_tree(scratch.name)
     tree = open_tree(source.checkpoint, source.revision, source.subfolder)
-    return Path(source.checkpoint).resolve().name, None, tree
+    return Path(os.path.abspath(path)).name, None, tree  # a link's own name, not its target's
 
 
 def _read_index(index: dict[str, Any], file: Path) -> tuple[dict[str, str], dict[str, str]]:
@@ -324,7 +354,7 @@ def _lacks(source: Source, part: str, folder: str) -> str:
 
 def _open_vae(place: str) -> tuple[tuple[Tree, str], str]:
     """An autoencoder alone, or that of a checkpoint."""
-    tree = open_tree(place)
+    tree = open_tree(place, what="--vae")
     folder = "" if "config.json" in tree.names else "vae"
     if f"{folder}/config.json".lstrip("/") not in tree.names:
         raise CheckpointError(f"--vae {place} has no config.json, at its top or in vae/")

@@ -6,26 +6,36 @@ library rejects is rejected before anything is read or downloaded. Knows no weig
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 import transformers
-from diffusers import UNet2DConditionModel
+from safetensors import safe_open
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig
 
 from export.checkpoint import Checkpoint
 from export.unet import check_inputs, check_width
+from export.vqgan_decoder import UNUSED
 from export.weights import read_header
 from networks.fusion_head import FusionHead
-from networks.loading import CheckpointError, first_line, refusing
+from networks.loading import (
+    CheckpointError,
+    check_missing,
+    first_line,
+    not_finite,
+    refusing,
+)
 from networks.pruned import pruning_of
 
 MOST_LAYERS, LARGEST = 512, 2**20  # of a kind of layers; of any other whole number
+FORMER_LAYERS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 # Types of weights in safetensors that PyTorch makes FP32 of without a scale.
 WEIGHT_TYPES = ("F16", "BF16", "F32", "F64")
 
@@ -42,10 +52,10 @@ def check_configs(checkpoint: Checkpoint) -> None:
         for name, value in checkpoint.config(part).items():
             _check_size(checkpoint, part, name, value)
     unet = checkpoint.config("unet")
-    first = _check_tower(checkpoint, "text_encoder", CLIPTextModel)
+    first = _check_tower(checkpoint, "text_encoder")
     width, pooled, sources = first.hidden_size, None, "text_encoder has hidden_size"
     if "text_encoder_2" in checkpoint.folders:
-        second = _check_tower(checkpoint, "text_encoder_2", CLIPTextModelWithProjection)
+        second = _check_tower(checkpoint, "text_encoder_2")
         width, pooled = width + second.hidden_size, second.projection_dim
         sources = "text_encoder and text_encoder_2 have together"
         if first.max_position_embeddings != second.max_position_embeddings:
@@ -54,7 +64,7 @@ def check_configs(checkpoint: Checkpoint) -> None:
                 f" text_encoder_2 has {second.max_position_embeddings}"
             )
     check_unet(checkpoint, unet, pooled)
-    _build(checkpoint, "unet", lambda: UNet2DConditionModel.from_config(unet))
+    without_weights(checkpoint, "unet")
     if "bert" in checkpoint.folders:
         _check_fusion(checkpoint, width)
     check_width(unet, width, sources)
@@ -76,15 +86,40 @@ def check_weights(checkpoint: Checkpoint) -> None:
         if module is None:
             continue
         wanted = {_short(name): tuple(value.shape) for name, value in module.named_parameters()}
+        present = {_of_today(_short(tensor)) for header in headers.values() for tensor in header}
+        unused = UNUSED if part == "vae" else ()
+        check_missing(checkpoint.folders[part], wanted.keys() - present, unused)
         for name, header in headers.items():
             file = checkpoint.folders[part] / name
             for tensor, entry in header.items():
-                _check_tensor(file, tensor, entry, wanted.get(_short(tensor)))
+                _check_tensor(file, tensor, entry, wanted.get(_of_today(_short(tensor))))
+
+
+def check_values(checkpoint: Checkpoint) -> None:
+    """Checks all weights before any is converted.
+
+    Raises:
+        CheckpointError: numbers are not finite; it names part and tensor.
+    """
+    for part, (_, files) in checkpoint.weights.items():
+        folder = checkpoint.folders[part]
+        for name in files:
+            with refusing(folder / name), safe_open(folder / name, "pt") as stored:
+                for key in stored.keys():  # noqa: SIM118  (no mapping)
+                    if not torch.isfinite(stored.get_tensor(key)).all():
+                        raise not_finite(folder, key)
 
 
 def _short(name: str) -> str:
     """A tensor's name as every version of transformers has it."""
     return name.removeprefix("text_model.")
+
+
+def _of_today(name: str) -> str:
+    """A tensor's name where that of its layer is of diffusers' former attention."""
+    layer, _, kind = name.rpartition(".")
+    owner, _, last = layer.rpartition(".")
+    return f"{owner}.{FORMER_LAYERS[last]}.{kind}" if last in FORMER_LAYERS else name
 
 
 def _check_tensor(file: Path, name: str, entry: Any, wanted: tuple[int, ...] | None) -> None:
@@ -112,22 +147,29 @@ def _check_size(checkpoint: Checkpoint, part: str, name: str, value: Any) -> Non
 
 
 def without_weights(checkpoint: Checkpoint, part: str) -> nn.Module | None:
-    """A part without memory for its weights; None of the text model and fusion head."""
+    """A part without memory for its weights, to look at; None of the text model and fusion head."""
     if part not in checkpoint.folders or part in ("bert", "fusion"):
         return None
-    config, name = checkpoint.config(part), checkpoint.classes[part]
-    if part in ("unet", "vae"):
-        return _build(checkpoint, part, lambda: getattr(diffusers, name).from_config(config))
-    return _build(checkpoint, part, lambda: getattr(transformers, name)(CLIPTextConfig(**config)))
+    config = json.dumps(checkpoint.config(part))
+    return _build(checkpoint, part, lambda: _network(checkpoint.classes[part], config))
 
 
-def _check_tower(checkpoint: Checkpoint, part: str, model_class: Any) -> CLIPTextConfig:
+@lru_cache(maxsize=8)
+def _network(class_name: str, config: str) -> nn.Module:
+    """A network of diffusers or CLIP, of a configuration in JSON, on the current device."""
+    fields = json.loads(config)
+    if hasattr(diffusers, class_name):
+        return getattr(diffusers, class_name).from_config(fields)
+    return getattr(transformers, class_name)(CLIPTextConfig(**fields))
+
+
+def _check_tower(checkpoint: Checkpoint, part: str) -> CLIPTextConfig:
     """Checks one of CLIP's towers, and returns its configuration."""
     given = checkpoint.config(part)
     for name in ("hidden_size", "max_position_embeddings", "vocab_size"):
         if name in given:
             check_whole(checkpoint, part, name, given[name])
-    tower = _build(checkpoint, part, lambda: model_class(CLIPTextConfig(**given))).config
+    tower = without_weights(checkpoint, part).config
     left = tower.num_hidden_layers - checkpoint.clip_skip
     if left < 2:
         raise CheckpointError(
@@ -163,8 +205,7 @@ def check_vae(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
     if tiny and config.get("upsampling_scaling_factor", 2) != 2:
         value = config["upsampling_scaling_factor"]
         raise CheckpointError(f"vae has upsampling_scaling_factor {value!r}, only 2 is served")
-    vae_class = getattr(diffusers, checkpoint.classes["vae"])
-    vae = _build(checkpoint, "vae", lambda: vae_class.from_config(config))
+    vae = without_weights(checkpoint, "vae")
     channels = vae.config.get("vq_embed_dim") or vae.config.latent_channels
     painted = checkpoint.config("unet").get("in_channels", 4)
     if channels != painted:

@@ -5,6 +5,7 @@ Knows no flag names beyond those in its messages, and no measure of pictures.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -234,9 +235,11 @@ def export_checkpoint(options: Options, report: Path | None = None) -> None:
             " that are not pruned; --lora fuses a LoRA before pruning"
         )
     trt = load_tensorrt() if options.tensorrt else None
+    gc.freeze()  # collections pass over the many objects of libraries
     with ExitStack() as stack:
         status = stack.enter_context(console.status("opening the checkpoint"))
         opened, original = _open(options)
+        stack.enter_context(opened.naming_its_file())
         _print_changes(opened)
         models = options.models or models_of(opened)
         if options.prune:

@@ -13,6 +13,8 @@ from export.graph import join_heads, normalise_in_one_type
 from export.part import Part
 from export.precision import Precision, in_precision
 
+TRIED = ((1, 2), (3, 2), (1, 3), (3, 3))  # rows and size of the inputs that parity is held on
+LARGE = 2**29  # bytes of weights that are written beside the graph, one tensor at a time
 OPSET = 23  # keeps attention as one node; ONNX Runtime 1.27 and TensorRT-RTX 1.7 run it
 
 
@@ -33,7 +35,7 @@ def to_onnx(
 ) -> tuple[int, int]:
     """Writes the ONNX file, strongly typed, with batch and named axes dynamic.
 
-    Weights of over 2 GB go into `model.onnx.data` beside it. Another `opset`, and no `rewrite`
+    Weights of `LARGE` go into `model.onnx.data` beside it. Another `opset`, and no `rewrite`
     of attention, are for `benchmarks.graph` to compare with.
 
     Returns:
@@ -48,7 +50,8 @@ def to_onnx(
     if rewrite:
         join_heads(program.model)
     normalise_in_one_type(program.model)
-    program.save(file)
+    weights = sum(tensor.const_value.nbytes for tensor in program.model.graph.initializers.values())
+    program.save(file, external_data=weights >= LARGE)
     return traced, len(program.model.graph)
 
 
@@ -83,10 +86,24 @@ def trace(part: Part, precision: Precision, opset: int = OPSET) -> torch.onnx.ON
 
 
 @torch.no_grad()
-def parity_error(part: Part, file: Path, precision: Precision = Precision.FP32) -> float:
+def expected_outputs(part: Part) -> list[dict[str, np.ndarray]]:
+    """What PyTorch gives in FP32 for the inputs that `parity_error` tries."""
+    return [
+        {name: tensor.numpy() for name, tensor in part.run(part.example(*tried)).items()}
+        for tried in TRIED
+    ]
+
+
+def parity_error(
+    part: Part,
+    file: Path,
+    precision: Precision = Precision.FP32,
+    expected: list[dict[str, np.ndarray]] | None = None,
+) -> float:
     """Largest difference to PyTorch in FP32, as a share of the largest output.
 
-    Taken over two batches and two sizes, and over all outputs.
+    Taken over two batches and two sizes, and over all outputs. Where the `expected_outputs` of the
+    part are given, it needs no weights any more.
 
     Raises:
         ParityError: the ONNX file does not take the inputs, or the error is over tolerance.
@@ -102,14 +119,12 @@ def parity_error(part: Part, file: Path, precision: Precision = Precision.FP32) 
     if sorted(names) != sorted(part.inputs):
         raise ParityError(f"{part.name}: the ONNX file has inputs {names}, not {list(part.inputs)}")
     errors = []
-    for batch, size in ((1, 2), (3, 2), (1, 3), (3, 3)):
-        inputs = part.example(batch, size)
-        wanted = {name: tensor.numpy() for name, tensor in part.run(inputs).items()}
-        tensors = session.run([*wanted], {k: v.numpy() for k, v in inputs.items()})
-        for got, expected in zip(tensors, wanted.values(), strict=True):
-            if got.shape != expected.shape or not np.isfinite(got).all():
-                raise ParityError(f"{part.name}: got {got.shape}, expected finite {expected.shape}")
-            errors.append(np.abs(got - expected).max() / np.abs(expected).max())
+    for tried, wanted in zip(TRIED, expected or expected_outputs(part), strict=True):
+        inputs = {name: tensor.numpy() for name, tensor in part.example(*tried).items()}
+        for got, want in zip(session.run([*wanted], inputs), wanted.values(), strict=True):
+            if got.shape != want.shape or not np.isfinite(got).all():
+                raise ParityError(f"{part.name}: got {got.shape}, expected finite {want.shape}")
+            errors.append(np.abs(got - want).max() / np.abs(want).max())
     worst, tolerance = float(np.max(errors)), precision.tolerance(part)
     if not worst <= tolerance:  # NaN is not either
         raise ParityError(f"{part.name}: error {worst:.2e} against PyTorch is over {tolerance:.0e}")

@@ -1,8 +1,9 @@
-"""Multiply-accumulates of a model, for one row at the size that it was trained on."""
+"""Multiply-accumulates and attention of a model, for one row at the size that it was trained on."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,29 +15,36 @@ from torch.utils.flop_counter import FlopCounterMode
 from export.part import Part
 
 
-def count_macs(part: Part) -> int:
-    """MACs of matrix products and convolutions, attention's own among them."""
+@dataclass(frozen=True)
+class Work:
+    """What one row of a model takes.
+
+    Attributes:
+        macs: of matrix products and convolutions, attention's own among them.
+        weights, pairs: of its largest self-attention: weights over all heads, and pairs of
+            positions, both as shares of the square of a row's latent cells.
+    """
+
+    macs: int
+    weights: float
+    pairs: float
+
+
+def count_work(part: Part) -> Work:
+    """The work of a row at the native size, which is not computed."""
     shapes = FakeTensorMode(allow_non_fake_inputs=True)  # nothing is computed, nothing held
     rows = {name: shapes.from_tensor(tensor) for name, tensor in native_rows(part, 1).items()}
     counter, plain = FlopCounterMode(display=False), sdpa_kernel(SDPBackend.MATH)
-    with torch.no_grad(), shapes, counter, plain:
+    with torch.no_grad(), shapes, counter, plain, _Attentions() as attentions:
         part.module(**rows)  # by the plain kernel, whose products are counted
-    return counter.get_total_flops() // 2
-
-
-def attention_pairs(part: Part) -> tuple[float, float]:
-    """How its largest self-attention grows with the square of the latent cells of a row.
-
-    Returns:
-        Weights, over all heads, and pairs of positions, both as shares of cells².
-    """
-    shapes = FakeTensorMode(allow_non_fake_inputs=True)
-    rows = {name: shapes.from_tensor(tensor) for name, tensor in native_rows(part, 1).items()}
-    with torch.no_grad(), shapes, _Attentions() as attentions:
-        part.module(**rows)
     weights, pairs = max(attentions.found, default=(0, 0))
     squared = math.prod(part.side or (1, 1)) ** 2
-    return weights / squared, pairs / squared
+    return Work(counter.get_total_flops() // 2, weights / squared, pairs / squared)
+
+
+def count_macs(part: Part) -> int:
+    """MACs of a row at the native size."""
+    return count_work(part).macs
 
 
 class _Attentions(TorchFunctionMode):

@@ -45,6 +45,16 @@ def in_precision(part: Part, precision: Precision) -> nn.Module:
     return copy.deepcopy(part.module, halved)  # which never copies a weight in FP32
 
 
+def halve(part: Part) -> None:
+    """Halves the weights of a part in place, those that stay in FP32 apart."""
+    kept = {id(tensor) for module in part.full_precision for tensor in _tensors(module)}
+    part.module._apply(
+        lambda tensor: (
+            _half(tensor) if tensor.is_floating_point() and id(tensor) not in kept else tensor
+        )
+    )
+
+
 def _half(tensor):
     half = tensor.detach().half()
     return nn.Parameter(half, requires_grad=False) if isinstance(tensor, nn.Parameter) else half

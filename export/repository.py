@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import importlib.metadata
 import json
 import logging
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from export import bert, clip_text, clip_text_2, fusion, pipeline, unet, vqgan_decoder
 from export.checkpoint import Checkpoint
-from export.convert import OPSET, parity_error, to_onnx
+from export.checks import check_values
+from export.convert import OPSET, expected_outputs, parity_error, to_onnx
 from export.cpu_runtime import Choice, CpuRuntime, choose, with_accelerator, without_accelerator
-from export.macs import attention_pairs, count_macs
+from export.kept import (
+    RepositoryError,
+    check_loras,
+    check_tokenizers,
+    configuration,
+    kept_lines,
+)
+from export.macs import Work, count_work
 from export.memory import Growth, MeasureError, fit, measure
 from export.part import Part
-from export.precision import Precision
+from export.precision import Precision, halve
 from export.resources import check_resources
 from export.sizes import side_multiple
 from export.staging import put_in_place, staging
@@ -54,10 +65,6 @@ SOURCE = {
 }
 FRONT_DOORS = ("text_to_image", ENGINE.parent.name)
 TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
-
-
-class RepositoryError(RuntimeError):
-    """A repository cannot be exported into; the message names the file."""
 
 
 @dataclass(frozen=True)
@@ -106,18 +113,29 @@ class ModelReport:
 
 def load_parts(checkpoint: Checkpoint) -> dict[str, Part]:
     """All served models of a checkpoint, each held against those it is fed by."""
-    present = models_of(checkpoint)
-    towers, pooled, bert_part = [clip_text.part(checkpoint)], None, None
-    if "clip_text_2" in present:
-        towers.append(clip_text_2.part(checkpoint))
-        pooled = towers[1].outputs["text_embeds"]
-    if "bert" in present:
-        bert_part = bert.part(checkpoint)
-    fused = fusion.part(checkpoint, towers, bert_part)
-    painter = unet.part(checkpoint, fused, pooled)
-    decoder = vqgan_decoder.part(checkpoint, painter.outputs["model_output"].axes[0])
-    texts = towers if bert_part is None else [*towers, bert_part]
-    return {part.name: part for part in (*texts, fused, painter, decoder)}
+    parts: dict[str, Part] = {}
+    for name in models_of(checkpoint):
+        parts[name] = load_part(checkpoint, name, parts)
+    return parts
+
+
+def load_part(checkpoint: Checkpoint, name: str, others: Mapping[str, Part]) -> Part:
+    """One served model of a checkpoint, held against those of the `others` that it is fed by."""
+    towers = [others[tower] for tower in ("clip_text", "clip_text_2") if tower in others]
+    match name:
+        case "clip_text":
+            return clip_text.part(checkpoint)
+        case "clip_text_2":
+            return clip_text_2.part(checkpoint)
+        case "bert":
+            return bert.part(checkpoint)
+        case "fusion":
+            return fusion.part(checkpoint, towers, others.get("bert"))
+        case "unet":
+            pooled = towers[1].outputs["text_embeds"] if len(towers) > 1 else None
+            return unet.part(checkpoint, others["fusion"], pooled)
+        case _:
+            return vqgan_decoder.part(checkpoint, others[UNET].outputs["model_output"].axes[0])
 
 
 def models_of(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -182,53 +200,63 @@ def build(
         raise CheckpointError(f"{checkpoint.name} has no {strange[0]}: it has {', '.join(present)}")
     _check_configurations(repository)
     check_machine(checkpoint, repository, only, precision)
-    parts = load_parts(checkpoint)
-    kept = _kept(parts, repository, only)
+    outlines = load_parts(replace(checkpoint, hollow=True))
+    kept = kept_lines(outlines, repository, only)
+    check_loras(kept, repository, checkpoint, PART_OF)
+    check_values(checkpoint)
     with staging(repository) as stage:
         (stage / ENGINE).mkdir(parents=True)
-        pipeline.write(checkpoint, parts, stage / ENGINE)
-        _check_tokenizers(kept, repository, stage)
-        _check_loras(kept, repository, checkpoint)
-        growths = {name: growth_of(checkpoint, parts[name]) for name in (UNET, DECODER)}
+        decoder = load_part(checkpoint, DECODER, outlines)
+        pipeline.write(checkpoint, outlines | {DECODER: decoder}, stage / ENGINE)
+        check_tokenizers(kept, repository, stage)
         profiles = wanted_by_engine(repository, stage / ENGINE / "pipeline.json") if trt else None
         target = Build(repository, stage, precision, trt, profiles, cpu_runtime)
-        parts = {name: parts[name] for name in only}
-        reports = []
+        reports, works = [], {}
         for name in only:
             progress(name)
-            # A finished part leaves its memory to the next.
-            reports.append(_build_model(checkpoint, parts.pop(name), target))
+            # One part at a time has its weights in memory; the decoder's are few.
+            part = decoder if name == DECODER else load_part(checkpoint, name, outlines)
+            report, works[name] = _build_model(checkpoint, part, target)
+            reports.append(report)
         progress("memory")
-        others = sum(r.bytes for r in reports if r.model not in growths)
-        others += sum(line["bytes"] for name, line in kept.items() if name not in growths)
-        pipeline.add_memory(stage / ENGINE, _memory(target, growths, others))
+        others = sum(r.bytes for r in reports if r.model not in (UNET, DECODER))
+        others += sum(ln["bytes"] for name, ln in kept.items() if name not in (UNET, DECODER))
+
+        def growth(name: str) -> Growth:
+            work = works.get(name) or count_work(load_part(checkpoint, name, outlines))
+            return growth_of(checkpoint, outlines[name], work)
+
+        pipeline.add_memory(stage / ENGINE, _memory(target, growth, others))
         _write_manifest(stage, checkpoint, kept, reports, check(stage) if check else None)
         put_in_place(stage, repository, _absent(present))
     return reports
 
 
-def growth_of(checkpoint: Checkpoint, part: Part) -> Growth:
+def growth_of(checkpoint: Checkpoint, part: Part, work: Work) -> Growth:
     """What decides how the memory of a model grows with the size of pictures."""
-    weights, pairs = attention_pairs(part)
     multiple = side_multiple(checkpoint.config("unet"))
     tokens = part.tokens * MAX_CHUNKS if part.tokens else 1
-    return Growth(part.side or (1, 1), multiple, count_macs(part), weights, pairs, tokens)
+    side = part.side or (1, 1)
+    return Growth(side, multiple, work.macs, work.weights, work.pairs, tokens)
 
 
-def _memory(target: Build, growths: dict[str, Growth], others: float) -> dict[str, Any] | None:
+def _memory(
+    target: Build, growth_of_model: Callable[[str], Growth], others: float
+) -> dict[str, Any] | None:
     """`memory` of `pipeline.json`; a model that stays keeps what an earlier export measured.
 
     None where it cannot be measured; calls then have rows by their size alone.
     """
     earlier = pipeline.memory_of(target.repository / ENGINE)
     found: dict[str, Any] = {"others": others}
-    for name, growth in growths.items():
+    for name in (UNET, DECODER):
         root = target.stage if (target.stage / name / "1").is_dir() else target.repository
         if root is target.repository and name in earlier:
             found[name] = earlier[name]
             continue
         config = target.stage / name / "config.pbtxt"
         config = config if config.is_file() else target.repository / name / "config.pbtxt"
+        growth = growth_of_model(name)
         try:
             file = root / name / "1" / "model.onnx"
             measured = measure(file, config, growth.sides(), growth.tokens)
@@ -286,70 +314,23 @@ def check_machine(
     check_resources(loaded, built, repository, precision)
 
 
-def _kept(parts: dict[str, Part], repository: Path, only: Sequence[str]) -> dict[str, dict]:
-    """Manifest lines of the models that stay."""
-    stay = [name for name in parts if name not in only]
-    if not stay:
-        return {}
-    manifest = repository / MANIFEST
-    try:
-        lines = json.loads(manifest.read_text())["models"] if manifest.is_file() else []
-        exported = {line["model"]: line for line in lines}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        text = f"{manifest} cannot be read: {error!r}: export everything"
-        raise RepositoryError(text) from error
-    if missing := [name for name in stay if name not in exported]:
-        text = f"{repository} has no export of {', '.join(missing)} to keep: export everything"
-        raise CheckpointError(text)
-    for name in stay:
-        config = _configuration(repository, name)
-        if with_tensors(config, parts[name]) != config:
-            text = f"the {name} in {repository} has other tensors than this checkpoint's"
-            raise CheckpointError(f"{text}: export everything")
-    return {name: exported[name] for name in stay}
+def _build_model(checkpoint: Checkpoint, part: Part, target: Build) -> tuple[ModelReport, Work]:
+    """Writes a model into the stage. The part's weights are gone afterwards.
 
-
-def _configuration(repository: Path, model: str) -> str:
-    """A model's `config.pbtxt`; a text encoder without one has the settings of `clip_text`."""
-    own = repository / model / "config.pbtxt"
-    if own.is_file():
-        return own.read_text()
-    settings = (repository / "clip_text" / "config.pbtxt").read_text()
-    return settings.replace('name: "clip_text"', f'name: "{model}"')
-
-
-def _check_tokenizers(kept: Container[str], repository: Path, stage: Path) -> None:
-    """Refuses to give a text model that stays the token ids of another vocabulary."""
-    for model, name in pipeline.TOKENIZER.items():
-        if model not in kept:
-            continue
-        before = repository / ENGINE / name
-        same = before.is_file() and before.read_bytes() == (stage / ENGINE / name).read_bytes()
-        if not same:
-            text = f"the {model} in {repository} has another {name} than this checkpoint's"
-            raise CheckpointError(f"{text}: export everything")
-
-
-def _check_loras(kept: dict[str, dict], repository: Path, checkpoint: Checkpoint) -> None:
-    """Refuses to keep a model without a LoRA that changes it, or with others to switch on."""
-    for name, line in kept.items():
-        if line.get("lora_set", []) != checkpoint.lora_set_of(PART_OF[name]):
-            text = f"the {name} in {repository} has another --lora-set, and --only leaves it out"
-            raise CheckpointError(f"{text}: export everything")
-        fused = {(record["sha256"], record["scale"]) for record in line.get("loras", [])}
-        for lora in checkpoint.serving.loras:
-            if PART_OF[name] in lora.parts and (lora.sha256, lora.scale) not in fused:
-                text = f"--lora {lora.file} changes {name}, which --only leaves out"
-                raise CheckpointError(f"{text}: {repository} has it without the LoRA")
-
-
-def _build_model(checkpoint: Checkpoint, part: Part, target: Build) -> ModelReport:
+    PyTorch runs before the weights are halved, and ONNX Runtime after they are gone, so that
+    memory holds one copy of them at a time.
+    """
     started = time.monotonic()
     folder = target.stage / part.name / "1"
     folder.mkdir(parents=True)
+    expected = expected_outputs(part)
+    if target.precision is Precision.FP16:
+        halve(part)
     nodes_traced, nodes = to_onnx(part, folder / "model.onnx", target.precision)
-    error = parity_error(part, folder / "model.onnx", target.precision)
-    config = without_accelerator(_configuration(target.repository, part.name))
+    work = count_work(part)
+    _drop_weights(part)
+    error = parity_error(part, folder / "model.onnx", target.precision, expected)
+    config = without_accelerator(configuration(target.repository, part.name))
     config = with_tensors(config, part)
     choice = choose(part, folder / "model.onnx", config, target.cpu_runtime)
     if choice is not None and choice.runtime == "openvino":
@@ -360,7 +341,7 @@ def _build_model(checkpoint: Checkpoint, part: Part, target: Build) -> ModelRepo
     report = ModelReport(
         model=part.name,
         parameters=sum(p.numel() for p in part.module.parameters()),
-        macs=count_macs(part),
+        macs=work.macs,
         pruning=pruning_of(checkpoint.folders[source]) if source in SOURCE.values() else None,
         loras=checkpoint.loras_of(source),
         lora_set=checkpoint.lora_set_of(source),
@@ -377,7 +358,15 @@ def _build_model(checkpoint: Checkpoint, part: Part, target: Build) -> ModelRepo
         tools={tool: importlib.metadata.version(tool) for tool in TOOLS},
         cpu_runtime=choice,
     )
-    return _with_plan(report, target) if target.profiles else report
+    return (_with_plan(report, target) if target.profiles else report), work
+
+
+def _drop_weights(part: Part) -> None:
+    """Leaves a part with the shapes of its tensors alone."""
+    part.module.to("meta")
+    gc.collect()  # a traced program holds the weights, and itself
+    with suppress(OSError, AttributeError):  # of other C libraries than glibc
+        ctypes.CDLL(None).malloc_trim(0)  # which keeps what was freed
 
 
 def _with_plan(report: ModelReport, target: Build) -> ModelReport:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from networks.loading import CheckpointError
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 HEAD_WIDTH = 64  # of CLIP's text towers, and of the UNets of 2.x and XL
+BASE_SIDE = 64  # of the latents of the base of 2.x
 UNET_HEADS = 8  # of the UNets of 1.x
 SCHEDULE = {
     "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
@@ -60,20 +61,26 @@ FAMILIES = (
     Family("StableDiffusionXLPipeline", "EulerDiscreteScheduler",
            "conditioner.embedders.0.transformer.", False, 128, 0.13025),
 )  # fmt: skip
+REFINER = "conditioner.embedders.0.model."  # its only text encoder, which is the base's second
 XL_SECOND = "conditioner.embedders.1.model."
 
 
-def unpack(file: Path, folder: Path, pipelines: Sequence[str]) -> None:
+def unpack(
+    file: Path, folder: Path, pipelines: Sequence[str], without: Container[str] = ()
+) -> None:
     """Writes the parts of `file` into `folder`; tensors keep their precision.
 
     Args:
+        file: the checkpoint.
+        folder: gets the parts.
         pipelines: classes that are served; files of others are rejected before they are read.
+        without: names of parts that are not wanted, and need not be in the file.
 
     Raises:
         CheckpointError: it is cut short, a pointer, or no checkpoint of a family that is read.
     """
     header = read_header(file)
-    family = _family(file, header)
+    family = _family(file, header, without)
     if family.pipeline not in pipelines:
         text = f"{file} is a checkpoint of {family.pipeline}, which is not served"
         raise CheckpointError(f"{text}: {', '.join(pipelines)} are")
@@ -82,14 +89,18 @@ def unpack(file: Path, folder: Path, pipelines: Sequence[str]) -> None:
         with safe_open(file, "pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in shapes}
             metadata = stored.metadata() or {}
-        parts = {
-            "unet": _unet(tensors, family),
-            "vae": _vae(tensors, family),
-            **_text_encoders(tensors, family),
-        }
+        prediction = _prediction(tensors, family, metadata)
+        if family.open_clip and prediction == "epsilon":
+            family = replace(family, side=BASE_SIDE)
+        parts = {"unet": _unet(tensors, family), **_text_encoders(tensors, family)}
+        if "vae" not in without:
+            parts["vae"] = _vae(tensors, family)
     except CheckpointError:
         raise
-    except (SafetensorError, KeyError, IndexError, AttributeError, ValueError) as error:
+    except KeyError as error:
+        text = f"{file} lacks {error.args[0]}, or is of no known layout: download it again"
+        raise CheckpointError(text) from error
+    except (SafetensorError, IndexError, AttributeError, ValueError) as error:
         text = f"{file} is not a Stable Diffusion checkpoint of a known layout: {error!r}"
         raise CheckpointError(text) from error
     index: dict[str, Any] = {"_class_name": family.pipeline}
@@ -101,7 +112,6 @@ def unpack(file: Path, folder: Path, pipelines: Sequence[str]) -> None:
         contiguous = {key: tensor.contiguous() for key, tensor in weights.items()}
         save_file(contiguous, place / f"{stem}.safetensors", {"format": "pt"})
         index[name] = [library, class_name]
-    prediction = _prediction(tensors, family, metadata)
     schedule = SCHEDULE | {"prediction_type": prediction}
     if "ztsnr" in tensors:
         schedule["rescale_betas_zero_snr"] = True
@@ -111,7 +121,7 @@ def unpack(file: Path, folder: Path, pipelines: Sequence[str]) -> None:
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _family(file: Path, header: Mapping[str, Any]) -> Family:
+def _family(file: Path, header: Mapping[str, Any], without: Container[str]) -> Family:
     def has(prefix: str) -> bool:
         return any(name.startswith(prefix) for name in header)
 
@@ -119,6 +129,14 @@ def _family(file: Path, header: Mapping[str, Any]) -> Family:
         kind = "a LoRA" if any("lora" in name for name in header) else "no whole checkpoint"
         text = f"{file} is {kind}: it has no tensor that begins with {UNET}"
         raise CheckpointError(f"{text}; give a file with UNet, text encoder and VAE")
+    if has(REFINER):
+        text = f"{file} is SDXL's refiner, which paints over pictures and is not served"
+        raise CheckpointError(f"{text}; give the base checkpoint")
+    first = header.get(f"{UNET}input_blocks.0.0.weight", {}).get("shape", [0, 4])
+    last = header.get(f"{UNET}out.2.weight", {}).get("shape", [first[1]])
+    if first[1] != last[0]:
+        text = f"{file} has a UNet with {first[1]} channels in and {last[0]} out"
+        raise CheckpointError(f"{text}: only UNets that paint from noise alone are served")
     for family in FAMILIES:
         if has(family.clip):
             break
@@ -126,9 +144,9 @@ def _family(file: Path, header: Mapping[str, Any]) -> Family:
         known = ", ".join(family.clip for family in FAMILIES)
         text = f"{file} has no text encoder that is read: no tensor begins with {known}"
         raise CheckpointError(f"{text}; give the checkpoint in diffusers layout")
-    if not has(VAE):
+    if not has(VAE) and "vae" not in without:
         text = f"{file} has no VAE: no tensor begins with {VAE}"
-        raise CheckpointError(f"{text}; give the checkpoint in diffusers layout")
+        raise CheckpointError(f"{text}; --vae names an autoencoder to take")
     return family
 
 

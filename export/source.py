@@ -101,8 +101,19 @@ def check_source(source: Source) -> None:
             raise CheckpointError(text)
 
 
-def open_tree(place: str, revision: str | None = None, subfolder: str | None = None) -> Tree:
+def open_tree(
+    place: str,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    what: str = "checkpoint",
+) -> Tree:
     """Finds the files of a folder or hub repository; downloads only the small ones.
+
+    Args:
+        place: folder or hub id.
+        revision: of a hub id.
+        subfolder: of the place.
+        what: names the place in errors, an option or "checkpoint".
 
     Raises:
         CheckpointError: there is no such folder, or the hub does not send it.
@@ -112,14 +123,14 @@ def open_tree(place: str, revision: str | None = None, subfolder: str | None = N
         raise CheckpointError(f"--subfolder {subfolder} leaves the checkpoint: name a folder in it")
     path = Path(place).expanduser()
     if path.exists() or looks_like_path(place):
-        check_folder(path, place)
+        check_folder(path, place, what)
         folder = path / prefix
         if not folder.is_dir():
             folders = ", ".join(sorted(p.name for p in path.iterdir() if p.is_dir()))
             raise CheckpointError(f"--subfolder {subfolder} is not in {place}: it has {folders}")
         return Tree(folder, _names(folder))
     if not HUB_ID.fullmatch(place):
-        raise CheckpointError(f"checkpoint {place} is not there, and is no hub id")
+        raise CheckpointError(f"{what} {place} is not there, and is no hub id")
     top = _download(
         place, revision, [f"{prefix}{deep}{p}" for deep in ("", "*/") for p in SMALL_FILES]
     )
@@ -146,19 +157,22 @@ def looks_like_path(text: str) -> bool:
     )
 
 
-def check_folder(path: Path, text: str) -> None:
+def check_folder(path: Path, text: str, what: str = "checkpoint") -> None:
     """Raises CheckpointError where `path` is no folder, with what it is instead."""
     if path.is_dir():
         return
+    if "://" in text:
+        hub_id = "/".join(text.split("://", 1)[1].split("/")[1:3])
+        raise CheckpointError(f"{what} {text} is an address: give the hub id alone, as {hub_id}")
     if not path.exists():
         near = next((p for p in path.parents if p.exists()), Path())
-        raise CheckpointError(f"checkpoint {text} is not there: {near} has no such file or folder")
+        raise CheckpointError(f"{what} {text} is not there: {near} has no such file or folder")
     if path.suffix.lower() in PICKLES:
         raise CheckpointError(
             f"{text} is a pickle, which can run code and is not read: convert it to .safetensors"
         )
     if path.suffix.lower() == ".safetensors":
-        raise CheckpointError(f"{text} is a file: give the folder that it belongs to")
+        raise CheckpointError(f"{what} {text} is a file: give the folder that it belongs to")
     raise CheckpointError(
         f"{text} is a file that is not read: give a folder in diffusers layout"
         " or a .safetensors file"

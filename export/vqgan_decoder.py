@@ -21,6 +21,7 @@ from export.sizes import native_size
 from networks.loading import CheckpointError
 from networks.preview import fit_preview
 
+UNUSED = ("encoder.", "quant_conv.")  # tensors of the way in
 AS_PAINTED = "_force_not_quantize"  # named as in `VQModel.decode`; diffusers keeps what begins so
 
 Factor = float | tuple[float, ...]
@@ -53,7 +54,8 @@ def part(checkpoint: Checkpoint, latent_channels: int) -> Part:
     Raises:
         CheckpointError: it takes another number of channels.
     """
-    vae = checkpoint.load("vae", getattr(diffusers, checkpoint.classes["vae"]))
+    vae_class = getattr(diffusers, checkpoint.classes["vae"])
+    vae = checkpoint.load("vae", vae_class, unused=UNUSED)
     vae.encoder = vae.quant_conv = None  # pictures never go in
     # What a VQModel looks up, and so its latents, may be narrower than its convolutions.
     channels = vae.config.get("vq_embed_dim") or vae.config.latent_channels

@@ -81,20 +81,31 @@ def load_pruned(folder: Path, model_class: Any, **options: Any) -> nn.Module:
     Raises:
         ValueError: `shapes.json`, the configuration and the weights do not fit each other.
     """
-    _, shapes = _read(folder)
-    if hasattr(model_class, "load_config"):
-        module = model_class.from_config(model_class.load_config(folder))
-    else:
-        config = AutoConfig.from_pretrained(folder, **{"trust_remote_code": False} | options)
-        automatic = model_class.__module__.startswith(transformers.models.auto.__name__)
-        module = model_class.from_config(config) if automatic else model_class(config)
-    resize(module, shapes)
+    module = build_unset(folder, model_class, **options)
     (file,) = folder.glob("*.safetensors")
     try:
         load_model(module, str(file))
     except (RuntimeError, SafetensorError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise ValueError(f"{file.name} does not match {SHAPES}: {lines[-1]}") from error
+    return module
+
+
+def build_unset(folder: Path, model_class: Any, **options: Any) -> nn.Module:
+    """A module of `model_class` with the shapes of `folder`, whose weights are not read.
+
+    Raises:
+        ValueError: `shapes.json` and the configuration do not fit each other.
+    """
+    if hasattr(model_class, "load_config"):
+        module = model_class.from_config(model_class.load_config(folder))
+    elif model_class.__module__.startswith(transformers.models.auto.__name__):
+        config = AutoConfig.from_pretrained(folder, **{"trust_remote_code": False} | options)
+        module = model_class.from_config(config)
+    else:
+        module = model_class(model_class.config_class.from_pretrained(folder))
+    if (folder / SHAPES).exists():
+        resize(module, _read(folder)[1])
     return module
 
 

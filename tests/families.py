@@ -9,6 +9,7 @@ on GitHub were read:
 - SG161222/Realistic_Vision_V5.1_noVAE: smbands/realistic-vision-v51; wavymulder/portraitplus:
   jack-op11/portraitplus; gsdf/Counterfeit-V2.5 (UNet): qfz9527/Counterfeit-V2.5;
   Guizmus/Tardisfusion: AdamOswald/Tardis-fusion; hakurei/waifu-diffusion: havierYES/waifu_AI
+  (commit b45bafc)
 - stabilityai/stable-diffusion-2-1-base: jack-op11/stable-diffusion-2-1-base;
   stabilityai/stable-diffusion-2-1: jack-op11/stable-diffusion-2-1 and
   Vikas-2025/Hugging_face_sta_dif_2.1
@@ -20,9 +21,13 @@ on GitHub were read:
 - segmind/SSD-1B and Segmind-Vega (UNets): the depths in ComfyUI's table of models
 - CompVis/ldm-celebahq-256 (VQModel): the configuration that several repositories repeat
 
-SD-Turbo's UNet and LCM's `time_cond_proj_dim` were read in tests of others that quote them; the
-schedulers of stable-diffusion-2, SD-Turbo, LCM, BK-SDM and Segmind's were not found and follow
-their base or their card. SDXL-Lightning and lcm-sdxl publish a UNet alone, of SDXL's structure.
+Assumed, because no copy was found:
+- SD-Turbo's UNet and LCM's `time_cond_proj_dim`, which tests of others quote
+- the schedulers of stable-diffusion-2, SD-Turbo, LCM, BK-SDM and Segmind's, which follow their
+  base or their card, and of Counterfeit-V2.5, whose copy has none: DDIM
+- SDXL-Turbo's `timestep_spacing`: its copy has "linspace", with which one step would begin at
+  timestep 0; "trailing" is the card's
+- SDXL-Lightning and lcm-sdxl publish a UNet alone, of SDXL's structure; the scheduler is the card's
 """
 
 from __future__ import annotations

@@ -116,6 +116,32 @@ def test_shards_are_put_together(copied, plain, bert, variant):
         open_checkpoint(copied, bert)
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_decoder_alone_with_former_names_of_attention_is_read(copied, plain, bert, shards):
+    file = weights_of(copied / "vae")
+    former = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = {}
+    for name, tensor in load_file(file).items():
+        for now, then in former.items():
+            name = name.replace(f".{now}.", f".{then}.")
+        if not name.startswith(("encoder.", "quant_conv.")):
+            tensors[name] = tensor
+    assert any(".proj_attn." in name for name in tensors)
+    if shards == 1:
+        save_file(tensors, file, {"format": "pt"})
+    else:
+        file.unlink()
+        shard_of = {name: f"{file.stem}-0000{1 + k % 2}-of-00002.safetensors"
+                    for k, name in enumerate(tensors)}  # fmt: skip
+        for shard in set(shard_of.values()):
+            some = {name: tensor for name, tensor in tensors.items() if shard_of[name] == shard}
+            save_file(some, file.with_name(shard), {"format": "pt"})
+        index = json.dumps({"weight_map": shard_of})
+        file.with_name(f"{file.name}.index.json").write_text(index)
+    wanted = Source(str(plain), bert=str(bert))
+    assert_equal_outputs(Source(str(copied), bert=str(bert)), wanted)
+
+
 def test_a_checkpoint_may_be_in_a_subfolder(plain, bert, tmp_path):
     (tmp_path / "all").mkdir()
     shutil.copytree(plain, tmp_path / "all" / "inner")
@@ -314,6 +340,12 @@ def reshape(folder: Path) -> None:
     change_tensor(folder, "unet", "conv_in.weight", lambda tensor: tensor[:, :2])
 
 
+def lacking(folder: Path) -> None:
+    tensors = load_file(weights_of(folder / "unet"))
+    del tensors["conv_in.weight"], tensors["conv_out.bias"]
+    save_file(tensors, weights_of(folder / "unet"), {"format": "pt"})
+
+
 def whole_numbers(folder: Path) -> None:
     change_tensor(folder, "vae", "decoder.conv_in.bias", torch.Tensor.int)
 
@@ -368,6 +400,7 @@ def config_of(part: str, **fields: object):
         (config_of("unet", sample_size=[8, 7]), "latent sides must be multiples of 2"),
         (config_of("unet", in_channels=9), "unet has in_channels 9 and out_channels 4"),
         (reshape, r"unet/\S+: conv_in\.weight has shape \[\d+, 2, 3, 3\], config\.json needs \["),
+        (lacking, r"unet lacks 2 of its tensors, conv_in\.weight first: download it again"),
         (whole_numbers, r"vae/\S+: decoder\.conv_in\.bias has type I32, which is not read"),
         (empty_tokenizer, r"tokenizer/tokenizer\.json is empty: download it again"),
         (list_for_a_tokenizer, r"tokenizer/tokenizer_config\.json is not a JSON object"),

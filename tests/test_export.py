@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 import export.repository as repository_module
 from examples.scenes import world
 from export import pipeline, scheduler
-from export.checkpoint import open_checkpoint
+from export.checkpoint import Checkpoint, open_checkpoint
 from export.convert import ParityError, parity_error, to_onnx, trace
 from export.precision import Precision
 from export.repository import MODELS, build, load_parts
@@ -381,7 +381,7 @@ def _writes_new(part, file, precision):
 def without_conversion(monkeypatch):
     """Lets a build go through its motions without the minutes of conversion."""
     monkeypatch.setattr(repository_module, "to_onnx", _writes_new)
-    monkeypatch.setattr(repository_module, "parity_error", lambda part, file, precision: 0.0)
+    monkeypatch.setattr(repository_module, "parity_error", lambda *_: 0.0)
 
 
 def test_a_scheduler_that_is_not_served_is_named(broken, repository, monkeypatch):
@@ -393,13 +393,45 @@ def test_a_scheduler_that_is_not_served_is_named(broken, repository, monkeypatch
     assert contents(repository) == before
 
 
+@pytest.mark.parametrize("precision", Precision)
+def test_the_weights_of_one_model_are_in_memory_at_a_time(tiny, tmp_path, monkeypatch, precision):
+    loaded, seen = {}, []
+    load = Checkpoint.load
+
+    def noted(opened, part, model_class, **options):
+        module = load(opened, part, model_class, **options)
+        if not opened.hollow:
+            loaded[part] = module
+        return module
+
+    def converts(part, file, converted_to):
+        held = {name for name, module in loaded.items() if not next(module.parameters()).is_meta}
+        floats = {p.dtype for p in part.module.parameters() if p.is_floating_point()}
+        seen.append((part.name, held - {"vae"}, floats - {torch.float32}))
+        return _writes_new(part, file, converted_to)
+
+    def compares(part, file, converted_to, expected):
+        assert all(p.is_meta for p in part.module.parameters())
+        assert len(expected) == 4
+        return 0.0
+
+    monkeypatch.setattr(Checkpoint, "load", noted)
+    monkeypatch.setattr(repository_module, "to_onnx", converts)
+    monkeypatch.setattr(repository_module, "parity_error", compares)
+    monkeypatch.setattr(repository_module, "_memory", lambda *_: None)
+    build(open_checkpoint(tiny), skeleton(tmp_path / "served"), precision=precision)
+    half = {torch.float16} if precision is Precision.FP16 else set()
+    held = [{"text_encoder"}, {"bert"}, {"fusion"}, {"unet"}, set()]
+    assert seen == list(zip(MODELS, held, [half] * 5, strict=True))
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_a_build_that_fails_half_way_leaves_the_old_repository(
     tiny, repository, monkeypatch, model
 ):
     without_conversion(monkeypatch)
 
-    def fails(part, file, precision):
+    def fails(part, *_):
         if part.name == model:
             raise ParityError(f"{model}: error")
         return 0.0
