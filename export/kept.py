@@ -28,7 +28,7 @@ def kept_lines(parts: dict[str, Part], repository: Path, only: Sequence[str]) ->
     try:
         lines = json.loads(manifest.read_text())["models"] if manifest.is_file() else []
         exported = {line["model"]: line for line in lines}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         text = f"{manifest} cannot be read: {error!r}: export everything"
         raise RepositoryError(text) from error
     if missing := [name for name in stay if name not in exported]:
