@@ -6,11 +6,18 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 from harness import ROOT
 
 ROOMS = ("twinbrush", "client", "gateway")
+# Where errors are made that people search for; other files name the field at fault and its values.
+ERRORS_OF = (
+    *(ROOT / "twinbrush").rglob("*.py"),
+    *(ROOT / "gateway" / name for name in ("__main__.py", "guard.py", "limits.py")),
+)
+ERRORS = {"ServerError", "ManifestError", "NoTriton", "EngineError", "ApiError", "_refused"}
 QUOTED = re.compile(r"^\| `(.+?)` \|", re.MULTILINE)
 MESSAGES = QUOTED.findall((ROOT / "docs" / "troubleshooting.md").read_text())
 
@@ -22,6 +29,55 @@ def words_of(node: ast.AST) -> str:
     if isinstance(node, ast.JoinedStr):
         return "".join(words_of(part) or "…" for part in node.values)
     return ""
+
+
+Assigned = dict[str, list[tuple[int, bool, str]]]  # name -> line, whether it adds, words
+
+
+def assigned_in(function: ast.AST) -> Assigned:
+    """The texts that a function puts together in variables."""
+    found: Assigned = {}
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign | ast.AugAssign):
+            adds = isinstance(node, ast.AugAssign)
+            target = node.target if adds else node.targets[0]
+            name = getattr(target, "id", "")
+            found.setdefault(name, []).append((node.lineno, adds, words_of(node.value)))
+    return found
+
+
+def resolved(node: ast.AST, line: int, assigned: Assigned) -> str:
+    """The text of an expression at a line."""
+    if isinstance(node, ast.Name):
+        text = "…"
+        for _, adds, words in sorted(p for p in assigned.get(node.id, ()) if p[0] <= line):
+            text = text + words if adds else words
+        return text
+    if isinstance(node, ast.FormattedValue):
+        return resolved(node.value, line, assigned) or "…"
+    if isinstance(node, ast.JoinedStr):
+        return "".join(resolved(part, line, assigned) for part in node.values)
+    return words_of(node)
+
+
+def errors_in(function: ast.AST) -> Iterator[str]:
+    """Texts of the errors that a function makes."""
+    assigned = assigned_in(function)
+    for node in ast.walk(function):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ERRORS:
+            yield from (resolved(each, node.lineno, assigned) for each in node.args[:2])
+
+
+def error_texts() -> set[str]:
+    """Of more than names and a word or two."""
+    found = {
+        text
+        for file in ERRORS_OF
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        for text in errors_in(node)
+    }
+    return {text for text in found if len(re.findall("[a-z]{2,}", text)) > 2}
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +96,14 @@ def texts() -> list[str]:
 def test_the_program_can_say_what_troubleshooting_names(texts, message):
     parts = [part.strip() for part in message.split("…") if part.strip(" ():")]
     assert any(all(part in text for part in parts) for text in texts)
+
+
+def test_troubleshooting_names_every_error_of_the_server():
+    found = error_texts()
+    assert len(found) > 40
+    named = [[part.strip() for part in m.split("…") if part.strip(" ():")] for m in MESSAGES]
+    missing = [t for t in found if not any(all(part in t for part in parts) for parts in named)]
+    assert missing == []
 
 
 def test_the_site_builds_without_a_warning(tmp_path):

@@ -6,9 +6,11 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Any
+from unittest import mock
 
 from PIL import Image
 
+from gateway import front_page
 from gateway.app import Settings, create_app
 from gateway.backend import Backend
 from gateway.gate import Gate
@@ -65,7 +67,8 @@ def open_app(key: str | None = None) -> Callable[[str, dict[str, str], bytes], t
     pool = Pool([ADDRESS], 5.0)
     pool._backends[ADDRESS] = backend
     keys = [Key("ann", digest(key), Limits(None, None, None))] if key else []
-    app = create_app(pool, Settings(KeyRing(keys, Limits(None, None, None))), Gate())
+    with mock.patch.object(front_page, "mount"):  # gradio's, which takes seconds to import
+        app = create_app(pool, Settings(KeyRing(keys, Limits(None, None, None))), Gate())
     loop = asyncio.new_event_loop()
     return lambda path, headers, body: loop.run_until_complete(_call(app, path, headers, body))
 
