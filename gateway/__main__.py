@@ -79,6 +79,7 @@ def serve(
             addresses.split(each)
         found = keys.plain_keys(os.environ.get(KEYS_VARIABLE, ""), limits)
         found += keys.read_keys(keys_file, limits) if keys_file else []
+        keys.check_distinct(found)
         _check_certificate(ssl_certfile, ssl_keyfile)
     except ValueError as error:
         raise _refused(str(error)) from None

@@ -231,6 +231,20 @@ def test_a_file_of_keys_that_is_wrong_is_refused(tmp_path, text, error):
         read_keys(file, Limits())
 
 
+def test_a_key_is_one_callers(monkeypatch, tmp_path):
+    file = tmp_path / "keys.toml"
+    secret = "a" * 20
+    monkeypatch.setenv("TWINBRUSH_API_KEYS", secret)
+    for entry, words in (
+        ("ann", "key-1 and ann are the same key"),
+        ("key-1", "two keys are named"),
+    ):
+        file.write_text(f'[{entry}]\nsha256 = "{digest(secret)}"\n')
+        refused = CliRunner().invoke(command, ["--keys-file", str(file)])
+        assert refused.exit_code == 2
+        assert words in refused.stderr
+
+
 def test_a_made_key_opens_what_its_entry_locks(tmp_path):
     made = CliRunner().invoke(command, ["hash-key", "ann"])
     key = re.search(r"key: (\S+)", made.stderr)[1]
