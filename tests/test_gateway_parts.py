@@ -99,7 +99,7 @@ def test_a_picture_without_progress_is_the_same(server):
 
 
 def test_without_a_server_live_is_yes_and_ready_is_no():
-    with TestClient(create_app(Pool([dead()], 5), Settings(), Gate())) as client:
+    with TestClient(create_app(Pool([dead()], 5), Settings(page=False), Gate())) as client:
         assert client.get("/health/live").status_code == 200
         assert client.get("/health/ready").status_code == 503
         answer = client.post("/v1/images/generations", json={"prompt": "a"})
