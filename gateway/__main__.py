@@ -65,6 +65,9 @@ def serve(
     ] = 3600,
     ssl_certfile: Annotated[Path | None, typer.Option(help="Certificate, for HTTPS.")] = None,
     ssl_keyfile: Annotated[Path | None, typer.Option(help="The certificate's key.")] = None,
+    no_page: Annotated[
+        bool, typer.Option("--no-page", help="Serve the APIs alone, which takes less memory.")
+    ] = False,
     log_requests: Annotated[
         bool, typer.Option("--log-requests", help="Log every request.")
     ] = False,
@@ -79,6 +82,7 @@ def serve(
             addresses.split(each)
         found = keys.plain_keys(os.environ.get(KEYS_VARIABLE, ""), limits)
         found += keys.read_keys(keys_file, limits) if keys_file else []
+        keys.check_distinct(found)
         _check_certificate(ssl_certfile, ssl_keyfile)
     except ValueError as error:
         raise _refused(str(error)) from None
@@ -92,7 +96,7 @@ def serve(
     gate, pool = Gate(), Pool(servers, timeout)
     settings = Settings(
         keys.KeyRing(found, limits), int(max_body_mb * MEGABYTE), tuple(cors_origin or ()),
-        public_url, int(files_mb * MEGABYTE), files_seconds,
+        public_url, int(files_mb * MEGABYTE), files_seconds, not no_page,
     )  # fmt: skip
     run(
         create_app(pool, settings, gate), gate, pool, drain_seconds, host=host, port=port,

@@ -44,6 +44,7 @@ class Settings:
         cors_origins: origins whose pages may call it from a browser.
         public_url: that clients reach it by, for URLs of pictures.
         files_bytes, files_seconds: of pictures behind URLs.
+        page: whether the page is served, where Gradio is installed.
     """
 
     keys: KeyRing = field(default_factory=lambda: KeyRing((), Limits()))
@@ -52,6 +53,7 @@ class Settings:
     public_url: str | None = None
     files_bytes: int = 256 << 20
     files_seconds: float = 3600.0
+    page: bool = True
 
 
 def create_app(pool: Pool, settings: Settings, gate: Gate) -> FastAPI:
@@ -83,7 +85,7 @@ def create_app(pool: Pool, settings: Settings, gate: Gate) -> FastAPI:
     app.include_router(sdapi.router(studio))
     _add_health(app, pool, gate, metrics)
     _add_error_handlers(app)
-    front_page.mount(app, studio, settings.keys)
+    front_page.mount(app, studio, settings.keys, settings.page)
     vars(app)["openapi"] = functools.partial(describe, app, settings.keys.required)
     return app
 

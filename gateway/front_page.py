@@ -30,14 +30,15 @@ NO_GRADIO = (
     "The page needs Gradio: <code>pip install --no-deps -r requirements/page.txt</code> in the "
     "gateway's environment, then start the gateway again."
 )
+SWITCHED_OFF = "The page is switched off."
 
 
-def mount(app: FastAPI, studio: Studio, keys: KeyRing) -> None:
+def mount(app: FastAPI, studio: Studio, keys: KeyRing, with_page: bool) -> None:
     """Puts the page, or a plain one, at `/`."""
-    if importlib.util.find_spec("gradio"):
+    if with_page and importlib.util.find_spec("gradio"):
         importlib.import_module(PAGE).mount(app, studio, keys)
         return
 
     @app.get("/", include_in_schema=False)
     async def plain() -> Response:
-        return HTMLResponse(PLAIN.format(reason=NO_GRADIO))
+        return HTMLResponse(PLAIN.format(reason=NO_GRADIO if with_page else SWITCHED_OFF))

@@ -121,6 +121,19 @@ def plain_keys(text: str, defaults: Limits) -> list[Key]:
     return [Key(f"key-{number}", digest(key), defaults) for number, key in enumerate(keys, 1)]
 
 
+def check_distinct(keys: Iterable[Key]) -> None:
+    """Raises KeyFileError where two entries have a name or a key in common."""
+    names: set[str] = set()
+    digests: dict[str, str] = {}
+    for key in keys:
+        if key.name in names:
+            raise KeyFileError(f"two keys are named {key.name}")
+        if other := digests.get(key.digest):
+            raise KeyFileError(f"{other} and {key.name} are the same key")
+        names.add(key.name)
+        digests[key.digest] = key.name
+
+
 def check_length(key: str, where: str) -> None:
     """Raises KeyFileError where a key could be guessed."""
     if len(key) < SHORTEST:

@@ -85,16 +85,23 @@ StartGateway = Callable[..., Gateway]
 
 @pytest.fixture(scope="session")
 def start_gateway(tmp_path_factory) -> Iterator[StartGateway]:
-    """Starts gateways on free ports and waits for them; those that live are stopped at the end."""
+    """Starts gateways on free ports and waits for them; those that live are stopped at the end.
+
+    Without `page` they are there in a fraction of the time.
+    """
     started: list[Gateway] = []
 
     def start(
-        *servers: str, flags: tuple[str, ...] = (), env: dict[str, str] | None = None
+        *servers: str,
+        flags: tuple[str, ...] = (),
+        env: dict[str, str] | None = None,
+        page: bool = False,
     ) -> Gateway:
         (port,) = free_ports(1)
         output = tmp_path_factory.mktemp("gateway") / "output.txt"
         named = [part for server in servers for part in ("--server", server)]
         command = [sys.executable, "-m", "gateway", *named, "--port", str(port), *flags]
+        command += [] if page else ["--no-page"]
         with output.open("w") as file:
             process = subprocess.Popen(
                 command, stdout=file, stderr=file, cwd=ROOT, env=os.environ | (env or {})
@@ -112,5 +119,5 @@ def start_gateway(tmp_path_factory) -> Iterator[StartGateway]:
 
 @pytest.fixture(scope="session")
 def gateway(server, start_gateway) -> Gateway:
-    """A gateway without keys in front of the shared server."""
+    """A gateway without keys and page in front of the shared server."""
     return start_gateway(server.address)

@@ -19,7 +19,7 @@ EXCLUDED = [
 
 
 def description(*keys: Key) -> dict:
-    settings = Settings(KeyRing(keys, Limits()))
+    settings = Settings(KeyRing(keys, Limits()), page=False)
     return create_app(Pool([], timeout=5), settings, Gate()).openapi()
 
 

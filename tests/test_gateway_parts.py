@@ -99,7 +99,7 @@ def test_a_picture_without_progress_is_the_same(server):
 
 
 def test_without_a_server_live_is_yes_and_ready_is_no():
-    with TestClient(create_app(Pool([dead()], 5), Settings(), Gate())) as client:
+    with TestClient(create_app(Pool([dead()], 5), Settings(page=False), Gate())) as client:
         assert client.get("/health/live").status_code == 200
         assert client.get("/health/ready").status_code == 503
         answer = client.post("/v1/images/generations", json={"prompt": "a"})
@@ -229,6 +229,20 @@ def test_a_file_of_keys_that_is_wrong_is_refused(tmp_path, text, error):
     file.write_text(text)
     with pytest.raises(KeyFileError, match=error):
         read_keys(file, Limits())
+
+
+def test_a_key_is_one_callers(monkeypatch, tmp_path):
+    file = tmp_path / "keys.toml"
+    secret = "a" * 20
+    monkeypatch.setenv("TWINBRUSH_API_KEYS", secret)
+    for entry, words in (
+        ("ann", "key-1 and ann are the same key"),
+        ("key-1", "two keys are named"),
+    ):
+        file.write_text(f'[{entry}]\nsha256 = "{digest(secret)}"\n')
+        refused = CliRunner().invoke(command, ["--keys-file", str(file)])
+        assert refused.exit_code == 2
+        assert words in refused.stderr
 
 
 def test_a_made_key_opens_what_its_entry_locks(tmp_path):

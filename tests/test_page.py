@@ -17,6 +17,7 @@ from typing import Any
 
 import gradio as gr
 import pytest
+from gateways import Gateway
 from PIL.PngImagePlugin import PngInfo
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 from starlette.testclient import TestClient
@@ -68,6 +69,12 @@ def browser() -> Iterator[Browser]:
         browser = playwright.chromium.launch(executable_path=program, args=FLAGS)
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="module")
+def gateway(server, start_gateway) -> Gateway:
+    """A gateway with the page."""
+    return start_gateway(server.address, page=True)
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +229,13 @@ def test_the_settings_of_a_picture_come_back(tab, server, tmp_path):
     page.fill("#tb-prompt textarea", "something else")
     page.click("#tb-now [data-use]")
     expect(page.locator("#tb-prompt textarea")).to_have_value(PROMPT)
+
+
+@pytest.mark.parametrize("path", ["/v1/none", "/sdapi/v1/none", "/internal/none"])
+def test_the_page_leaves_the_doors_their_paths(gateway, path):
+    answer = gateway.call(path)
+    assert answer.status == 404
+    assert f"GET {path} is not served" in answer.data.decode()
 
 
 def test_the_list_of_routes_asks_no_other_host(context, gateway):

@@ -12,6 +12,7 @@ try:
     with Client(SERVER) as client:
         for number, image in enumerate(client.generate(PROMPTS, seed=7)):
             image.save(f"picture-{number}.png")
+            print(f"picture-{number}.png")
         for event in client.stream(PROMPTS[0], steps=12, preview_every=4):
             if isinstance(event, Picture):
                 print(f"seed {event.seed}: {len(event.data)} bytes")
