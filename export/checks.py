@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch import nn
 from transformers import CLIPTextConfig
 
 from export.checkpoint import Checkpoint
+from export.config_fields import check_fields, shown
 from export.unet import check_inputs, check_width
 from export.vqgan_decoder import UNUSED
 from export.weights import read_header
@@ -36,6 +38,11 @@ from networks.pruned import pruning_of
 
 MOST_LAYERS, LARGEST = 512, 2**20  # of a kind of layers; of any other whole number
 FORMER_LAYERS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+# Beginnings of the names of tensors without which a UNet or decoder gives another picture.
+COMPUTING = (
+    "down_blocks.", "mid_block.", "up_blocks.", "decoder.", "post_quant_conv.", "conv_",
+    "time_embedding.", "add_embedding.", "class_embedding.", "encoder_hid_proj.",
+)  # fmt: skip
 # Types of weights in safetensors that PyTorch makes FP32 of without a scale.
 WEIGHT_TYPES = ("F16", "BF16", "F32", "F64")
 
@@ -89,6 +96,11 @@ def check_weights(checkpoint: Checkpoint) -> None:
         present = {_of_today(_short(tensor)) for header in headers.values() for tensor in header}
         unused = UNUSED if part == "vae" else ()
         check_missing(checkpoint.folders[part], wanted.keys() - present, unused)
+        if part in ("unet", "vae"):  # text encoders may be read up to an earlier layer
+            strange = [n for n in present - wanted.keys() if n.startswith(COMPUTING)]
+            if strange:
+                text = f"{checkpoint.folders[part]} has {min(strange)}, which its config.json"
+                raise CheckpointError(f"{text} has no place for: they are of different checkpoints")
         for name, header in headers.items():
             file = checkpoint.folders[part] / name
             for tensor, entry in header.items():
@@ -150,8 +162,22 @@ def without_weights(checkpoint: Checkpoint, part: str) -> nn.Module | None:
     """A part without memory for its weights, to look at; None of the text model and fusion head."""
     if part not in checkpoint.folders or part in ("bert", "fusion"):
         return None
-    config = json.dumps(checkpoint.config(part))
-    return _build(checkpoint, part, lambda: _network(checkpoint.classes[part], config))
+    config, name = checkpoint.config(part), checkpoint.classes[part]
+    file = checkpoint.folders[part] / "config.json"
+    is_diffusers = hasattr(diffusers, name)
+    check_fields(file, config, getattr(diffusers, name) if is_diffusers else CLIPTextConfig)
+    try:
+        return _build(checkpoint, part, lambda: _network(name, json.dumps(config)))
+    except CheckpointError as error:
+        for field, value in config.items():
+            rest = json.dumps({key: other for key, other in config.items() if key != field})
+            with suppress(Exception), torch.device("meta"):
+                _network(name, rest)
+                wrong = f"{file}: {field}={shown(value)} is invalid: {first_line(error.__cause__)}"
+                break
+        else:
+            raise
+        raise CheckpointError(wrong) from error
 
 
 @lru_cache(maxsize=8)

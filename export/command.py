@@ -244,7 +244,9 @@ def export_checkpoint(options: Options, report: Path | None = None) -> None:
         models = options.models or models_of(opened)
         if options.prune:
             scratch = stack.enter_context(tempfile.TemporaryDirectory())
-            check_machine(opened, options.repository, models, options.precision)
+            check_machine(
+                opened, options.repository, models, options.precision, [*options.prune.ratios]
+            )
             opened = prune_checkpoint(
                 opened, options.prune.ratios, options.prune.folder or Path(scratch, "pruned"),
                 lambda model: status.update(f"pruning {model}"),

@@ -20,7 +20,7 @@ from export.checkpoint import Checkpoint
 from export.convert import to_onnx
 from export.cpu_runtime import without_accelerator
 from export.painting import paint
-from export.repository import ALL_MODELS, load_parts
+from export.repository import ALL_MODELS, load_outlines, load_part
 from twinbrush.engine.capacity import LEAST_ROWS
 from twinbrush.engine.config import ENGINE, PipelineConfig
 from twinbrush.engine.engine import Engine
@@ -159,12 +159,13 @@ class Gate:
         return asdict(verdict)
 
     def _export_plain(self, folder: Path) -> dict[str, Path]:
-        parts = load_parts(self._original)
-        files = {}
+        outlines, files = load_outlines(self._original), {}
         for name in self._optimised:
             (folder / name).mkdir()
             files[name] = folder / name / "model.onnx"
-            to_onnx(parts[name], files[name])
+            part = load_part(self._original, name, outlines)
+            to_onnx(part, files[name])
+            part.drop_weights()
         return files
 
     def _plain_configs(self, staged: dict[str, Path], folder: Path) -> dict[str, Path]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +54,13 @@ class Part:
 
     def __post_init__(self) -> None:
         self.module.eval()
+
+    def drop_weights(self) -> None:
+        """Frees the memory of the module's tensors; their shapes stay."""
+        self.module.to("meta")
+        gc.collect()  # a traced program holds the weights, and itself
+        with suppress(OSError, AttributeError):  # other C libraries than glibc
+            ctypes.CDLL(None).malloc_trim(0)  # which keeps what was freed
 
     @property
     def output(self) -> tuple[str, TensorSpec]:

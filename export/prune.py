@@ -25,7 +25,7 @@ from export.checkpoint import FORMER, Checkpoint, open_checkpoint
 from export.macs import count_macs, native_rows, positions
 from export.part import Part
 from export.precision import Precision
-from export.repository import SOURCE, load_parts
+from export.repository import SOURCE, load_outlines, load_part
 from export.resources import check_disk, weight_count
 from networks.loading import CheckpointError
 from networks.pruned import (
@@ -152,9 +152,10 @@ def prune_checkpoint(
             raise CheckpointError(f"--prune {name}: {checkpoint.name} has it pruned already")
     weights = sum(map(weight_count, checkpoint.folders.values()))
     check_disk(folder.parent, weights * Precision.FP32.bytes)
-    parts, done = load_parts(checkpoint), {}
+    parts, done = load_outlines(checkpoint), {}
     for name, ratio in ratios.items():
         progress(name)
+        parts[name] = load_part(checkpoint, name, parts)
         try:
             done[name] = prune(parts[name], ratio)
         except ValueError as error:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import importlib.metadata
 import json
 import logging
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -119,6 +116,11 @@ def load_parts(checkpoint: Checkpoint) -> dict[str, Part]:
     return parts
 
 
+def load_outlines(checkpoint: Checkpoint) -> dict[str, Part]:
+    """All served models without their weights."""
+    return load_parts(replace(checkpoint, hollow=True))
+
+
 def load_part(checkpoint: Checkpoint, name: str, others: Mapping[str, Part]) -> Part:
     """One served model of a checkpoint, held against those of the `others` that it is fed by."""
     towers = [others[tower] for tower in ("clip_text", "clip_text_2") if tower in others]
@@ -200,7 +202,7 @@ def build(
         raise CheckpointError(f"{checkpoint.name} has no {strange[0]}: it has {', '.join(present)}")
     _check_configurations(repository)
     check_machine(checkpoint, repository, only, precision)
-    outlines = load_parts(replace(checkpoint, hollow=True))
+    outlines = load_outlines(checkpoint)
     kept = kept_lines(outlines, repository, only)
     check_loras(kept, repository, checkpoint, PART_OF)
     check_values(checkpoint)
@@ -301,17 +303,25 @@ def _write_manifest(
 
 
 def check_machine(
-    checkpoint: Checkpoint, repository: Path, only: Sequence[str], precision: Precision
+    checkpoint: Checkpoint,
+    repository: Path,
+    only: Sequence[str],
+    precision: Precision,
+    pruned: Sequence[str] = (),
 ) -> None:
     """Holds what `build` needs of memory and disk against what is free.
+
+    Args:
+        checkpoint, repository, only, precision: as in `build`.
+        pruned: models that are pruned before, which are in memory together.
 
     Raises:
         ResourceError: there is not enough.
     """
     folders = {model: checkpoint.folders.get(part) for model, part in PART_OF.items()}
     built = [folder for model in only if (folder := folders[model])]
-    loaded = [folder for folder in folders.values() if folder]
-    check_resources(loaded, built, repository, precision)
+    together = [folder for model in pruned if (folder := folders[model])]
+    check_resources(built, repository, precision, together)
 
 
 def _build_model(checkpoint: Checkpoint, part: Part, target: Build) -> tuple[ModelReport, Work]:
@@ -328,7 +338,7 @@ def _build_model(checkpoint: Checkpoint, part: Part, target: Build) -> tuple[Mod
         halve(part)
     nodes_traced, nodes = to_onnx(part, folder / "model.onnx", target.precision)
     work = count_work(part)
-    _drop_weights(part)
+    part.drop_weights()
     error = parity_error(part, folder / "model.onnx", target.precision, expected)
     config = without_accelerator(configuration(target.repository, part.name))
     config = with_tensors(config, part)
@@ -359,14 +369,6 @@ def _build_model(checkpoint: Checkpoint, part: Part, target: Build) -> tuple[Mod
         cpu_runtime=choice,
     )
     return (_with_plan(report, target) if target.profiles else report), work
-
-
-def _drop_weights(part: Part) -> None:
-    """Leaves a part with the shapes of its tensors alone."""
-    part.module.to("meta")
-    gc.collect()  # a traced program holds the weights, and itself
-    with suppress(OSError, AttributeError):  # of other C libraries than glibc
-        ctypes.CDLL(None).malloc_trim(0)  # which keeps what was freed
 
 
 def _with_plan(report: ModelReport, target: Build) -> ModelReport:

@@ -16,7 +16,7 @@ from export.precision import Precision
 from export.weights import variant_of
 
 BASE_BYTES = 1.5e9  # the interpreter with torch, transformers and ONNX Runtime
-CONVERSION_BYTES = 4.5  # of each weight of the model in conversion, most of it in FP16
+CONVERSION_BYTES = 4.6  # of each weight of the model in conversion, which is loaded in FP32
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
@@ -25,23 +25,26 @@ class ResourceError(RuntimeError):
 
 
 def check_resources(
-    parts: Iterable[Path], built: Iterable[Path], repository: Path, precision: Precision
+    built: Iterable[Path],
+    repository: Path,
+    precision: Precision,
+    together: Iterable[Path] = (),
 ) -> None:
     """Holds what an export needs against what is free.
 
     Args:
-        parts: folders of all parts, which are loaded in FP32.
-        built: folders of those that are converted and written.
+        built: folders of the parts that are converted one after the other and written.
         repository: that is written.
+        precision: of what is written.
+        together: folders of the parts that are in memory at one time before.
 
     Raises:
         ResourceError: there is not enough disk or memory.
     """
-    weights = {folder: weight_count(folder) for folder in {*parts, *built}}
-    converted = [weights[folder] for folder in built]
+    converted = [weight_count(folder) for folder in built]
     check_disk(repository, sum(converted) * precision.bytes)
-    memory = BASE_BYTES + sum(weights[folder] for folder in parts) * Precision.FP32.bytes
-    memory += max(converted, default=0) * CONVERSION_BYTES
+    most = max(max(converted, default=0), sum(map(weight_count, together)))
+    memory = BASE_BYTES + most * CONVERSION_BYTES
     free = free_memory()
     if memory > free:
         raise ResourceError(f"not enough memory: {_needs(memory, free)}")

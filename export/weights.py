@@ -155,22 +155,17 @@ def lfs_pointer(file: Path) -> str:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object without NaN.
+    """A JSON object; none of its numbers is NaN.
 
     Raises:
         CheckpointError: the file is missing, unreadable or something else.
     """
 
-    def constant(name: str) -> float:
-        if name == "NaN":
-            raise ValueError("NaN is no number")
-        return float(name)  # schedulers write infinities
-
     try:
         text = file.read_text()
         if text.startswith(LFS.decode()):
             raise CheckpointError(lfs_pointer(file))
-        content = json.loads(text, parse_constant=constant)
+        content = json.loads(text)
     except FileNotFoundError:
         raise CheckpointError(f"{file} is not there") from None
     except OSError as error:
@@ -183,4 +178,15 @@ def read_json(file: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} is not a JSON object")
+    for name, value in content.items():
+        if _has_nan(value):
+            raise CheckpointError(f"{file}: {name} is NaN, which is no number")
     return content
+
+
+def _has_nan(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_has_nan, value.values()))
+    if isinstance(value, list):
+        return any(map(_has_nan, value))
+    return value != value

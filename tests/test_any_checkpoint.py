@@ -215,7 +215,7 @@ def run(*arguments, **environment):
     [
         (["checkpoints/scenes-64", "--only", "unet,vae"], "--only 'vae' is no model: clip_text"),
         (["checkpoints/scenes-64", "--report", "/no/such/place.json"], "/no/such is no folder"),
-        (["checkpoints/scenes-64", "--bert", "/no/such"], "checkpoint /no/such is not there"),
+        (["checkpoints/scenes-64", "--bert", "/no/such"], "--bert /no/such is not there"),
         (
             ["checkpoints/scenes-64", "--precision", "int8"],
             "--precision 'int8' is not",

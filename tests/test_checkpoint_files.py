@@ -217,6 +217,50 @@ def test_a_single_file_needs_a_tokenizer_and_says_so(plain, bert, tmp_path):
         open_checkpoint(file, bert)
 
 
+def test_a_single_file_without_a_vae_takes_that_of_elsewhere(plain, bert, tmp_path):
+    file = write_single_file(plain, tmp_path / "one.safetensors")
+    tensors = {k: v for k, v in load_file(file).items() if not k.startswith("first_stage_model.")}
+    save_file(tensors, file)
+    parts = {"bert": str(bert), "tokenizer": str(plain)}
+    with pytest.raises(CheckpointError, match=r"has no VAE: .*; --vae names an autoencoder"):
+        open_checkpoint(Source(str(file), **parts))
+    opened = open_checkpoint(Source(str(file), vae=str(plain), **parts))
+    assert opened.folders["vae"] == plain / "vae"
+
+
+FIRST, LAST = (f"model.diffusion_model.{name}.weight" for name in ("input_blocks.0.0", "out.2"))
+
+
+def of_a_refiner(tensors: dict) -> dict:
+    former = "cond_stage_model.transformer."
+    return {k.replace(former, "conditioner.embedders.0.model."): v for k, v in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (of_a_refiner, "odd.safetensors is SDXL's refiner, .* give the base checkpoint"),
+        (lambda t: t | {FIRST: torch.ones(16, 9, 3, 3)}, "with 9 channels in and 4 out: only"),
+        (lambda t: {k: v for k, v in t.items() if k != LAST}, r"odd\.safetensors lacks out\.2\."),
+        (
+            lambda t: {k: v for k, v in t.items() if "middle_block.0.in_layers.2.w" not in k},
+            r"odd\.safetensors: unet lacks 1 of its tensors",
+        ),
+    ],
+)
+def test_a_single_file_that_is_not_served_is_named(plain, bert, tmp_path, changed, message):
+    file = write_single_file(plain, tmp_path / "odd.safetensors")
+    save_file(changed(load_file(file)), file)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(Source(str(file), bert=str(bert), tokenizer=str(plain)))
+
+
+def test_a_linked_folder_has_the_name_of_the_link(plain, bert, tmp_path):
+    link = tmp_path / "my-turbo"
+    link.symlink_to(plain)
+    assert open_checkpoint(link, bert).name == "my-turbo"
+
+
 def test_a_lora_is_no_checkpoint(plain, bert, tmp_path):
     file = tmp_path / "style.safetensors"
     save_file({"lora_unet_down.lora_up.weight": torch.ones(2, 2)}, file)
@@ -394,7 +438,7 @@ def config_of(part: str, **fields: object):
         (index_of(unet="UNet"), "has unet 'UNet', which is not allowed"),
         (index_of(defaults=[1]), r"has defaults \[1\], which is not allowed"),
         (config_of("vae", scaling_factor=None), "vae/config.json: scaling_factor=None is invalid"),
-        (config_of("scheduler", beta_start=float("nan")), "is not JSON: NaN is no number"),
+        (config_of("scheduler", beta_start=float("nan")), "beta_start is NaN, which is no number"),
         (config_of("scheduler", beta_start=2.0), "beta_start=2.0 .* a number between 0 and 1"),
         (config_of("unet", sample_size=-1), "unet/config.json: sample_size=-1 is invalid"),
         (config_of("unet", sample_size=[8, 7]), "latent sides must be multiples of 2"),
@@ -410,7 +454,7 @@ def config_of(part: str, **fields: object):
             "layers_per_block=1000000000 .* at most 512",
         ),
         (config_of("vae", block_out_channels=[10**9]), "block_out_channels=1000000000 is invalid"),
-        (config_of("text_encoder", num_hidden_layers=None), "makes no CLIPTextModel"),
+        (config_of("text_encoder", num_hidden_layers=None), "num_hidden_layers=None is invalid"),
         (index_of(latent_to_rgb="words"), "latent_to_rgb in model_index.json must be 37 rows"),
         (index_of(scheduler=[None, None]), "lacks its part scheduler/"),
     ],
@@ -460,9 +504,19 @@ def test_a_path_is_never_a_hub_id(text, local):
     assert looks_like_path(text) == local
 
 
+@pytest.mark.parametrize("option", ["vae", "tokenizer", "bert"])
+def test_a_mistyped_part_names_its_option(plain, option):
+    with pytest.raises(CheckpointError, match=f"--{option} /no/such is not there"):
+        open_checkpoint(Source(str(plain), **{option: "/no/such"}))
+
+
 def test_a_mistyped_path_is_not_sent_to_the_hub(monkeypatch):
     called = []
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: called.append(a))
+    with pytest.raises(
+        CheckpointError, match="is an address: give the hub id alone, as some/m"
+    ):
+        open_checkpoint("https://huggingface.co/some/model/tree/main")
     for text in ("./mine", "checkpoints/scenes-46", "one.safetensors", "a/b/c"):
         with pytest.raises(CheckpointError, match="is not there"):
             open_checkpoint(text)

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 from export import resources
 from export.checkpoint import open_checkpoint
+from export.precision import Precision
 from export.prune import prune_checkpoint
-from export.resources import ResourceError, free_memory, weight_count
+from export.resources import ResourceError, check_resources, free_memory, weight_count
 
 SIZE = 4 * 10**12  # bytes
 
@@ -36,7 +37,6 @@ def huge(tiny, tmp_path):
     [
         ([], "not enough disk at {repository}: the export needs about 4000."),
         (["--precision", "fp16"], "not enough disk at {repository}: the export needs about 2000."),
-        (["--only", "clip_text"], "not enough memory: the export needs about 4001.5 GB"),
         (["--prune", "clip_text=0.25"], "not enough disk at {repository}: the export needs"),
     ],
 )
@@ -50,6 +50,18 @@ def test_a_machine_that_is_too_small_is_told_so_at_once(
     assert message.format(repository=repository) in done.stdout
     assert len(done.stdout.strip().splitlines()) == 1
     assert contents(repository) == before
+
+
+def test_the_largest_part_decides_on_the_memory_and_those_that_stay_need_none(
+    huge, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(resources, "check_disk", lambda *_: None)
+    unet, text = huge / "unet", huge / "text_encoder"
+    check_resources([text], tmp_path, Precision.FP16)
+    check_resources([text], tmp_path, Precision.FP32, together=[text])
+    for built, together in (([text, unet], []), ([text], [unet])):
+        with pytest.raises(ResourceError, match=r"not enough memory: .* about 4601\.5 GB"):
+            check_resources(built, tmp_path, Precision.FP16, together)
 
 
 def test_a_disk_without_room_for_the_pruned_checkpoint_is_told_at_once(huge, tmp_path):
