@@ -513,9 +513,7 @@ def test_a_mistyped_part_names_its_option(plain, option):
 def test_a_mistyped_path_is_not_sent_to_the_hub(monkeypatch):
     called = []
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: called.append(a))
-    with pytest.raises(
-        CheckpointError, match="is an address: give the hub id alone, as some/m"
-    ):
+    with pytest.raises(CheckpointError, match="is an address: give the hub id alone, as some/m"):
         open_checkpoint("https://huggingface.co/some/model/tree/main")
     for text in ("./mine", "checkpoints/scenes-46", "one.safetensors", "a/b/c"):
         with pytest.raises(CheckpointError, match="is not there"):
