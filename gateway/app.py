@@ -30,7 +30,10 @@ from gateway.pool import Pool
 from gateway.validation import error_of
 
 NOT_JSON = "The body cannot be read: it must be JSON in UTF-8."
-CODES = {400: "invalid_body", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+CODES = {
+    400: "invalid_body", 404: "not_found", 405: "method_not_allowed", 408: "body_too_slow",
+    413: "body_too_large",
+}  # fmt: skip
 DESCRIPTION = "OpenAI's images API and A1111's API over Twinbrush servers."
 
 

@@ -35,6 +35,7 @@ STATUSES = {
     400: "A field is unknown, or its value is not allowed.",
     401: "The API key is missing or wrong.",
     404: "There is no such model, file or path.",
+    408: "The body did not come in time.",
     413: "The body is too large.",
     415: "The body is compressed.",
     429: "A limit is reached, or the queue is full.",

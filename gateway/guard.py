@@ -5,6 +5,7 @@ It is plain ASGI, so that handlers see when their client leaves.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -24,6 +25,7 @@ REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 LOCKED = ("/v1/", "/sdapi/", "/metrics")  # paths that need a key where there are any
 FILES = "/v1/images/files/"  # signed URLs are their own key
 ALWAYS = ("/health/", "/metrics")  # paths that a drain leaves open
+BODY_SECONDS = 30.0  # that a client may take between two parts of a request's body
 IDLE = "/gradio_api/heartbeat/"  # a request that lives as long as a page is open
 
 
@@ -45,7 +47,7 @@ class Guard:
         given = headers.get("x-request-id", "")
         request_id = given if REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
         scope.setdefault("state", {})["request_id"] = request_id
-        began, status, size = time.perf_counter(), 0, 0
+        began, status, size, reads = time.perf_counter(), 0, 0, True
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -55,8 +57,13 @@ class Guard:
             await send(message)
 
         async def bounded() -> Message:
-            nonlocal size
-            message = await receive()
+            nonlocal size, reads
+            try:
+                message = await asyncio.wait_for(receive(), BODY_SECONDS if reads else None)
+            except TimeoutError:
+                text = f"nothing of the body has come for {BODY_SECONDS:g} s"
+                raise HTTPException(408, text) from None
+            reads = message.get("more_body", False)
             size += len(message.get("body", b""))
             if size > self._max_body:
                 raise HTTPException(413, f"the body has more than {self._max_body} bytes")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
+import uvicorn
 from fastapi.testclient import TestClient
 from harness import free_ports
 from typer.testing import CliRunner
@@ -21,6 +23,7 @@ from gateway.gate import Gate
 from gateway.keys import Key, KeyFileError, KeyRing, Limits, digest, read_keys
 from gateway.limits import Meter
 from gateway.pool import Pool, work_of
+from gateway.server import DrainingServer
 from twinbrush_client import (
     Cancelled,
     DeadlineExceeded,
@@ -358,3 +361,54 @@ def test_a_pool_without_servers_is_unavailable():
 
     with pytest.raises(ServerUnavailable, match="no server answers"):
         with_pool([dead()], use)
+
+
+def test_connections_that_send_no_request_are_closed_in_time():
+    closed = []
+
+    class Connection:
+        def __init__(self, **cycle):
+            vars(self).update(cycle)
+            self.transport = SimpleNamespace(close=lambda: closed.append(self))
+
+    done, running = (
+        SimpleNamespace(response_complete=True),
+        SimpleNamespace(response_complete=False),
+    )
+    silent, idle, busy = Connection(cycle=None), Connection(cycle=done), Connection(cycle=running)
+    often, socket = Connection(cycle=done), Connection()  # a web socket has no cycle
+    server = DrainingServer(uvicorn.Config(print), Gate(), None, 30)
+    server.server_state.connections = [silent, idle, busy, often, socket]
+    for second in (0, 10, 20):
+        often.cycle = SimpleNamespace(response_complete=True)  # of another request
+        server._close_idle(second)
+    assert closed == []
+    server._close_idle(21)
+    assert closed == [silent, idle]
+    server._close_idle(60)
+    assert busy not in closed
+    assert often in closed
+
+
+def test_a_body_that_does_not_come_ends_its_request(monkeypatch):
+    monkeypatch.setattr("gateway.guard.BODY_SECONDS", 0.05)
+    asked, sent = [], []
+
+    async def receive():
+        asked.append(1)
+        if len(asked) > 1:
+            await asyncio.sleep(60)
+        return {"type": "http.request", "body": b"{", "more_body": True}
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {
+        "type": "http", "method": "POST", "path": "/v1/images/generations", "query_string": b"",
+        "headers": [(b"content-type", b"application/json")], "http_version": "1.1",
+        "scheme": "http", "server": ("a", 1), "client": ("a", 1), "root_path": "",
+    }  # fmt: skip
+    app = create_app(Pool([], 1), Settings(), Gate())
+    asyncio.run(app(scope, receive, send))
+    assert sent[0]["status"] == 408
+    assert b"nothing of the body has come for 0.05 s" in sent[1]["body"]

@@ -1,0 +1,118 @@
+"""What the launcher watches, and what can go wrong as it starts: without a server."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+from harness import ROOT, free_ports
+
+from twinbrush.control import Control
+from twinbrush.server.errors import ServerError
+from twinbrush.server.process import ServerOptions, TritonProcess
+
+# Signs of life ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ready(tmp_path, monkeypatch) -> tuple[TritonProcess, list[bool]]:
+    """A ready server of a heartbeat of 10 s, on a clock of the test's, and what it answers."""
+    process, answers = TritonProcess(None, ServerOptions(tmp_path, heartbeat_timeout=10)), [True]
+    process._control = Control(tmp_path)
+    monkeypatch.setattr(process, "_ask", lambda health: answers[0])
+    return process, answers
+
+
+def at(monkeypatch, seconds: float) -> None:
+    monkeypatch.setattr(time, "monotonic", lambda: seconds)
+
+
+def test_a_front_door_without_a_heartbeat_ends_the_server(ready, monkeypatch):
+    process, _ = ready
+    at(monkeypatch, 100)
+    process._check_signs_of_life()  # no door has begun
+    process._control.beat("text_to_image")
+    process._control.beat("text_to_image_stream")
+    process._check_signs_of_life()
+    at(monkeypatch, 109)
+    process._control.beat("text_to_image_stream")
+    process._check_signs_of_life()
+    at(monkeypatch, 111)
+    with pytest.raises(ServerError, match="text_to_image has given no sign of life for 11 s"):
+        process._check_signs_of_life()
+
+
+def test_a_server_that_answers_no_more_is_ended_only_if_it_stays_mute(ready, monkeypatch):
+    process, answers = ready
+    at(monkeypatch, 100)
+    process._check_signs_of_life()
+    answers[0] = False
+    at(monkeypatch, 103)
+    process._check_signs_of_life()  # not asked yet
+    for second in (106, 112):
+        at(monkeypatch, second)
+        process._check_signs_of_life()
+    answers[0] = True
+    at(monkeypatch, 200)  # as after a launcher that was stopped for a while
+    process._check_signs_of_life()
+    answers[0] = False
+    for second in (206, 211):
+        at(monkeypatch, second)
+        process._check_signs_of_life()
+    at(monkeypatch, 217)
+    with pytest.raises(ServerError, match="the server has given no sign of life for 11 s") as ended:
+        process._check_signs_of_life()
+    assert ended.value.worth_another_try
+
+
+# The start -------------------------------------------------------------------------------------
+
+
+def test_a_disk_that_is_full_at_the_start_is_a_sentence(monkeypatch, tmp_path):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    triton = SimpleNamespace(development=False, environment={}, prepare_backends=full_disk)
+    options = ServerOptions(ROOT / "model_repository", None, "127.0.0.1", *free_ports(3))
+    words = r"cannot be started: \[Errno 28\] No space left.*more space than"
+    with pytest.raises(ServerError, match=words):
+        TritonProcess(triton, options).__enter__()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_port_that_another_launcher_took_meanwhile_is_a_sentence(tmp_path):
+    """Two that start at once find the ports free; the server of one loses the race."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        process = TritonProcess(None, ServerOptions(tmp_path, http_port=port, grpc_port=1))
+        process._process = SimpleNamespace(poll=lambda: 1, pid=0)
+        process._stubs = SimpleNamespace(dead=lambda started: None)
+        line = (
+            f"failed to start GRPC service: Unavailable - Socket '127.0.0.1:{port}' already in use"
+        )
+        process._output.add(line.encode())
+        with pytest.raises(ServerError, match=f"^port {port} of .* choose another: --http-port$"):
+            process.check()
+
+
+def full_disk(_):
+    why = f"[Errno {errno.ENOSPC}] {os.strerror(errno.ENOSPC)}: 'a' -> 'b'"
+    raise shutil.Error([("a", "b", why)])
+
+
+def test_many_files_are_allowed_as_far_as_the_machine_lets_it():
+    code = (
+        "import resource as r; from twinbrush.server.processes import allow_many_files as a;"
+        "r.setrlimit(r.RLIMIT_NOFILE, (64, 200)); a(); print(r.getrlimit(r.RLIMIT_NOFILE));"
+        "from gateway.server import allow_many_files as g; r.setrlimit(r.RLIMIT_NOFILE, (64, 200));"
+        "g(); print(r.getrlimit(r.RLIMIT_NOFILE))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "(200, 200)\n" * 2
