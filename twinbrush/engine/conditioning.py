@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -79,21 +79,23 @@ class Conditioner:
         self.gathering = Gathering()
         self._others = ThreadPoolExecutor(max(1, len(config.encoders) - 1), "encoders")
 
-    def __call__(self, wanted: Sequence[Sequence[Text]]) -> list[dict[str, np.ndarray]]:
+    def __call__(
+        self, wanted: Sequence[Sequence[Text]], networks_done: Callable[[], None] = lambda: None
+    ) -> list[dict[str, np.ndarray]]:
         """The UNet's inputs for each list of texts, (texts, ...) each, by name.
 
         The texts of a list have equally many chunks: UNets attend to all tokens, without a mask.
+        `networks_done` is called once the last network has run.
         """
         wanted = [self._in_equal_chunks(texts) for texts in wanted]
         distinct = dict.fromkeys(text for texts in wanted for text in texts)
         missing = [text for text in distinct if text not in self._cache]
-        for texts in self._calls(missing):
-            began = time.monotonic()
-            made = self._encode(texts)
-            self.gathering.observe(len(texts), time.monotonic() - began)
-            for text, encoded in zip(texts, made, strict=True):
-                self._cache[text] = encoded
-                self._cached_bytes += _bytes(encoded)
+        calls = [(texts, *self._run_networks(texts)) for texts in self._calls(missing)]
+        networks_done()
+        for texts, prompts, encoded, fused in calls:
+            for text, made in zip(texts, self._parts(prompts, encoded, fused), strict=True):
+                self._cache[text] = made
+                self._cached_bytes += _bytes(made)
         for text in distinct:
             self._cache.move_to_end(text)
         stacked = [self._stacked(texts) for texts in wanted]
@@ -107,6 +109,10 @@ class Conditioner:
         """Whether encoding them takes a call that they may share with others."""
         texts = self._in_equal_chunks(texts)
         return any(not text.alone and text not in self._cache for text in texts)
+
+    def needs_networks(self, texts: Sequence[Text]) -> bool:
+        """Whether encoding them takes a call at all."""
+        return any(text not in self._cache for text in self._in_equal_chunks(texts))
 
     def close(self) -> None:
         self._others.shutdown()
@@ -126,14 +132,23 @@ class Conditioner:
         counts = [self._tokenizer.count_chunks(text.text, text.syntax) for text in texts]
         return [replace(text, chunks=max(counts)) for text in texts]
 
-    def _encode(self, texts: Sequence[Text]) -> list[Conditioning]:
+    def _run_networks(self, texts: Sequence[Text]) -> tuple[list[Chunks], Tensors, Tensors]:
+        """Texts as tokens, what the encoders give side by side, and the fusion head behind them."""
         prompts = [self._tokenizer.chunks(t.text, t.syntax, t.chunks, t.loras) for t in texts]
+        began = time.monotonic()
         first, *others = prompts[0].inputs
         running = [self._others.submit(self._run_encoder, name, prompts) for name in others]
         encoded = self._run_encoder(first, prompts)
         for future in running:
             encoded |= future.result()
         fused = self._run(FUSION, {name: encoded[name] for name in self._config.fusion_inputs})
+        self.gathering.observe(len(texts), time.monotonic() - began)
+        return prompts, encoded, fused
+
+    def _parts(
+        self, prompts: Sequence[Chunks], encoded: Tensors, fused: Tensors
+    ) -> list[Conditioning]:
+        """The conditioning of each text of a call."""
         kept = [name for name in self._config.unet_inputs if name in fused or name in encoded]
         ends = np.cumsum([prompt.count for prompt in prompts])
         rows = [slice(e - prompt.count, e) for e, prompt in zip(ends, prompts, strict=True)]
@@ -154,11 +169,15 @@ class Conditioner:
             return outputs | {name: emphasize(tokens[name], weights) for name in tokens}
         outputs |= {name: inputs[name] for name in inputs if name in self._config.fusion_inputs}
         counts = [prompt.count for prompt in prompts]
+        if max(counts) == 1:
+            return outputs
         return {name: np.repeat(tensor, counts, axis=0) for name, tensor in outputs.items()}
 
     def _run(self, model: str, inputs: Tensors) -> Tensors:
         """Runs a model on at most `max_rows` rows a call."""
         count = len(next(iter(inputs.values())))
+        if count <= self._max_rows:
+            return dict(self._models.run(model, inputs))
         parts = [
             self._models.run(model, {n: t[i : i + self._max_rows] for n, t in inputs.items()})
             for i in range(0, count, self._max_rows)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -88,15 +90,18 @@ class Denoiser:
 
     Args:
         models: the served networks.
+        turn: is held while the UNet runs.
     """
 
-    def __init__(self, models: Models):
-        self._models = models
+    def __init__(
+        self, models: Models, turn: Callable[[], AbstractContextManager[None]] = nullcontext
+    ):
+        self._models, self._turn = models, turn
         self._noise = ThreadPoolExecutor(1, "noise")
         self._stacked_for: tuple[list[weakref.ref[Painting]], list[int], int] = [], [], 0
         self._conditioning: dict[str, np.ndarray] = {}
 
-    def step(self, model: str, paintings: Sequence[Painting], buckets: Sequence[int] = ()) -> None:
+    def step(self, model: str, paintings: Sequence[Painting], buckets: Sequence[int] = ()) -> float:
         """Moves every painting one call along its trajectory.
 
         When the call fails, no painting has changed, and noise that was drawn for it is kept.
@@ -105,6 +110,9 @@ class Denoiser:
             model: the UNet to call.
             paintings: all with latents of one shape.
             buckets: ascending row counts that the call is padded up to; none pads nothing.
+
+        Returns:
+            Seconds that the UNet took, without the wait for its turn.
 
         Raises:
             Exception: the UNet failed.
@@ -117,7 +125,10 @@ class Denoiser:
         inputs = self._inputs(paintings, rows, x, buckets)
         drawn = self._noise.submit(_draw_ahead, paintings) if _any_noise(paintings) else None
         try:
-            output = self._models.run(model, inputs)["model_output"]
+            with self._turn():
+                started = time.monotonic()
+                output = self._models.run(model, inputs)["model_output"]
+                seconds = time.monotonic() - started
         finally:
             if drawn is not None:
                 drawn.result()
@@ -128,6 +139,7 @@ class Denoiser:
         advance(latents, table, x, output, lambda i: paintings[i].draw())
         for painting in paintings:
             painting.calls += 1
+        return seconds
 
     def close(self) -> None:
         self._noise.shutdown()

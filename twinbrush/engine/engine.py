@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from twinbrush.engine.limits import Limits
 from twinbrush.engine.memory import DeviceMemory
 from twinbrush.engine.metrics import Observer, Unobserved
 from twinbrush.engine.models import Models
-from twinbrush.engine.newcomers import gathered
+from twinbrush.engine.newcomers import arrived, gathered
 from twinbrush.engine.plan import Planner
 from twinbrush.engine.prompt import PromptTokenizer
 from twinbrush.engine.request import GenerationRequest
@@ -42,6 +43,7 @@ from twinbrush.engine.request_ids import named
 from twinbrush.engine.telemetry import ObservedModels, Telemetry
 from twinbrush.engine.threads import Watchdog, start_guarded
 from twinbrush.engine.tracing import Marks, Origin, Tracer
+from twinbrush.engine.turns import Stage, Turns
 
 log = logging.getLogger(__name__)
 
@@ -97,16 +99,18 @@ class Engine:
         self._watchdog = Watchdog(
             models, limits.call_seconds, self._fail, partial(self._tick, beat)
         )
+        self._turns = Turns()
         self._conditioner = Conditioner(
             self._watchdog, config, tokenizer, limits.max_rows, self._telemetry,
             limits.prompt_cache_mb * MEGABYTE,
         )  # fmt: skip
         self._image_cache = ImageCache(limits.image_cache_mb * MEGABYTE)
-        self._denoiser = Denoiser(self._watchdog)
+        self._denoiser = Denoiser(self._watchdog, partial(self._turns.take, Stage.DENOISE))
         self._to_encode: queue.SimpleQueue = queue.SimpleQueue()
         self._to_reply: queue.SimpleQueue = queue.SimpleQueue()
         self._decoder = Decoder(
-            self._watchdog, config, self._pictures, self._finish, self._end_failed
+            self._watchdog, partial(self._turns.take, Stage.DECODE), config, self._pictures,
+            self._finish, self._end_failed,
         )
         loops = (self._encode_loop, self._denoise_loop, self._decoder.loop, self._reply_loop)
         self._threads = [start_guarded(loop.__qualname__, loop, self._fail) for loop in loops]
@@ -228,7 +232,11 @@ class Engine:
 
     def _encode_loop(self) -> None:
         for batch in gathered(self._to_encode, self._patience):
-            self._encode([generation for generation in batch if not generation.ended])
+            with ExitStack() as turn:
+                if any(self._conditioner.needs_networks(self._plan.texts(g.request)) for g in batch):
+                    turn.enter_context(self._turns.take(Stage.ENCODE))
+                    batch += arrived(self._to_encode, self._limits.max_rows - len(batch))
+                self._encode([g for g in batch if not g.ended], turn.close)
 
     def _patience(self, newcomers: list[Generation]) -> float:
         """Seconds that newcomers may go on waiting for others to share an encoder call with."""
@@ -241,10 +249,13 @@ class Engine:
         patience = gathering.patience([now - g.submitted for g in newcomers], others)
         return min(patience, gathering.saved)  # looks again, since others end meanwhile
 
-    def _encode(self, generations: Sequence[Generation]) -> None:
+    def _encode(
+        self, generations: Sequence[Generation], networks_done: Callable[[], None] = lambda: None
+    ) -> None:
         began = time.monotonic()
         try:
-            encoded = self._conditioner([self._plan.texts(g.request) for g in generations])
+            texts = [self._plan.texts(g.request) for g in generations]
+            encoded = self._conditioner(texts, networks_done)
             now = time.monotonic()
             made = [
                 LiveImage(
@@ -302,7 +313,8 @@ class Engine:
         key, counts = call[0].claim.key, [image.painting.rows for image in call]
         started = time.monotonic()
         try:
-            self._denoiser.step(key.model, [i.painting for i in call], self._buckets(key))
+            paintings = [image.painting for image in call]
+            taken = self._denoiser.step(key.model, paintings, self._buckets(key))
         except Exception as error:
             self._retry(call, error)
             return
@@ -310,7 +322,7 @@ class Engine:
             ended = time.monotonic()
             seconds = ended - started
             self._admission.observe(self._plan.call_work(key, sum(counts)), seconds)
-            self._costs.observe(key, sum(counts), seconds)
+            self._costs.observe(key, sum(counts), taken)
             self._batcher.advance([image.claim for image in call])
             for image, count in zip(call, counts, strict=True):
                 image.marks.denoising = image.marks.denoising or started
