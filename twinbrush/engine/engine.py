@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from twinbrush.engine.conditioning import Conditioner
 from twinbrush.engine.config import PipelineConfig
 from twinbrush.engine.costs import Costs
 from twinbrush.engine.decode import Decoder, LiveImage
-from twinbrush.engine.denoise import Denoiser
+from twinbrush.engine.denoise import Denoiser, Painting
 from twinbrush.engine.generation import End, EngineError, Event, Finished, Generation, Progress
 from twinbrush.engine.image_cache import ImageCache
 from twinbrush.engine.limits import Limits
@@ -50,6 +51,21 @@ log = logging.getLogger(__name__)
 MEGABYTE = 2**20
 # How runtimes word that memory is exhausted.
 OUT_OF_MEMORY = ("out of memory", "failed to allocate memory", "bad_alloc", "memoryerror")
+WORTH_A_WAIT = 0.03  # of a UNet call's time, for newcomers who would wait as long as the call
+
+
+@dataclass(eq=False)
+class _Newcomer:
+    """A request before it is encoded.
+
+    Attributes:
+        paintings: without conditioning.
+        needs_networks: whether its conditioning is not in the cache.
+    """
+
+    generation: Generation
+    paintings: Sequence[Painting]
+    needs_networks: bool
 
 
 class Engine:
@@ -100,6 +116,7 @@ class Engine:
             models, limits.call_seconds, self._fail, partial(self._tick, beat)
         )
         self._turns = Turns()
+        self._joining = False  # whether newcomers are encoded and do not wait for a call yet
         self._conditioner = Conditioner(
             self._watchdog, config, tokenizer, limits.max_rows, self._telemetry,
             limits.prompt_cache_mb * MEGABYTE,
@@ -232,11 +249,36 @@ class Engine:
 
     def _encode_loop(self) -> None:
         for batch in gathered(self._to_encode, self._patience):
+            newcomers = self._newcomers(batch)
+            if not any(newcomer.needs_networks for newcomer in newcomers):
+                self._encode(newcomers)
+                continue
             with ExitStack() as turn:
-                if any(self._conditioner.needs_networks(self._plan.texts(g.request)) for g in batch):
-                    turn.enter_context(self._turns.take(Stage.ENCODE))
-                    batch += arrived(self._to_encode, self._limits.max_rows - len(batch))
-                self._encode([g for g in batch if not g.ended], turn.close)
+                turn.enter_context(self._turns.take(Stage.ENCODE))
+                late = arrived(self._to_encode, self._limits.max_rows - len(newcomers))
+                self._encode([*newcomers, *self._newcomers(late)], partial(self._pass_on, turn))
+            with self._work:
+                self._joining = False
+                self._work.notify_all()
+
+    def _newcomers(self, generations: Iterable[Generation]) -> list[_Newcomer]:
+        """Everything of requests that needs no network; the first noise is on its way."""
+        made = [
+            _Newcomer(g, self._plan.paintings(g.request),
+                      self._conditioner.prepare(self._plan.texts(g.request)))
+            for g in generations if not g.ended
+        ]  # fmt: skip
+        paintings = [painting for newcomer in made for painting in newcomer.paintings]
+        # For as many as a call holds: what waits longer stays small.
+        few = paintings[: max(0, self._limits.max_rows - len(self._images))]
+        self._drawing = self._denoiser.draw_first(few)
+        return made
+
+    def _pass_on(self, turn: ExitStack) -> None:
+        """Ends the encoders' turn; the newcomers will soon wait for a UNet call."""
+        with self._work:
+            self._joining = True
+        turn.close()
 
     def _patience(self, newcomers: list[Generation]) -> float:
         """Seconds that newcomers may go on waiting for others to share an encoder call with."""
@@ -250,37 +292,35 @@ class Engine:
         return min(patience, gathering.saved)  # looks again, since others end meanwhile
 
     def _encode(
-        self, generations: Sequence[Generation], networks_done: Callable[[], None] = lambda: None
+        self, newcomers: Sequence[_Newcomer], networks_done: Callable[[], None] = lambda: None
     ) -> None:
-        began = time.monotonic()
+        generations, began = [newcomer.generation for newcomer in newcomers], time.monotonic()
         try:
             texts = [self._plan.texts(g.request) for g in generations]
             encoded = self._conditioner(texts, networks_done)
             now = time.monotonic()
             made = [
                 LiveImage(
-                    g,
-                    index,
-                    painting,
-                    self._plan.claim(g.request, painting),
-                    Marks(g.submitted, began, now),
+                    newcomer.generation, index, painting,
+                    self._plan.claim(newcomer.generation.request, painting),
+                    Marks(newcomer.generation.submitted, began, now),
                 )
-                for g, tensors in zip(generations, encoded, strict=True)
-                for index, painting in enumerate(self._plan.paintings(g.request, tensors))
-            ]
+                for newcomer, tensors in zip(newcomers, encoded, strict=True)
+                for index, painting in enumerate(self._conditioned(newcomer, tensors))
+            ]  # fmt: skip
+            self._drawing.result()
         except Exception as error:
             if len(generations) > 1 and not isinstance(error, EngineError):
                 log.warning(
                     "encoding %d prompts at once failed: %s",
                     len(generations), _named(generations), exc_info=True,
                 )  # fmt: skip
-                for generation in generations:  # only those that fail alone are at fault
-                    if not generation.ended:
-                        self._encode([generation])
+                for newcomer in newcomers:  # only those that fail alone are at fault
+                    if not newcomer.generation.ended:
+                        self._encode([newcomer])
             else:
                 self._end_failed(generations, "encoding the prompt")
             return
-        self._draw_first_noise(made)
         with self._work:
             for image in made:
                 if not image.generation.ended:
@@ -290,10 +330,13 @@ class Engine:
                     self._batcher.add(image.claim)
             self._work.notify_all()
 
-    def _draw_first_noise(self, made: Sequence[LiveImage]) -> None:
-        """Draws it beside UNet calls, for as many as one holds: what waits longer stays small."""
-        for image in made[: max(0, self._limits.max_rows - len(self._images))]:
-            image.painting.begin()
+    def _conditioned(
+        self, newcomer: _Newcomer, encoded: Mapping[str, np.ndarray]
+    ) -> Sequence[Painting]:
+        conditioning = self._plan.conditioning(newcomer.generation.request, encoded)
+        for painting in newcomer.paintings:
+            painting.conditioning = conditioning
+        return newcomer.paintings
 
     # Denoise ----------------------------------------------------------------------------
 
@@ -310,14 +353,17 @@ class Engine:
 
     def _denoise(self, call: Sequence[LiveImage]) -> None:
         """One UNet call."""
-        key, counts = call[0].claim.key, [image.painting.rows for image in call]
+        key, call = call[0].claim.key, list(call)
         started = time.monotonic()
         try:
             paintings = [image.painting for image in call]
-            taken = self._denoiser.step(key.model, paintings, self._buckets(key))
+            taken = self._denoiser.step(
+                key.model, paintings, self._buckets(key), partial(self._renew, call)
+            )
         except Exception as error:
             self._retry(call, error)
             return
+        counts = [image.painting.rows_at(image.painting.calls - 1) for image in call]
         with self._work:
             ended = time.monotonic()
             seconds = ended - started
@@ -339,6 +385,18 @@ class Engine:
                 self._report(image)
                 if image.painting.finished:
                     self._decoder.put(image)
+
+    def _renew(self, call: list[LiveImage]) -> list[Painting] | None:
+        """The paintings of a call whose turn has come, if others have come or gone meanwhile."""
+        with self._work:
+            seconds = WORTH_A_WAIT * self._costs.seconds(call[0].claim.key, len(call))
+            self._work.wait_for(lambda: not self._joining, seconds)
+            left = [image for image in call if not image.generation.ended]
+            joined = self._batcher.join([image.claim for image in left]) if left else []
+            if not left or (not joined and len(left) == len(call)):
+                return None
+            call[:] = [*left, *(self._images[claim] for claim in joined)]
+        return [image.painting for image in call]
 
     def _retry(self, call: Sequence[LiveImage], error: Exception) -> None:
         """Tries each half of a failed call, down to the images at fault, which fail alone."""

@@ -9,6 +9,8 @@ over for ever. Knows no networks.
 from __future__ import annotations
 
 import threading
+import time,os
+DEPTH=int(os.environ.get("DEPTH","1"))
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,7 +30,7 @@ class Stage(IntEnum):
 @dataclass(eq=False)
 class _Waiting:
     stage: Stage
-    come: threading.Event = field(default_factory=threading.Event)
+    come: threading.Lock = field(default_factory=threading.Lock)  # held until its turn
     passed: int = 0
 
 
@@ -46,10 +48,11 @@ class Turns:
         with self._lock:
             waiting = _Waiting(stage) if self._taken else None
             if waiting is not None:
+                waiting.come.acquire()
                 self._waiting.append(waiting)
             self._taken = True
         if waiting is not None:
-            waiting.come.wait()
+            waiting.come.acquire()
         try:
             yield
         finally:
@@ -67,4 +70,4 @@ class Turns:
             del self._waiting[place]
             for earlier in self._waiting[:place]:
                 earlier.passed += 1
-        chosen.come.set()
+        chosen.come.release()
