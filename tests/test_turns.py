@@ -13,6 +13,7 @@ from test_engine import Client, request
 from twinbrush.engine.turns import MOST_PASSED, Stage, Turns
 from twinbrush.runtimes.onnx_runtime import LocalModels
 
+STAGES = {"unet": Stage.DENOISE, "vqgan_decoder": Stage.DECODE}
 FAULT = RuntimeError("a call failed")
 
 
@@ -57,14 +58,12 @@ def test_a_turn_that_fails_is_passed_on():
 class Alone:
     """`Models` that note the stages which run at the same time."""
 
-    STAGES = {"unet": Stage.DENOISE, "vqgan_decoder": Stage.DECODE}
-
     def __init__(self, models):
         self.models, self.running, self.lock = models, Counter(), threading.Lock()
         self.together: set[frozenset[Stage]] = set()
 
     def run(self, model, inputs):
-        stage = self.STAGES.get(model, Stage.ENCODE)
+        stage = STAGES.get(model, Stage.ENCODE)
         with self.lock:
             self.running[stage] += 1
             self.together.add(frozenset(self.running))
@@ -78,10 +77,49 @@ class Alone:
 
 def test_stages_never_share_the_device(repository):
     models = Alone(LocalModels(repository))
-    engine = open_engine(repository, models)
+    engine = open_engine(repository, models, one_call_at_a_time=True)
     clients = [
         Client(engine, request(engine, f"number {n}", seed=n, steps=1 + n % 3)) for n in range(12)
     ]
     assert all(len(client.images) == 1 for client in clients)
     engine.close()
     assert models.together == {frozenset([stage]) for stage in Stage}
+
+
+class Slow:
+    """`Models` whose decoder can be held, and that note the rows of each UNet call."""
+
+    def __init__(self, models):
+        self.models, self.rows = models, []
+        self.held, self.go_on = threading.Event(), threading.Event()
+
+    def run(self, model, inputs):
+        if model == "unet":
+            self.rows.append(len(inputs["sample"]))
+        if model == "vqgan_decoder" and not self.held.is_set():
+            self.held.set()
+            assert self.go_on.wait(60)
+        return self.models.run(model, inputs)
+
+
+def test_who_is_cancelled_while_a_call_waits_for_its_turn_leaves_it(repository):
+    models = Slow(LocalModels(repository))
+    engine = open_engine(repository, models, one_call_at_a_time=True)
+
+    def send(**fields) -> Client:
+        return Client(engine, request(engine, "a ring", guidance_scale=1.0, **fields))
+
+    long = [send(seed=n, steps=9) for n in range(2)]
+    short = send(seed=9, steps=1)  # whose picture is decoded while the others wait
+    assert models.held.wait(60)
+    until = time.monotonic() + 60
+    while not engine._turns._waiting:  # type: ignore[union-attr]
+        assert time.monotonic() < until
+        time.sleep(0.001)
+    before = len(models.rows)
+    long[0].generation.cancel()
+    models.go_on.set()
+    assert long[0].error is not None
+    assert [client.error for client in (long[1], short)] == [None, None]
+    assert set(models.rows[before:]) == {1}
+    engine.close()

@@ -154,9 +154,7 @@ class Conditioner:
         self.gathering.observe(len(texts), time.monotonic() - began)
         return [prompt.count for prompt in prompts], encoded, fused
 
-    def _parts(
-        self, counts: Sequence[int], encoded: Tensors, fused: Tensors
-    ) -> list[Conditioning]:
+    def _parts(self, counts: Sequence[int], encoded: Tensors, fused: Tensors) -> list[Conditioning]:
         """The conditioning of each text of a call."""
         kept = [name for name in self._config.unet_inputs if name in fused or name in encoded]
         ends = np.cumsum(counts)

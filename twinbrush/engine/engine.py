@@ -13,8 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,19 +31,19 @@ from twinbrush.engine.decode import Decoder, LiveImage
 from twinbrush.engine.denoise import Denoiser, Painting
 from twinbrush.engine.generation import End, EngineError, Event, Finished, Generation, Progress
 from twinbrush.engine.image_cache import ImageCache
+from twinbrush.engine.intake import Intake
 from twinbrush.engine.limits import Limits
 from twinbrush.engine.memory import DeviceMemory
 from twinbrush.engine.metrics import Observer, Unobserved
 from twinbrush.engine.models import Models
-from twinbrush.engine.newcomers import arrived, gathered
 from twinbrush.engine.plan import Planner
 from twinbrush.engine.prompt import PromptTokenizer
 from twinbrush.engine.request import GenerationRequest
 from twinbrush.engine.request_ids import named
 from twinbrush.engine.telemetry import ObservedModels, Telemetry
 from twinbrush.engine.threads import Watchdog, start_guarded
-from twinbrush.engine.tracing import Marks, Origin, Tracer
-from twinbrush.engine.turns import Stage, Turns
+from twinbrush.engine.tracing import Origin, Tracer
+from twinbrush.engine.turns import NoTurns, Stage, Turns
 
 log = logging.getLogger(__name__)
 
@@ -52,20 +51,6 @@ MEGABYTE = 2**20
 # How runtimes word that memory is exhausted.
 OUT_OF_MEMORY = ("out of memory", "failed to allocate memory", "bad_alloc", "memoryerror")
 WORTH_A_WAIT = 0.03  # of a UNet call's time, for newcomers who would wait as long as the call
-
-
-@dataclass(eq=False)
-class _Newcomer:
-    """A request before it is encoded.
-
-    Attributes:
-        paintings: without conditioning.
-        needs_networks: whether its conditioning is not in the cache.
-    """
-
-    generation: Generation
-    paintings: Sequence[Painting]
-    needs_networks: bool
 
 
 class Engine:
@@ -81,6 +66,8 @@ class Engine:
         beat: called about twice a second while the engine is well.
         observer: takes the values of the metrics.
         tracer: takes the spans of traces.
+        one_call_at_a_time: whether the stages take turns with their calls, see `turns`: where
+            `models` runs them on one accelerator.
     """
 
     def __init__(
@@ -93,6 +80,7 @@ class Engine:
         beat: Callable[[], None] = lambda: None,
         observer: Observer | None = None,
         tracer: Tracer | None = None,
+        one_call_at_a_time: bool = False,
     ):
         limits = limits or Limits()
         self.config = config = limits.bounded(config)
@@ -115,21 +103,27 @@ class Engine:
         self._watchdog = Watchdog(
             models, limits.call_seconds, self._fail, partial(self._tick, beat)
         )
-        self._turns = Turns()
-        self._joining = False  # whether newcomers are encoded and do not wait for a call yet
+        self._turns: Turns | NoTurns = Turns() if one_call_at_a_time else NoTurns()
         self._conditioner = Conditioner(
             self._watchdog, config, tokenizer, limits.max_rows, self._telemetry,
             limits.prompt_cache_mb * MEGABYTE,
         )  # fmt: skip
         self._image_cache = ImageCache(limits.image_cache_mb * MEGABYTE)
         self._denoiser = Denoiser(self._watchdog, partial(self._turns.take, Stage.DENOISE))
-        self._to_encode: queue.SimpleQueue = queue.SimpleQueue()
         self._to_reply: queue.SimpleQueue = queue.SimpleQueue()
         self._decoder = Decoder(
-            self._watchdog, partial(self._turns.take, Stage.DECODE), config, self._pictures,
-            self._finish, self._end_failed,
+            self._watchdog,
+            partial(self._turns.take, Stage.DECODE),
+            config,
+            self._pictures,
+            self._finish,
+            self._end_failed,
         )
-        loops = (self._encode_loop, self._denoise_loop, self._decoder.loop, self._reply_loop)
+        self._intake = Intake(
+            self._plan, self._conditioner, self._turns, limits.max_rows,
+            self._draw_first_noise, self._others, self._add, self._end_failed,
+        )  # fmt: skip
+        loops = (self._intake.loop, self._denoise_loop, self._decoder.loop, self._reply_loop)
         self._threads = [start_guarded(loop.__qualname__, loop, self._fail) for loop in loops]
 
     @classmethod
@@ -191,7 +185,7 @@ class Engine:
         for index, file in enumerate(files):
             self._send(generation, index, file)
         if not files:
-            self._to_encode.put(generation)
+            self._intake.put(generation)
         return generation
 
     def _cached_files(self, request: GenerationRequest) -> list[bytes]:
@@ -211,7 +205,7 @@ class Engine:
     def close(self) -> None:
         """Ends every live request with UNAVAILABLE and stops the threads."""
         self._end_all(EngineError.of_shutdown())
-        self._to_encode.put(None)
+        self._intake.close()
         self._decoder.close()
         for thread in self._threads[:-1]:
             thread.join()
@@ -247,80 +241,17 @@ class Engine:
 
     # Encode -----------------------------------------------------------------------------
 
-    def _encode_loop(self) -> None:
-        for batch in gathered(self._to_encode, self._patience):
-            newcomers = self._newcomers(batch)
-            if not any(newcomer.needs_networks for newcomer in newcomers):
-                self._encode(newcomers)
-                continue
-            with ExitStack() as turn:
-                turn.enter_context(self._turns.take(Stage.ENCODE))
-                late = arrived(self._to_encode, self._limits.max_rows - len(newcomers))
-                self._encode([*newcomers, *self._newcomers(late)], partial(self._pass_on, turn))
-            with self._work:
-                self._joining = False
-                self._work.notify_all()
+    def _others(self, newcomers: int) -> int:
+        """Requests that are being made beside newcomers; none where no image is."""
+        with self._work:
+            return len(self._admission.live) - newcomers if len(self._batcher) else 0
 
-    def _newcomers(self, generations: Iterable[Generation]) -> list[_Newcomer]:
-        """Everything of requests that needs no network; the first noise is on its way."""
-        made = [
-            _Newcomer(g, self._plan.paintings(g.request),
-                      self._conditioner.prepare(self._plan.texts(g.request)))
-            for g in generations if not g.ended
-        ]  # fmt: skip
-        paintings = [painting for newcomer in made for painting in newcomer.paintings]
-        # For as many as a call holds: what waits longer stays small.
+    def _draw_first_noise(self, paintings: Sequence[Painting]) -> Future:
+        """Draws it beside the encoders, for as many as a call holds: what waits stays small."""
         few = paintings[: max(0, self._limits.max_rows - len(self._images))]
-        self._drawing = self._denoiser.draw_first(few)
-        return made
+        return self._denoiser.draw_first(few)
 
-    def _pass_on(self, turn: ExitStack) -> None:
-        """Ends the encoders' turn; the newcomers will soon wait for a UNet call."""
-        with self._work:
-            self._joining = True
-        turn.close()
-
-    def _patience(self, newcomers: list[Generation]) -> float:
-        """Seconds that newcomers may go on waiting for others to share an encoder call with."""
-        texts = self._plan.texts(newcomers[-1].request)
-        if len(newcomers) >= self._limits.max_rows or not self._conditioner.needs_call(texts):
-            return 0.0
-        with self._work:
-            others = len(self._admission.live) - len(newcomers) if len(self._batcher) else 0
-        now, gathering = time.monotonic(), self._conditioner.gathering
-        patience = gathering.patience([now - g.submitted for g in newcomers], others)
-        return min(patience, gathering.saved)  # looks again, since others end meanwhile
-
-    def _encode(
-        self, newcomers: Sequence[_Newcomer], networks_done: Callable[[], None] = lambda: None
-    ) -> None:
-        generations, began = [newcomer.generation for newcomer in newcomers], time.monotonic()
-        try:
-            texts = [self._plan.texts(g.request) for g in generations]
-            encoded = self._conditioner(texts, networks_done)
-            now = time.monotonic()
-            made = [
-                LiveImage(
-                    newcomer.generation, index, painting,
-                    self._plan.claim(newcomer.generation.request, painting),
-                    Marks(newcomer.generation.submitted, began, now),
-                )
-                for newcomer, tensors in zip(newcomers, encoded, strict=True)
-                for index, painting in enumerate(self._conditioned(newcomer, tensors))
-            ]  # fmt: skip
-            self._drawing.result()
-        except Exception as error:
-            if len(generations) > 1 and not isinstance(error, EngineError):
-                log.warning(
-                    "encoding %d prompts at once failed: %s",
-                    len(generations), _named(generations), exc_info=True,
-                )  # fmt: skip
-                for newcomer in newcomers:  # only those that fail alone are at fault
-                    if not newcomer.generation.ended:
-                        self._encode([newcomer])
-            else:
-                self._end_failed(generations, "encoding the prompt")
-            return
+    def _add(self, made: Sequence[LiveImage]) -> None:
         with self._work:
             for image in made:
                 if not image.generation.ended:
@@ -329,14 +260,6 @@ class Engine:
                     self._images[image.claim] = image
                     self._batcher.add(image.claim)
             self._work.notify_all()
-
-    def _conditioned(
-        self, newcomer: _Newcomer, encoded: Mapping[str, np.ndarray]
-    ) -> Sequence[Painting]:
-        conditioning = self._plan.conditioning(newcomer.generation.request, encoded)
-        for painting in newcomer.paintings:
-            painting.conditioning = conditioning
-        return newcomer.paintings
 
     # Denoise ----------------------------------------------------------------------------
 
@@ -389,8 +312,9 @@ class Engine:
     def _renew(self, call: list[LiveImage]) -> list[Painting] | None:
         """The paintings of a call whose turn has come, if others have come or gone meanwhile."""
         with self._work:
-            seconds = WORTH_A_WAIT * self._costs.seconds(call[0].claim.key, len(call))
-            self._work.wait_for(lambda: not self._joining, seconds)
+            seconds = self._costs.seconds(call[0].claim.key, len(call))
+        self._intake.wait_for_encoded(WORTH_A_WAIT * seconds)
+        with self._work:
             left = [image for image in call if not image.generation.ended]
             joined = self._batcher.join([image.claim for image in left]) if left else []
             if not left or (not joined and len(left) == len(call)):
