@@ -92,6 +92,8 @@ class Accelerator:
 class WaitingModels:
     """`Models` that wait in this process; what they give is made once."""
 
+    on_accelerator = True
+
     def __init__(self, accelerator: Accelerator):
         self._accelerator = accelerator
         rng = np.random.default_rng(0)

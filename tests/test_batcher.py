@@ -633,3 +633,34 @@ def test_deadlines_take_at_most_half_of_the_work(dated, slack):
         batcher.advance(batch)
     # Half of the work may jump; of the other half each lane has its share.
     assert work_of[KEYS[0]] >= 0.25 * work_of.total() - 0.1
+
+
+def test_newcomers_join_a_call_that_has_not_begun_as_far_as_it_has_room():
+    batcher = batcher_of(4)
+    first, pair, single, other = claim(2), claim(3, rows=2), claim(1), claim(1, key=KEYS[1])
+    batcher.add(first)
+    call = batcher.schedule()
+    for newcomer in (pair, other, claim(9, rows=2), single):
+        batcher.add(newcomer)
+    lane = batcher._places[first].lane
+    tag = lane.start
+    joined = batcher.join(call)
+    assert set(joined) == {pair, single}
+    assert lane.start == tag + 3 * first.key.cells / lane.weight  # their lane pays for them
+    assert batcher.join([*call, *joined]) == []
+    batcher.advance([*call, *joined])
+    assert (first.left, pair.left, single.left) == (1, 2, 0)
+    assert batcher.waiting == len(batcher) == 4
+
+
+def test_nobody_joins_a_claim_that_is_alone_or_gone():
+    batcher = batcher_of(4)
+    for key in (ALONE, KEYS[0]):
+        batcher.add(claim(2, key=key))
+        call = batcher.schedule()
+        batcher.add(claim(2, key=key))
+        if key != ALONE:
+            batcher.remove(call[0])
+        assert batcher.join(call) == []
+        for left in call:
+            batcher.remove(left)

@@ -90,3 +90,14 @@ def test_first_noise_that_is_drawn_early_changes_nothing(denoiser):
         for _ in range(CALLS):
             denoiser.step("unet", [painted])
     np.testing.assert_array_equal(early.latent.x, late.latent.x)
+
+
+def test_a_call_can_change_when_its_turn_has_come(denoiser, unet):
+    alone, together = [painting(0), painting(1)], [painting(0), painting(1)]
+    gone = painting(2)
+    for painted in alone:
+        denoiser.step("unet", [painted])
+    denoiser.step("unet", [together[0], gone], renew=lambda: together)
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(one.latent.x, other.latent.x)
+    assert (gone.calls, len(unet.inputs[-1]["sample"])) == (0, 2)

@@ -98,7 +98,7 @@ def test_a_thread_that_dies_ends_every_request(repository, monkeypatch, loop):
     reasons: list[str] = []
     engine = open_engine(repository)
     broken = {
-        "_encode": (engine, "_encode"),
+        "_encode": (engine._intake, "encode"),
         "_denoise": (engine._batcher, "schedule"),
         "_reply": (engine._to_reply, None),
     }[loop]

@@ -20,6 +20,7 @@ import numpy as np
 from benchmarks.peers.http_server import KINDS
 from benchmarks.peers.load import Ask, Send
 from benchmarks.process_memory import Usage, watch
+from twinbrush.runtime_choice import Runtime
 from twinbrush.server.addresses import chosen_ports
 
 READY_SECONDS = 600.0
@@ -134,7 +135,9 @@ def _triton_command(folder: Path, ports: Ports, repository: Path, *flags: str) -
 
 
 def _twinbrush_command(folder: Path, ports: Ports) -> list[str]:
-    return _triton_command(folder, ports, folder / "model_repository")
+    return _triton_command(
+        folder, ports, folder / "model_repository", "--runtime", str(Runtime.IN_PROCESS)
+    )
 
 
 def _loop_command(folder: Path, ports: Ports) -> list[str]:

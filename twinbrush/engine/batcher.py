@@ -145,13 +145,31 @@ class StepBatcher:
             return []
         chosen = self._fill(lane, urgent)
         self._charge(lane, chosen, jump)
-        for claim in chosen:
-            place = self._places[claim]
-            place.lane.take(claim, place.due, place.arrival)
-            place.lane.running_rows += claim.next_rows
-            place.running = True
-        self._running += len(chosen)
+        self._mark_running(chosen)
         return chosen
+
+    def join(self, call: Sequence[Claim]) -> list[Claim]:
+        """Returns claims that fit into a call which has not begun, and marks them as running.
+
+        They are those that came since its claims were scheduled, or had no room in a smaller call.
+        """
+        key, free = call[0].key, self._capacity(call[0].key) - sum(c.next_rows for c in call)
+        place = self._places.get(call[0])
+        if key.alone or place is None:
+            return []
+        joined: list[Claim] = []
+        for claim in self._candidates(place.lane, ()):
+            if claim.next_rows <= free:
+                joined.append(claim)
+                free -= claim.next_rows
+        before = sum(claim.next_rows for claim in call)
+        rows = before + sum(claim.next_rows for claim in joined)
+        work = self._work(key, rows) - self._work(key, before)
+        for claim in joined:
+            lane = self._places[claim].lane
+            lane.start += max(0.0, work) * claim.next_rows / (rows - before) / lane.weight
+        self._mark_running(joined)
+        return joined
 
     def advance(self, claims: Iterable[Claim]) -> None:
         """Counts a call as done: each of its claims has had one more; finished ones leave.
@@ -184,6 +202,14 @@ class StepBatcher:
                 place.lane.put(claim, place.due, place.arrival)
             else:
                 self._forget(claim, place)
+
+    def _mark_running(self, claims: Sequence[Claim]) -> None:
+        for claim in claims:
+            place = self._places[claim]
+            place.lane.take(claim, place.due, place.arrival)
+            place.lane.running_rows += claim.next_rows
+            place.running = True
+        self._running += len(claims)
 
     def _stop(self, claim: Claim, place: _Place) -> None:
         place.running = False

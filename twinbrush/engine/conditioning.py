@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -76,27 +76,31 @@ class Conditioner:
         self._telemetry, self._cache_bytes = telemetry, cache_bytes
         self._cache: OrderedDict[Text, Conditioning] = OrderedDict()  # without the batch axis
         self._cached_bytes = 0
+        self._prepared: dict[Text, Chunks] = {}
         self.gathering = Gathering()
         self._others = ThreadPoolExecutor(max(1, len(config.encoders) - 1), "encoders")
 
-    def __call__(self, wanted: Sequence[Sequence[Text]]) -> list[dict[str, np.ndarray]]:
+    def __call__(
+        self, wanted: Sequence[Sequence[Text]], networks_done: Callable[[], None] = lambda: None
+    ) -> list[dict[str, np.ndarray]]:
         """The UNet's inputs for each list of texts, (texts, ...) each, by name.
 
         The texts of a list have equally many chunks: UNets attend to all tokens, without a mask.
+        `networks_done` is called once the last network has run.
         """
         wanted = [self._in_equal_chunks(texts) for texts in wanted]
         distinct = dict.fromkeys(text for texts in wanted for text in texts)
         missing = [text for text in distinct if text not in self._cache]
-        for texts in self._calls(missing):
-            began = time.monotonic()
-            made = self._encode(texts)
-            self.gathering.observe(len(texts), time.monotonic() - began)
-            for text, encoded in zip(texts, made, strict=True):
-                self._cache[text] = encoded
-                self._cached_bytes += _bytes(encoded)
+        calls = [(texts, *self._run_networks(texts)) for texts in self._calls(missing)]
+        networks_done()
+        for texts, counts, encoded, fused in calls:
+            for text, made in zip(texts, self._parts(counts, encoded, fused), strict=True):
+                self._cache[text] = made
+                self._cached_bytes += _bytes(made)
         for text in distinct:
             self._cache.move_to_end(text)
         stacked = [self._stacked(texts) for texts in wanted]
+        self._prepared.clear()  # of texts that were encoded otherwise, or not at all
         while self._cached_bytes > self._cache_bytes:
             self._cached_bytes -= _bytes(self._cache.popitem(last=False)[1])
         hits = sum(map(len, wanted)) - len(missing)
@@ -108,11 +112,19 @@ class Conditioner:
         texts = self._in_equal_chunks(texts)
         return any(not text.alone and text not in self._cache for text in texts)
 
+    def prepare(self, texts: Sequence[Text]) -> bool:
+        """Tokenizes texts that are to be encoded next; returns whether that takes a call."""
+        missing = [text for text in self._in_equal_chunks(texts) if text not in self._cache]
+        self._prepared |= {text: self._tokens(text) for text in missing}
+        return bool(missing)
+
     def close(self) -> None:
         self._others.shutdown()
 
     def _stacked(self, texts: Sequence[Text]) -> dict[str, np.ndarray]:
         rows = [self._cache[text] for text in texts]
+        if len(rows) == 1:
+            return {name: tensor[None] for name, tensor in rows[0].items()}
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     def _calls(self, missing: Iterable[Text]) -> list[list[Text]]:
@@ -126,17 +138,27 @@ class Conditioner:
         counts = [self._tokenizer.count_chunks(text.text, text.syntax) for text in texts]
         return [replace(text, chunks=max(counts)) for text in texts]
 
-    def _encode(self, texts: Sequence[Text]) -> list[Conditioning]:
-        prompts = [self._tokenizer.chunks(t.text, t.syntax, t.chunks, t.loras) for t in texts]
+    def _tokens(self, text: Text) -> Chunks:
+        return self._tokenizer.chunks(text.text, text.syntax, text.chunks, text.loras)
+
+    def _run_networks(self, texts: Sequence[Text]) -> tuple[list[int], Tensors, Tensors]:
+        """The chunks of each text, what the encoders give side by side, and what fusion makes."""
+        prompts = [self._prepared.pop(text, None) or self._tokens(text) for text in texts]
+        began = time.monotonic()
         first, *others = prompts[0].inputs
         running = [self._others.submit(self._run_encoder, name, prompts) for name in others]
         encoded = self._run_encoder(first, prompts)
         for future in running:
             encoded |= future.result()
         fused = self._run(FUSION, {name: encoded[name] for name in self._config.fusion_inputs})
+        self.gathering.observe(len(texts), time.monotonic() - began)
+        return [prompt.count for prompt in prompts], encoded, fused
+
+    def _parts(self, counts: Sequence[int], encoded: Tensors, fused: Tensors) -> list[Conditioning]:
+        """The conditioning of each text of a call."""
         kept = [name for name in self._config.unet_inputs if name in fused or name in encoded]
-        ends = np.cumsum([prompt.count for prompt in prompts])
-        rows = [slice(e - prompt.count, e) for e, prompt in zip(ends, prompts, strict=True)]
+        ends = np.cumsum(counts)
+        rows = [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
         return [
             {n: np.concatenate(fused[n][r]) if n in fused else encoded[n][r.start].copy()
              for n in kept}
@@ -154,11 +176,15 @@ class Conditioner:
             return outputs | {name: emphasize(tokens[name], weights) for name in tokens}
         outputs |= {name: inputs[name] for name in inputs if name in self._config.fusion_inputs}
         counts = [prompt.count for prompt in prompts]
+        if max(counts) == 1:
+            return outputs
         return {name: np.repeat(tensor, counts, axis=0) for name, tensor in outputs.items()}
 
     def _run(self, model: str, inputs: Tensors) -> Tensors:
         """Runs a model on at most `max_rows` rows a call."""
         count = len(next(iter(inputs.values())))
+        if count <= self._max_rows:
+            return dict(self._models.run(model, inputs))
         parts = [
             self._models.run(model, {n: t[i : i + self._max_rows] for n, t in inputs.items()})
             for i in range(0, count, self._max_rows)

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +42,7 @@ class Decoder:
 
     Args:
         models: the served networks.
+        turn: is held while the decoder runs.
         config: the checkpoint.
         pictures: that a call of a key may have.
         finish: takes an image and the bytes of its file, from any thread.
@@ -51,12 +53,13 @@ class Decoder:
     def __init__(
         self,
         models: Models,
+        turn: Callable[[], AbstractContextManager[None]],
         config: PipelineConfig,
         pictures: Callable[[CallKey], int],
         finish: Callable[[LiveImage, bytes], None],
         fail: Callable[..., None],
     ):
-        self._models, self._config, self._pictures = models, config, pictures
+        self._models, self._turn, self._config, self._pictures = models, turn, config, pictures
         self._finish, self._fail = finish, fail
         self._waiting: queue.SimpleQueue[LiveImage | None] = queue.SimpleQueue()
         self._encoders = ThreadPoolExecutor(IMAGE_ENCODERS, "image-encoder")
@@ -88,7 +91,8 @@ class Decoder:
             return
         try:
             latent = np.stack([image.painting.latent.x for image in group])
-            pictures = self._models.run(DECODER, {"latent": latent})["image"]
+            with self._turn():
+                pictures = self._models.run(DECODER, {"latent": latent})["image"]
         except Exception:
             self._fail([image.generation for image in group], "decoding")
             return

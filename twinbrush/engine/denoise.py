@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 import weakref
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,7 +24,7 @@ class Painting:
     Attributes:
         trajectory: its sampler's rows of coefficients, one a UNet call.
         conditioning: UNet inputs by name, (rows, ...) each; with two rows the second is the
-            negative one.
+            negative one. Empty until the texts are encoded.
         guidance: scale, rescaling and interval.
         noise: the generator that only this image draws from.
         shape: of the latent, (C, h, w).
@@ -88,15 +90,24 @@ class Denoiser:
 
     Args:
         models: the served networks.
+        turn: is held while the UNet runs.
     """
 
-    def __init__(self, models: Models):
-        self._models = models
+    def __init__(
+        self, models: Models, turn: Callable[[], AbstractContextManager[None]] = nullcontext
+    ):
+        self._models, self._turn = models, turn
         self._noise = ThreadPoolExecutor(1, "noise")
         self._stacked_for: tuple[list[weakref.ref[Painting]], list[int], int] = [], [], 0
         self._conditioning: dict[str, np.ndarray] = {}
 
-    def step(self, model: str, paintings: Sequence[Painting], buckets: Sequence[int] = ()) -> None:
+    def step(
+        self,
+        model: str,
+        paintings: Sequence[Painting],
+        buckets: Sequence[int] = (),
+        renew: Callable[[], Sequence[Painting] | None] = lambda: None,
+    ) -> float:
         """Moves every painting one call along its trajectory.
 
         When the call fails, no painting has changed, and noise that was drawn for it is kept.
@@ -105,32 +116,55 @@ class Denoiser:
             model: the UNet to call.
             paintings: all with latents of one shape.
             buckets: ascending row counts that the call is padded up to; none pads nothing.
+            renew: called when the turn has come; gives other paintings in their place, or None.
+
+        Returns:
+            Seconds that the UNet took, without the wait for its turn.
 
         Raises:
             Exception: the UNet failed.
         """
-        for painting in paintings:
-            painting.begin()
-        rows = np.array([painting.rows for painting in paintings])
-        first = np.cumsum(rows) - rows  # each painting's first row
-        x = np.stack([painting.latent.x for painting in paintings])
-        inputs = self._inputs(paintings, rows, x, buckets)
-        drawn = self._noise.submit(_draw_ahead, paintings) if _any_noise(paintings) else None
+        x, rows, inputs = self._prepare(paintings, buckets)
+        drawn = None
         try:
-            output = self._models.run(model, inputs)["model_output"]
+            with self._turn():
+                if renewed := renew():
+                    paintings = renewed
+                    x, rows, inputs = self._prepare(paintings, buckets)
+                if _any_noise(paintings):
+                    drawn = self._noise.submit(_draw_ahead, paintings)
+                started = time.monotonic()
+                output = self._models.run(model, inputs)["model_output"]
+                seconds = time.monotonic() - started
         finally:
             if drawn is not None:
                 drawn.result()
         if len(output) > len(paintings):  # two rows of some, or padding
+            first = np.cumsum(rows) - rows  # each painting's first row
             output = _guided(paintings, output[first], output[first + rows - 1])
         table = np.stack([p.trajectory.table[p.calls] for p in paintings])
         latents = [painting.latent for painting in paintings]
         advance(latents, table, x, output, lambda i: paintings[i].draw())
         for painting in paintings:
             painting.calls += 1
+        return seconds
+
+    def draw_first(self, paintings: Sequence[Painting]) -> Future:
+        """Begins to draw the first noise of paintings that no call has yet."""
+        return self._noise.submit(_begin, paintings)
 
     def close(self) -> None:
         self._noise.shutdown()
+
+    def _prepare(
+        self, paintings: Sequence[Painting], buckets: Sequence[int]
+    ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        """The paintings' latents (J, C, h, w), the rows of each, and the UNet's inputs."""
+        for painting in paintings:
+            painting.begin()
+        rows = np.array([painting.rows for painting in paintings])
+        x = np.stack([painting.latent.x for painting in paintings])
+        return x, rows, self._inputs(paintings, rows, x, buckets)
 
     def _inputs(
         self, paintings: Sequence[Painting], rows: np.ndarray, x: np.ndarray, buckets: Sequence[int]
@@ -165,6 +199,11 @@ class Denoiser:
 
 def _any_noise(paintings: Sequence[Painting]) -> bool:
     return any(painting.needs_noise for painting in paintings)
+
+
+def _begin(paintings: Sequence[Painting]) -> None:
+    for painting in paintings:
+        painting.begin()
 
 
 def _draw_ahead(paintings: Sequence[Painting]) -> None:

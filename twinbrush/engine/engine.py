@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,27 +28,29 @@ from twinbrush.engine.conditioning import Conditioner
 from twinbrush.engine.config import PipelineConfig
 from twinbrush.engine.costs import Costs
 from twinbrush.engine.decode import Decoder, LiveImage
-from twinbrush.engine.denoise import Denoiser
+from twinbrush.engine.denoise import Denoiser, Painting
 from twinbrush.engine.generation import End, EngineError, Event, Finished, Generation, Progress
 from twinbrush.engine.image_cache import ImageCache
+from twinbrush.engine.intake import Intake
 from twinbrush.engine.limits import Limits
 from twinbrush.engine.memory import DeviceMemory
 from twinbrush.engine.metrics import Observer, Unobserved
 from twinbrush.engine.models import Models
-from twinbrush.engine.newcomers import gathered
 from twinbrush.engine.plan import Planner
 from twinbrush.engine.prompt import PromptTokenizer
 from twinbrush.engine.request import GenerationRequest
 from twinbrush.engine.request_ids import named
 from twinbrush.engine.telemetry import ObservedModels, Telemetry
 from twinbrush.engine.threads import Watchdog, start_guarded
-from twinbrush.engine.tracing import Marks, Origin, Tracer
+from twinbrush.engine.tracing import Origin, Tracer
+from twinbrush.engine.turns import NoTurns, Stage, Turns
 
 log = logging.getLogger(__name__)
 
 MEGABYTE = 2**20
 # How runtimes word that memory is exhausted.
 OUT_OF_MEMORY = ("out of memory", "failed to allocate memory", "bad_alloc", "memoryerror")
+WORTH_A_WAIT = 0.03  # of a UNet call's time, for newcomers who would wait as long as the call
 
 
 class Engine:
@@ -63,6 +66,8 @@ class Engine:
         beat: called about twice a second while the engine is well.
         observer: takes the values of the metrics.
         tracer: takes the spans of traces.
+        one_call_at_a_time: whether the stages take turns with their calls, see `turns`: where
+            `models` runs them on one accelerator.
     """
 
     def __init__(
@@ -75,6 +80,7 @@ class Engine:
         beat: Callable[[], None] = lambda: None,
         observer: Observer | None = None,
         tracer: Tracer | None = None,
+        one_call_at_a_time: bool = False,
     ):
         limits = limits or Limits()
         self.config = config = limits.bounded(config)
@@ -97,18 +103,27 @@ class Engine:
         self._watchdog = Watchdog(
             models, limits.call_seconds, self._fail, partial(self._tick, beat)
         )
+        self._turns: Turns | NoTurns = Turns() if one_call_at_a_time else NoTurns()
         self._conditioner = Conditioner(
             self._watchdog, config, tokenizer, limits.max_rows, self._telemetry,
             limits.prompt_cache_mb * MEGABYTE,
         )  # fmt: skip
         self._image_cache = ImageCache(limits.image_cache_mb * MEGABYTE)
-        self._denoiser = Denoiser(self._watchdog)
-        self._to_encode: queue.SimpleQueue = queue.SimpleQueue()
+        self._denoiser = Denoiser(self._watchdog, partial(self._turns.take, Stage.DENOISE))
         self._to_reply: queue.SimpleQueue = queue.SimpleQueue()
         self._decoder = Decoder(
-            self._watchdog, config, self._pictures, self._finish, self._end_failed
+            self._watchdog,
+            partial(self._turns.take, Stage.DECODE),
+            config,
+            self._pictures,
+            self._finish,
+            self._end_failed,
         )
-        loops = (self._encode_loop, self._denoise_loop, self._decoder.loop, self._reply_loop)
+        self._intake = Intake(
+            self._plan, self._conditioner, self._turns, limits.max_rows,
+            self._draw_first_noise, self._others, self._add, self._end_failed,
+        )  # fmt: skip
+        loops = (self._intake.loop, self._denoise_loop, self._decoder.loop, self._reply_loop)
         self._threads = [start_guarded(loop.__qualname__, loop, self._fail) for loop in loops]
 
     @classmethod
@@ -170,7 +185,7 @@ class Engine:
         for index, file in enumerate(files):
             self._send(generation, index, file)
         if not files:
-            self._to_encode.put(generation)
+            self._intake.put(generation)
         return generation
 
     def check_room(self) -> None:
@@ -205,7 +220,7 @@ class Engine:
     def close(self) -> None:
         """Ends every live request with UNAVAILABLE and stops the threads."""
         self._end_all(EngineError.of_shutdown())
-        self._to_encode.put(None)
+        self._intake.close()
         self._decoder.close()
         for thread in self._threads[:-1]:
             thread.join()
@@ -241,50 +256,17 @@ class Engine:
 
     # Encode -----------------------------------------------------------------------------
 
-    def _encode_loop(self) -> None:
-        for batch in gathered(self._to_encode, self._patience):
-            self._encode([generation for generation in batch if not generation.ended])
-
-    def _patience(self, newcomers: list[Generation]) -> float:
-        """Seconds that newcomers may go on waiting for others to share an encoder call with."""
-        texts = self._plan.texts(newcomers[-1].request)
-        if len(newcomers) >= self._limits.max_rows or not self._conditioner.needs_call(texts):
-            return 0.0
+    def _others(self, newcomers: int) -> int:
+        """Requests that are being made beside newcomers; none where no image is."""
         with self._work:
-            others = len(self._admission.live) - len(newcomers) if len(self._batcher) else 0
-        now, gathering = time.monotonic(), self._conditioner.gathering
-        patience = gathering.patience([now - g.submitted for g in newcomers], others)
-        return min(patience, gathering.saved)  # looks again, since others end meanwhile
+            return len(self._admission.live) - newcomers if len(self._batcher) else 0
 
-    def _encode(self, generations: Sequence[Generation]) -> None:
-        began = time.monotonic()
-        try:
-            encoded = self._conditioner([self._plan.texts(g.request) for g in generations])
-            now = time.monotonic()
-            made = [
-                LiveImage(
-                    g,
-                    index,
-                    painting,
-                    self._plan.claim(g.request, painting),
-                    Marks(g.submitted, began, now),
-                )
-                for g, tensors in zip(generations, encoded, strict=True)
-                for index, painting in enumerate(self._plan.paintings(g.request, tensors))
-            ]
-        except Exception as error:
-            if len(generations) > 1 and not isinstance(error, EngineError):
-                log.warning(
-                    "encoding %d prompts at once failed: %s",
-                    len(generations), _named(generations), exc_info=True,
-                )  # fmt: skip
-                for generation in generations:  # only those that fail alone are at fault
-                    if not generation.ended:
-                        self._encode([generation])
-            else:
-                self._end_failed(generations, "encoding the prompt")
-            return
-        self._draw_first_noise(made)
+    def _draw_first_noise(self, paintings: Sequence[Painting]) -> Future:
+        """Draws it beside the encoders, for as many as a call holds: what waits stays small."""
+        few = paintings[: max(0, self._limits.max_rows - len(self._images))]
+        return self._denoiser.draw_first(few)
+
+    def _add(self, made: Sequence[LiveImage]) -> None:
         with self._work:
             for image in made:
                 if not image.generation.ended:
@@ -293,11 +275,6 @@ class Engine:
                     self._images[image.claim] = image
                     self._batcher.add(image.claim)
             self._work.notify_all()
-
-    def _draw_first_noise(self, made: Sequence[LiveImage]) -> None:
-        """Draws it beside UNet calls, for as many as one holds: what waits longer stays small."""
-        for image in made[: max(0, self._limits.max_rows - len(self._images))]:
-            image.painting.begin()
 
     # Denoise ----------------------------------------------------------------------------
 
@@ -314,18 +291,22 @@ class Engine:
 
     def _denoise(self, call: Sequence[LiveImage]) -> None:
         """One UNet call."""
-        key, counts = call[0].claim.key, [image.painting.rows for image in call]
+        key, call = call[0].claim.key, list(call)
         started = time.monotonic()
         try:
-            self._denoiser.step(key.model, [i.painting for i in call], self._buckets(key))
+            paintings = [image.painting for image in call]
+            taken = self._denoiser.step(
+                key.model, paintings, self._buckets(key), partial(self._renew, call)
+            )
         except Exception as error:
             self._retry(call, error)
             return
+        counts = [image.painting.rows_at(image.painting.calls - 1) for image in call]
         with self._work:
             ended = time.monotonic()
             seconds = ended - started
             self._admission.observe(self._plan.call_work(key, sum(counts)), seconds)
-            self._costs.observe(key, sum(counts), seconds)
+            self._costs.observe(key, sum(counts), taken)
             self._batcher.advance([image.claim for image in call])
             for image, count in zip(call, counts, strict=True):
                 image.marks.denoising = image.marks.denoising or started
@@ -342,6 +323,19 @@ class Engine:
                 self._report(image)
                 if image.painting.finished:
                     self._decoder.put(image)
+
+    def _renew(self, call: list[LiveImage]) -> list[Painting] | None:
+        """The paintings of a call whose turn has come, if others have come or gone meanwhile."""
+        with self._work:
+            seconds = self._costs.seconds(call[0].claim.key, len(call))
+        self._intake.wait_for_encoded(WORTH_A_WAIT * seconds)
+        with self._work:
+            left = [image for image in call if not image.generation.ended]
+            joined = self._batcher.join([image.claim for image in left]) if left else []
+            if not left or (not joined and len(left) == len(call)):
+                return None
+            call[:] = [*left, *(self._images[claim] for claim in joined)]
+        return [image.painting for image in call]
 
     def _retry(self, call: Sequence[LiveImage], error: Exception) -> None:
         """Tries each half of a failed call, down to the images at fault, which fail alone."""

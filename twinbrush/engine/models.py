@@ -27,3 +27,14 @@ class Models(Protocol):
             Exception: the model failed; the message is for the log, not for clients.
         """
         ...
+
+
+class PlacedModels(Models, Protocol):
+    """Networks that know where they run.
+
+    Attributes:
+        on_accelerator: whether one accelerator runs them all, and calls reach it directly.
+    """
+
+    @property
+    def on_accelerator(self) -> bool: ...

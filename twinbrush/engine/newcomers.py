@@ -59,3 +59,15 @@ def gathered(waiting: queue.SimpleQueue, patience: Callable[[list], float]) -> I
         yield [item for item in batch if item is not None]
         if batch[-1] is None:
             return
+
+
+def arrived(waiting: queue.SimpleQueue, most: int) -> list:
+    """At most so many of those that wait now; None, the end, stays."""
+    found: list = []
+    while len(found) < most and not waiting.empty():
+        item = waiting.get()
+        if item is None:
+            waiting.put(None)
+            break
+        found.append(item)
+    return found

@@ -62,11 +62,25 @@ class Planner:
             UNET, request.height // scale, request.width // scale, alone=request.deterministic
         )
 
-    def paintings(
+    def paintings(self, request: GenerationRequest) -> list[Painting]:
+        """The images of a request, without their conditioning."""
+        key = self.key(request)
+        return [
+            Painting(
+                trajectory=self._trajectory(request),
+                conditioning={},
+                guidance=self._guidance(request),
+                noise=np.random.default_rng(request.seed + index),
+                shape=(self._config.latent_channels, key.height, key.width),
+            )
+            for index in range(request.num_images)
+        ]
+
+    def conditioning(
         self, request: GenerationRequest, encoded: Mapping[str, np.ndarray]
-    ) -> list[Painting]:
-        """The images of a request, conditioned on what the encoders made of its texts."""
-        config, key = self._config, self.key(request)
+    ) -> dict[str, np.ndarray]:
+        """What the UNet takes beside latents, from what the encoders made of a request's texts."""
+        config = self._config
         conditioning = dict(encoded)
         rows = len(self.texts(request))
         if config.timestep_cond:
@@ -82,16 +96,7 @@ class Planner:
         if LORA_SCALE in config.unet_inputs:
             scales = np.array(self._lora_scales(request), np.float32)
             conditioning[LORA_SCALE] = np.tile(scales, (rows, 1))
-        return [
-            Painting(
-                trajectory=self._trajectory(request),
-                conditioning=conditioning,
-                guidance=self._guidance(request),
-                noise=np.random.default_rng(request.seed + index),
-                shape=(config.latent_channels, key.height, key.width),
-            )
-            for index in range(request.num_images)
-        ]
+        return conditioning
 
     def claim(self, request: GenerationRequest, painting: Painting) -> Claim:
         """The claim of one image on UNet calls."""

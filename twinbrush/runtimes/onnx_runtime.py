@@ -174,6 +174,7 @@ class LocalModels:
         configs: Mapping[str, Path] | None = None,
     ):
         self._networks: dict[str, Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]] = {}
+        self._devices: set[int | None] = set()
         for path in sorted(repository.glob("*/config.pbtxt")):
             model = (files or {}).get(path.parent.name, path.parent / "1" / "model.onnx")
             if model.exists():
@@ -181,6 +182,12 @@ class LocalModels:
                 device_id = _gpu_of(config) if on_gpu else None
                 session = open_session(model, config, device_id)
                 self._networks[path.parent.name] = _runner(session, device_id)
+                self._devices.add(device_id)
+
+    @property
+    def on_accelerator(self) -> bool:
+        """Whether all of them run on one GPU."""
+        return len(self._devices) == 1 and None not in self._devices
 
     def run(self, model: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """See `Models.run`."""

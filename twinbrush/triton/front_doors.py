@@ -24,7 +24,7 @@ from twinbrush.engine.metrics import (
     REQUESTS_LIVE,
     Observer,
 )
-from twinbrush.engine.models import Models
+from twinbrush.engine.models import PlacedModels
 from twinbrush.engine.request import (
     GenerationRequest,
     describe_server,
@@ -59,15 +59,17 @@ class StreamModel:
         control = Control.from_environment()
         beat = Beat(control, args["model_name"], lambda: self._engine.drain(0))
         self._tracer = open_tracer(config)
+        models = self.open_models(folder, config)
         self._engine = Engine.of_model(
-            folder, config, self.open_models(folder, config), device_memory(),
+            folder, config, models, device_memory(),
             fail=_end_process, beat=beat, observer=self._observer, tracer=self._tracer,
+            one_call_at_a_time=models.on_accelerator,
         )  # fmt: skip
         self._relay = RelayServer(relay_address(), self._submit)
         self._watch = CancelWatch(_end_process)
         self._live: dict[Answer, tuple[str, Generation]] = {}  # and the id that the client gave
 
-    def open_models(self, folder: Path, config: Mapping[str, Any]) -> Models:
+    def open_models(self, folder: Path, config: Mapping[str, Any]) -> PlacedModels:
         """The networks behind the engine in `folder`, by the parameter `runtime`."""
         return open_models(folder.parent, config, _end_process)
 

@@ -28,6 +28,8 @@ class TritonModels:
             starts it again, so every later call would fail.
     """
 
+    on_accelerator = False  # a call first goes to another process
+
     def __init__(self, fail: Fail):
         self._fail = fail
         self._kept: dict[tuple[str, str], tuple[np.ndarray, Any]] = {}  # by model and input

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from twinbrush.engine.models import Models
+from twinbrush.engine.models import PlacedModels
 from twinbrush.engine.threads import Fail
 from twinbrush.runtime_choice import Runtime, chosen_runtime
 
 
-def open_models(model_repository: Path, config: Mapping[str, Any], fail: Fail) -> Models:
+def open_models(model_repository: Path, config: Mapping[str, Any], fail: Fail) -> PlacedModels:
     """The networks beside the engine's model.
 
     Args:
