@@ -258,6 +258,7 @@ def test_a_phone_scrolls_down_only(browser, gateway, scheme):
     page.goto(gateway.url)
     expect(page.locator("#tb-server b")).to_be_visible()
     page.locator("#tb-examples button").first.click()
+    expect(page.locator("#tb-prompt textarea")).not_to_have_value("")
     page.click("#tb-paint")
     expect(downloads(page)).to_have_count(1)
     for opened in ("#tb-more button", "#tb-from button"):
