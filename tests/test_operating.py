@@ -29,6 +29,7 @@ FOREIGN = {
     "--depth", "--editable", "--gpus", "--init", "--ipc", "--name", "--no-deps", "--requirement",
     "--shm-size", "--stop-timeout", "--tmpfs", "--grpc-header-forward-pattern",
     "--http-header-forward-pattern", "--grpc-server-cert", "--grpc-server-key", "--grpc-use-ssl",
+    "--grpc-use-ssl-mutual",
 }  # fmt: skip
 RULES = ROOT / "deploy" / "prometheus" / "rules.yml"
 DASHBOARD = ROOT / "deploy" / "grafana" / "twinbrush.json"

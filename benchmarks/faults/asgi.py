@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Any
-from unittest import mock
 
 from PIL import Image
 
-from gateway import front_page
 from gateway.app import Settings, create_app
 from gateway.backend import Backend
 from gateway.gate import Gate
@@ -25,7 +24,9 @@ INFO = ServerInfo(
      "guidance_scale": 1.0},
     {"native": 64, "multiple_of": 16, "largest": 256}, [], loras=["ink"],
 )  # fmt: skip
-LEFT = object()  # of the queue: the client has left
+_file = io.BytesIO()
+Image.new("RGB", (1, 1)).save(_file, "png")
+PICTURE = _file.getvalue()
 
 
 class _Client:
@@ -45,7 +46,7 @@ class _Stream:
     async def __aiter__(self) -> AsyncIterator[Picture]:
         known = {k: v for k, v in self._fields.items() if k not in ("request_id", "timeout")}
         wire.stream_request(self._prompt, known)
-        yield Picture(0, self._fields.get("seed") or 1, Image.new("RGB", (1, 1)), "", b"picture")
+        yield Picture(0, self._fields.get("seed") or 1, "", PICTURE)
 
     def cancel(self) -> None: ...
 
@@ -67,8 +68,8 @@ def open_app(key: str | None = None) -> Callable[[str, dict[str, str], bytes], t
     pool = Pool([ADDRESS], 5.0)
     pool._backends[ADDRESS] = backend
     keys = [Key("ann", digest(key), Limits(None, None, None))] if key else []
-    with mock.patch.object(front_page, "mount"):  # gradio's, which takes seconds to import
-        app = create_app(pool, Settings(KeyRing(keys, Limits(None, None, None))), Gate())
+    settings = Settings(KeyRing(keys, Limits(None, None, None)), page=False)
+    app = create_app(pool, settings, Gate())
     loop = asyncio.new_event_loop()
     return lambda path, headers, body: loop.run_until_complete(_call(app, path, headers, body))
 

@@ -6,8 +6,10 @@ import queue
 import random
 import signal
 import statistics
+import sys
 import threading
 import time
+from collections import Counter
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from twinbrush_client import wire
 from twinbrush_client.errors import error_of
 
 STREAM = "text_to_image_stream"
+FULL = "RESOURCE_EXHAUSTED"  # of a refusal because of load
 
 
 # Cancels ----------------------------------------------------------------------------------------
@@ -141,7 +144,9 @@ def _arrivals(server: Serving, rate: float, seconds: float) -> dict:
             time.sleep(0.05)
     accepted = [o for o in seen.outcomes if o.error is None]
     settled = [o for o in accepted if began + seconds / 5 <= o.answered <= stopped]
-    refused = [o for o in seen.outcomes if o.error == "RESOURCE_EXHAUSTED"]
+    refused = [o for o in seen.outcomes if o.error == FULL]
+    if others := Counter(o.error for o in seen.outcomes if o.error not in (None, FULL)):
+        print("other errors:", dict(others), file=sys.stderr)
     return {
         "sent_per_second": round(sent / (stopped - began), 1),
         "accepted_per_second": len(settled) / (stopped - began - seconds / 5),
@@ -149,7 +154,7 @@ def _arrivals(server: Serving, rate: float, seconds: float) -> dict:
         "accepted_p99_ms": seen.percentile_ms(99),
         "refused": len(refused),
         "refused_with_retry_after": sum(o.retry_after is not None for o in refused),
-        "other_errors": len(seen.outcomes) - len(accepted) - len(refused),
+        "other_errors": sum(others.values()),
         "requests_without_an_answer": sent - len(seen.outcomes),
     }
 
