@@ -58,6 +58,10 @@ def check_configs(checkpoint: Checkpoint) -> None:
     for part in checkpoint.weights:
         for name, value in checkpoint.config(part).items():
             _check_size(checkpoint, part, name, value)
+        if part not in ("bert", "fusion"):
+            check_fields(
+                _file(checkpoint, part), checkpoint.config(part), _class_of(checkpoint, part)
+            )
     unet = checkpoint.config("unet")
     first = _check_tower(checkpoint, "text_encoder")
     width, pooled, sources = first.hidden_size, None, "text_encoder has hidden_size"
@@ -163,9 +167,6 @@ def without_weights(checkpoint: Checkpoint, part: str) -> nn.Module | None:
     if part not in checkpoint.folders or part in ("bert", "fusion"):
         return None
     config, name = checkpoint.config(part), checkpoint.classes[part]
-    file = checkpoint.folders[part] / "config.json"
-    is_diffusers = hasattr(diffusers, name)
-    check_fields(file, config, getattr(diffusers, name) if is_diffusers else CLIPTextConfig)
     try:
         return _build(checkpoint, part, lambda: _network(name, json.dumps(config)))
     except CheckpointError as error:
@@ -173,11 +174,20 @@ def without_weights(checkpoint: Checkpoint, part: str) -> nn.Module | None:
             rest = json.dumps({key: other for key, other in config.items() if key != field})
             with suppress(Exception), torch.device("meta"):
                 _network(name, rest)
-                wrong = f"{file}: {field}={shown(value)} is invalid: {first_line(error.__cause__)}"
+                wrong = f"{_file(checkpoint, part)}: {field}={shown(value)} is invalid: {first_line(error.__cause__)}"
                 break
         else:
             raise
         raise CheckpointError(wrong) from error
+
+
+def _file(checkpoint: Checkpoint, part: str) -> Path:
+    return checkpoint.folders[part] / "config.json"
+
+
+def _class_of(checkpoint: Checkpoint, part: str) -> type:
+    """The class that takes the fields of a part's configuration."""
+    return getattr(diffusers, checkpoint.classes[part], CLIPTextConfig)
 
 
 @lru_cache(maxsize=8)
