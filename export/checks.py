@@ -59,9 +59,8 @@ def check_configs(checkpoint: Checkpoint) -> None:
         for name, value in checkpoint.config(part).items():
             _check_size(checkpoint, part, name, value)
         if part not in ("bert", "fusion"):
-            check_fields(
-                _file(checkpoint, part), checkpoint.config(part), _class_of(checkpoint, part)
-            )
+            known = getattr(diffusers, checkpoint.classes[part], CLIPTextConfig)
+            check_fields(_file(checkpoint, part), checkpoint.config(part), known)
     unet = checkpoint.config("unet")
     first = _check_tower(checkpoint, "text_encoder")
     width, pooled, sources = first.hidden_size, None, "text_encoder has hidden_size"
@@ -174,20 +173,15 @@ def without_weights(checkpoint: Checkpoint, part: str) -> nn.Module | None:
             rest = json.dumps({key: other for key, other in config.items() if key != field})
             with suppress(Exception), torch.device("meta"):
                 _network(name, rest)
-                wrong = f"{_file(checkpoint, part)}: {field}={shown(value)} is invalid: {first_line(error.__cause__)}"
+                wrong = f"{_file(checkpoint, part)}: {field}={shown(value)} is invalid"
                 break
         else:
             raise
-        raise CheckpointError(wrong) from error
+        raise CheckpointError(f"{wrong}: {first_line(error.__cause__)}") from error
 
 
 def _file(checkpoint: Checkpoint, part: str) -> Path:
     return checkpoint.folders[part] / "config.json"
-
-
-def _class_of(checkpoint: Checkpoint, part: str) -> type:
-    """The class that takes the fields of a part's configuration."""
-    return getattr(diffusers, checkpoint.classes[part], CLIPTextConfig)
 
 
 @lru_cache(maxsize=8)
