@@ -58,6 +58,9 @@ def check_configs(checkpoint: Checkpoint) -> None:
     for part in checkpoint.weights:
         for name, value in checkpoint.config(part).items():
             _check_size(checkpoint, part, name, value)
+        if part not in ("bert", "fusion"):
+            known = getattr(diffusers, checkpoint.classes[part], CLIPTextConfig)
+            check_fields(_file(checkpoint, part), checkpoint.config(part), known)
     unet = checkpoint.config("unet")
     first = _check_tower(checkpoint, "text_encoder")
     width, pooled, sources = first.hidden_size, None, "text_encoder has hidden_size"
@@ -163,9 +166,6 @@ def without_weights(checkpoint: Checkpoint, part: str) -> nn.Module | None:
     if part not in checkpoint.folders or part in ("bert", "fusion"):
         return None
     config, name = checkpoint.config(part), checkpoint.classes[part]
-    file = checkpoint.folders[part] / "config.json"
-    is_diffusers = hasattr(diffusers, name)
-    check_fields(file, config, getattr(diffusers, name) if is_diffusers else CLIPTextConfig)
     try:
         return _build(checkpoint, part, lambda: _network(name, json.dumps(config)))
     except CheckpointError as error:
@@ -173,11 +173,15 @@ def without_weights(checkpoint: Checkpoint, part: str) -> nn.Module | None:
             rest = json.dumps({key: other for key, other in config.items() if key != field})
             with suppress(Exception), torch.device("meta"):
                 _network(name, rest)
-                wrong = f"{file}: {field}={shown(value)} is invalid: {first_line(error.__cause__)}"
+                wrong = f"{_file(checkpoint, part)}: {field}={shown(value)} is invalid"
                 break
         else:
             raise
-        raise CheckpointError(wrong) from error
+        raise CheckpointError(f"{wrong}: {first_line(error.__cause__)}") from error
+
+
+def _file(checkpoint: Checkpoint, part: str) -> Path:
+    return checkpoint.folders[part] / "config.json"
 
 
 @lru_cache(maxsize=8)

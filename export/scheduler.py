@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from types import NoneType
 from typing import Any
 
 import diffusers
@@ -222,6 +223,11 @@ def _check_options(class_name: str, config: dict[str, Any], known: Any) -> None:
             continue
         if name not in SERVED:
             raise CheckpointError(_refusal(name, value, "left out"))
+        default = known[name].default
+        if isinstance(default, bool) and not isinstance(value, bool | NoneType):
+            raise CheckpointError(_refusal(name, value, "true or false"))
+        if type(default) is int and type(value) is not int:
+            raise CheckpointError(_refusal(name, value, "a whole number"))
         if name in ONLY and value is not None and value not in ONLY[name]:
             raise CheckpointError(_refusal(name, value, repr(ONLY[name][0])))
     algorithms = ALGORITHMS.get(class_name)

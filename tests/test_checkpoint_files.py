@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
-from families import EULER, XL_UNET, Family, write_family
+from families import EULER, FAMILIES, XL_UNET, Family, shallow, write_family
 from safetensors.torch import load_file, save_file
 from single_file import write_single_file, write_xl_single_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
@@ -243,8 +243,8 @@ def of_a_refiner(tensors: dict) -> dict:
         (lambda t: t | {FIRST: torch.ones(16, 9, 3, 3)}, "with 9 channels in and 4 out: only"),
         (lambda t: {k: v for k, v in t.items() if k != LAST}, r"odd\.safetensors lacks out\.2\."),
         (
-            lambda t: {k: v for k, v in t.items() if "middle_block.0.in_layers.2.w" not in k},
-            r"odd\.safetensors: unet lacks 1 of its tensors",
+            lambda t: t,
+            r"odd\.safetensors: vae/config\.json makes no AutoencoderKL: num_channels",
         ),
     ],
 )
@@ -592,6 +592,30 @@ def test_no_configuration_ends_in_a_traceback(tiny, tmp_path, name):
             assert "\n" not in text, (field, wrong)
             refused += bool(text)
     assert refused >= len(good)  # NaN is never right
+
+
+XL_CONFIGS = ("unet/config.json", "vae/config.json", "text_encoder_2/config.json")
+
+
+def test_fields_of_a_wrong_kind_are_refused_by_name(tmp_path):
+    """The networks of SDXL; libraries take most of these without a word."""
+    family = shallow(FAMILIES["stabilityai/stable-diffusion-xl-base-1.0"])
+    folder = write_family(tmp_path / "xl", family)
+    for name in XL_CONFIGS:
+        file = folder / name
+        good = json.loads(file.read_text())
+        silent = []
+        for field, value in good.items():
+            for wrong in ({"a": 1}, -1):
+                file.write_text(json.dumps(good | {field: wrong}))
+                text = refusal(folder)
+                assert "\n" not in text, (field, wrong)
+                if type(value) in (bool, int, float, list) and field not in text:
+                    silent.append((field, wrong))
+        file.write_text(json.dumps(good))
+        allowed = {"sample_size", "shift_factor", "dropout", "attention_dropout", "architectures"}
+        assert {f for f, _ in silent if not f.endswith("_id")} <= allowed
+        assert refusal(folder) == ""
 
 
 def refusal(folder: Path) -> str:

@@ -27,7 +27,7 @@ import export.repository as repository_module
 from examples.scenes import world
 from export import pipeline, scheduler
 from export.checkpoint import Checkpoint, open_checkpoint
-from export.convert import ParityError, parity_error, to_onnx, trace
+from export.convert import ParityError, expected_outputs, parity_error, to_onnx, trace
 from export.precision import Precision
 from export.repository import MODELS, build, load_parts
 from export.staging import STAGE, staging
@@ -391,6 +391,18 @@ def test_a_scheduler_that_is_not_served_is_named(broken, repository, monkeypatch
     with pytest.raises(CheckpointError, match="FlowMatchEulerDiscreteScheduler is not served"):
         build(open_checkpoint(broken), repository)
     assert contents(repository) == before
+
+
+def test_large_weights_stand_beside_the_graph(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("export.convert.LARGE", 1)
+    part = load_parts(open_checkpoint(tiny))["fusion"]
+    expected = expected_outputs(part)
+    to_onnx(part, tmp_path / "model.onnx")
+    weights = sum(p.numel() for p in part.module.parameters())
+    assert (tmp_path / "model.onnx.data").stat().st_size >= 3 * weights
+    part.drop_weights()
+    error = parity_error(part, tmp_path / "model.onnx", expected=expected)
+    assert error <= part.tolerance
 
 
 @pytest.mark.parametrize("precision", Precision)

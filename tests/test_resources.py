@@ -21,14 +21,17 @@ SIZE = 4 * 10**12  # bytes
 
 @pytest.fixture
 def huge(tiny, tmp_path):
-    """A copy of the tiny checkpoint whose UNet claims 10¹² weights; the file takes no room."""
+    """A copy of the tiny checkpoint whose UNet has 10¹² weights more; they take no room."""
     folder = shutil.copytree(tiny, tmp_path / "huge")
     (weights,) = (folder / "unet").glob("*.safetensors")
-    tensor = {"dtype": "F32", "shape": [10**6, 10**6], "data_offsets": [0, SIZE]}
-    header = json.dumps({"__metadata__": {"format": "pt"}, "huge.weight": tensor}).encode()
+    whole = weights.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    end = len(whole) - start
+    tensor = {"dtype": "F32", "shape": [10**6, 10**6], "data_offsets": [end, end + SIZE]}
+    header = json.dumps(json.loads(whole[8:start]) | {"huge.weight": tensor}).encode()
     with weights.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        file.truncate(8 + len(header) + SIZE)  # sparse
+        file.write(len(header).to_bytes(8, "little") + header + whole[start:])
+        file.truncate(8 + len(header) + end + SIZE)  # sparse
     return folder
 
 
