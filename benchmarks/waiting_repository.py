@@ -65,6 +65,7 @@ def write_repository(exported: Path, folder: Path, runtime: Runtime) -> Path:
         "latent_channels": CHANNELS, "timestep_cond": 256,
         "latent_to_rgb": [[0.0, 0.0, 0.0]] * (9 * CHANNELS + 1),
     }  # fmt: skip
+    pipeline.pop("memory", None)  # networks that wait take none
     (engine / "pipeline.json").write_text(json.dumps(pipeline))
     path = f"import sys\n\nsys.path.append({str(ROOT)!r})\n"
     for name, (inputs, outputs) in TENSORS.items():
