@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -223,11 +224,7 @@ def build(
         progress("memory")
         others = sum(r.bytes for r in reports if r.model not in (UNET, DECODER))
         others += sum(ln["bytes"] for name, ln in kept.items() if name not in (UNET, DECODER))
-
-        def growth(name: str) -> Growth:
-            work = works.get(name) or count_work(load_part(checkpoint, name, outlines))
-            return growth_of(checkpoint, outlines[name], work)
-
+        growth = partial(_growth, checkpoint, outlines, works)
         pipeline.add_memory(stage / ENGINE, _memory(target, growth, others))
         _write_manifest(stage, checkpoint, kept, reports, check(stage) if check else None)
         put_in_place(stage, repository, _absent(present))
@@ -240,6 +237,14 @@ def growth_of(checkpoint: Checkpoint, part: Part, work: Work) -> Growth:
     tokens = part.tokens * MAX_CHUNKS if part.tokens else 1
     side = part.side or (1, 1)
     return Growth(side, multiple, work.macs, work.weights, work.pairs, tokens)
+
+
+def _growth(
+    checkpoint: Checkpoint, outlines: Mapping[str, Part], works: Mapping[str, Work], name: str
+) -> Growth:
+    """Of a model, also where it is not among those that were built, whose works are known."""
+    work = works.get(name) or count_work(load_part(checkpoint, name, outlines))
+    return growth_of(checkpoint, outlines[name], work)
 
 
 def _memory(
