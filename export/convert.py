@@ -12,6 +12,7 @@ from torch.export import Dim
 from export.graph import join_heads, normalise_in_one_type
 from export.part import Part
 from export.precision import Precision, in_precision
+from networks.loading import first_line
 
 TRIED = ((1, 2), (3, 2), (1, 3), (3, 3))  # rows and size of the inputs that parity is held on
 LARGE = 2**29  # bytes of weights that are written beside the graph, one tensor at a time
@@ -19,7 +20,7 @@ OPSET = 23  # keeps attention as one node; ONNX Runtime 1.27 and TensorRT-RTX 1.
 
 
 class ConversionError(RuntimeError):
-    """PyTorch cannot make an ONNX graph of a model; the message names the model."""
+    """PyTorch cannot run a model, or make an ONNX graph of it; the message names the model."""
 
 
 class ParityError(RuntimeError):
@@ -87,11 +88,19 @@ def trace(part: Part, precision: Precision, opset: int = OPSET) -> torch.onnx.ON
 
 @torch.no_grad()
 def expected_outputs(part: Part) -> list[dict[str, np.ndarray]]:
-    """What PyTorch gives in FP32 for the inputs that `parity_error` tries."""
-    return [
-        {name: tensor.numpy() for name, tensor in part.run(part.example(*tried)).items()}
-        for tried in TRIED
-    ]
+    """What PyTorch gives in FP32 for the inputs that `parity_error` tries.
+
+    Raises:
+        ConversionError: PyTorch cannot run the model.
+    """
+    try:
+        return [
+            {name: tensor.numpy() for name, tensor in part.run(part.example(*tried)).items()}
+            for tried in TRIED
+        ]
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+        text = f"{part.name} cannot be run by PyTorch: {first_line(error)}"
+        raise ConversionError(text) from error
 
 
 def parity_error(

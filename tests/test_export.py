@@ -27,6 +27,7 @@ import export.repository as repository_module
 from examples.scenes import world
 from export import pipeline, scheduler
 from export.checkpoint import Checkpoint, open_checkpoint
+from export.clip_text import ClipText
 from export.convert import ParityError, expected_outputs, parity_error, to_onnx, trace
 from export.precision import Precision
 from export.repository import MODELS, build, load_parts
@@ -643,14 +644,19 @@ def test_a_manifest_that_cannot_be_read_keeps_no_model(refused):
     assert "MANIFEST.json cannot be read" in refused("--only", "unet")
 
 
-def test_a_model_that_pytorch_cannot_convert_is_named(refused, monkeypatch):
-    def forward(self, input_ids):
-        raise ValueError("no such attention")
+@pytest.mark.parametrize("fails", ["run by PyTorch", "converted to ONNX"])
+def test_a_model_that_pytorch_cannot_run_or_convert_is_named(refused, monkeypatch, fails):
+    before = ClipText.forward
 
-    monkeypatch.setattr("export.clip_text.ClipText.forward", forward)
+    def forward(self, input_ids):
+        if fails == "run by PyTorch" or torch.compiler.is_exporting():
+            raise ValueError("no such attention")
+        return before(self, input_ids)
+
+    monkeypatch.setattr(ClipText, "forward", forward)
     monkeypatch.setattr(repository_module, "to_onnx", to_onnx)  # not what was converted before
     monkeypatch.setattr("export.convert.trace", trace)
-    assert "clip_text cannot be converted to ONNX: no such attention" in refused()
+    assert f"clip_text cannot be {fails}: no such attention" in refused()
 
 
 def test_a_model_that_is_named_twice_is_built_once(tiny, tmp_path, monkeypatch):

@@ -117,7 +117,8 @@ def test_a_stage_refuses_a_checkpoint_that_lacks_a_tensor_before_it_computes(ref
     del tensors["embeddings.word_embeddings.weight"]
     save_file(tensors, file, {"format": "pt"})
     assert refused("examples.scenes.train diffusion", "--steps", "1") == (
-        f"error: {file.parent} lacks 1 of its tensors, embeddings.word_embeddings.weight first"
+        f"error: {file.parent} lacks 1 of its tensors, embeddings.word_embeddings.weight first:"
+        " download it again"
     )
     assert not (tmp_path / "runs").exists()
 

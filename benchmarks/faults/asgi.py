@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -59,7 +58,6 @@ def open_app(key: str | None = None) -> Callable[[str, dict[str, str], bytes], t
     Args:
         key: that callers need; None lets everybody in.
     """
-    logging.disable()
     backend = Backend.__new__(Backend)
     vars(backend).update(
         address=ADDRESS, client=_Client(), info=INFO, since=1, outstanding=0.0, turn=0,

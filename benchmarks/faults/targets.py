@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import io
 import json
+import logging
 import struct
 import sys
 import tempfile
@@ -313,6 +314,7 @@ def main(
     ),
 ) -> None:
     """Ends with an exit code other than 0 where an input fails; prints the number of inputs."""
+    logging.disable()  # one line for each of many thousand inputs
     atheris: Any = importlib.import_module("atheris")  # only who runs this needs it
     with atheris.instrument_imports(include=INSTRUMENTED):
         target = TARGETS[name](repository)
