@@ -175,7 +175,7 @@ def test_a_text_model_beside_sdxl_changes_nothing_until_it_is_trained(exported, 
 
 
 def test_models_that_a_checkpoint_lacks_leave_the_repository(exported, tmp_path, monkeypatch):
-    plain, repository = exported("runwayml/stable-diffusion-v1-5")
+    plain, repository = exported("SimianLuo/LCM_Dreamshaper_v7")
     served = Path(shutil.copytree(exported(XL)[1], tmp_path / "served"))
     assert (served / "clip_text_2" / "1" / "model.onnx").exists()
 
