@@ -1,17 +1,20 @@
 """`python -m benchmarks.peers`: Twinbrush beside other ways to serve the same checkpoint.
 
-Random weights of Stable Diffusion 1.5's size (LCM, 4 steps, 256x256), or of a fraction of it. One
-server runs at a time, with all cores, and every round starts them anew: closed loops in the first
-round, Poisson arrivals of mixed requests in the second, which goes through the peers backwards.
-Pictures are not compared here: `benchmarks.fullsize` does that.
+Random weights of Stable Diffusion 1.5's size (LCM, 4 steps, 256x256), or of a fraction of it. All
+servers live at once and have all cores; one of them is under load at a time, and they take turns,
+since the pace of a shared machine changes by the minute: closed loops of 1, 4 and 8 clients, then
+Poisson arrivals of mixed requests. Pictures are not compared here: `benchmarks.fullsize` does that.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +23,7 @@ from rich.console import Console
 
 from benchmarks.machine import write_result
 from benchmarks.peers.load import (
+    Answered,
     closed_loop,
     describe,
     describe_mixed,
@@ -44,8 +48,8 @@ def main(
     folder: Annotated[
         Path | None, typer.Option(help="Keeps the checkpoint and the exported files.")
     ] = None,
-    images: Annotated[int, typer.Option(min=1, help="Images of a closed loop, at least.")] = 8,
-    requests: Annotated[int, typer.Option(min=4, help="Mixed requests.")] = 16,
+    turns: Annotated[int, typer.Option(min=1, help="How often every load runs.")] = 3,
+    requests: Annotated[int, typer.Option(min=4, help="Mixed requests of a turn.")] = 8,
     only: Annotated[str, typer.Option(help="Peers, with commas between.")] = "",
     note: Annotated[str, typer.Option(help="On the machine, for the result file.")] = "",
     out: Annotated[Path, typer.Option(help="Result file.")] = Path("benchmarks/results/peers.json"),
@@ -59,63 +63,83 @@ def main(
     with tempfile.TemporaryDirectory(prefix="peers-") as scratch:
         made = folder or Path(scratch, "made")
         prepare(made, size)
-        results, rate, asks = measure(peers, made, Path(scratch), images, requests)
+        results, rate = measure(peers, made, Path(scratch), turns, requests)
     summary = summarise(results)
     write_result(
         out, "python -m benchmarks.peers", note=note, size=size, steps=STEPS, side=SIDE,
-        goals=GOALS, summary=summary, mixed={
-            "rate": round(rate, 3), "requests": len(asks), "work_over_plain": round(
-                work(asks, STEPS, SIDE), 2),
-        }, peers=results,
+        turns=turns, goals=GOALS, summary=summary, mixed_requests_per_second=round(rate, 3),
+        peers=results,
     )  # fmt: skip
     print(json.dumps(summary))
 
 
 def measure(
-    peers: Sequence[Peer], folder: Path, scratch: Path, images: int, requests: int
-) -> tuple[dict[str, dict[str, Any]], float, list]:
-    """Both rounds.
+    peers: Sequence[Peer], folder: Path, scratch: Path, turns: int, requests: int
+) -> tuple[dict[str, dict[str, Any]], float]:
+    """All loads.
 
     Returns:
-        The results by peer, the rate of the mixed requests, and these requests.
+        The results by peer, and the rate of the mixed requests.
     """
-    results: dict[str, dict[str, Any]] = {peer.name: {} for peer in peers}
-    for peer in peers:
-        found = results[peer.name]
-        with running(peer, folder, scratch / f"{peer.name}.log") as live:
-            closed_loop(live.send, 1, same(1, STEPS, SIDE))  # warm up
-            for clients in CLIENTS:
-                count = max(clients, images if clients > 1 else images // 2)
-                answers, seconds = closed_loop(live.send, clients, same(count, STEPS, SIDE))
-                found[f"c{clients}"] = describe(answers, seconds)
-                console.print(peer.name, f"c{clients}", found[f"c{clients}"])
-            found["start_s"] = [live.start_seconds]
-        found["peak_gb"] = live.usage.peak_gb
-    asks = mixed(requests, SIDE)
-    others = [r for name, r in results.items() if name != OURS] or list(results.values())
-    best = max(result["c1"]["images_per_second"] for result in others)
-    rate = LOAD * best / work(asks, STEPS, SIDE)
-    for peer in reversed(peers):
-        found = results[peer.name]
-        with running(peer, folder, scratch / f"{peer.name}.log") as live:
-            closed_loop(live.send, 1, same(1, STEPS, SIDE))
-            found["mixed"] = describe_mixed(*open_loop(live.send, rate, asks))
-            console.print(peer.name, "mixed", found["mixed"])
-            found["start_s"].append(live.start_seconds)
-        found["peak_gb"] = max(found["peak_gb"], live.usage.peak_gb)
-    return results, rate, asks
+    with ExitStack() as stack:
+        live = {}
+        for peer in peers:
+            log = scratch / f"{peer.name}.log"
+            live[peer.name] = stack.enter_context(running(peer, folder, log))
+            console.print(peer.name, "started in", live[peer.name].start_seconds, "s")
+        results: dict[str, dict[str, Any]] = {name: {} for name in live}
+        for one in live.values():  # warm up, with every number of rows
+            closed_loop(one.send, max(CLIENTS), same(max(CLIENTS), 1, SIDE))
+        for turn, clients in product(range(turns), CLIENTS):
+            asks = same(2 * clients, STEPS, SIDE)
+            for name in _order(live, turn):
+                point = describe(*closed_loop(live[name].send, clients, asks))
+                results[name].setdefault(f"c{clients}", []).append(point)
+                console.print(turn, name, f"c{clients}", point)
+        others = [r for name, r in results.items() if name != OURS] or list(results.values())
+        best = max(_middle(result["c1"], "images_per_second") for result in others)
+        loads = [mixed(requests, SIDE, turn) for turn in range(turns)]
+        rate = LOAD * best / work([ask for asks in loads for ask in asks], STEPS, SIDE)
+        answers: dict[str, list[Answered]] = {name: [] for name in live}
+        seconds = dict.fromkeys(live, 0.0)
+        for turn, asks in enumerate(loads):
+            for name in _order(live, turn):
+                answered, taken = open_loop(live[name].send, rate, asks, turn)
+                answers[name] += answered
+                seconds[name] += taken
+        for name, one in live.items():
+            results[name] |= {
+                "mixed": describe_mixed(answers[name], seconds[name]),
+                "start_s": one.start_seconds, "peak_gb": one.usage.peak_gb,
+            }  # fmt: skip
+            console.print(name, "mixed", results[name]["mixed"])
+    return results, rate
+
+
+def _order(names: Iterable[str], turn: int) -> list[str]:
+    return list(names)[:: 1 if turn % 2 == 0 else -1]
+
+
+def _middle(points: Sequence[dict[str, Any]], key: str) -> float:
+    return statistics.median(point[key] for point in points)
 
 
 def summarise(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Twinbrush over the best peer, by goal; empty where one side is missing."""
+    """Twinbrush over the best peer, by goal; empty where one side is missing.
+
+    Throughputs are compared turn by turn, each with the best peer over all turns.
+    """
     others = {name: result for name, result in results.items() if name != OURS}
     if OURS not in results or not others:
         return {}
     ours, summary = results[OURS], {}
     for point in ("c1", "c8"):
-        best = max(others, key=lambda name: others[name][point]["images_per_second"])
-        ratio = ours[point]["images_per_second"] / others[best][point]["images_per_second"]
-        summary[point] = {"ratio": round(ratio, 2), "best_peer": best}
+        best = max(others, key=lambda name: _middle(others[name][point], "images_per_second"))
+        ratios = [
+            a["images_per_second"] / b["images_per_second"]
+            for a, b in zip(ours[point], others[best][point], strict=True)
+        ]
+        summary[point] = {"ratio": round(statistics.median(ratios), 2), "best_peer": best}
     best = min(others, key=lambda name: others[name]["mixed"]["short"]["p99_s"])
     ratio = others[best]["mixed"]["short"]["p99_s"] / ours["mixed"]["short"]["p99_s"]
     summary["short_p99"] = {"ratio": round(ratio, 2), "best_peer": best}

@@ -6,13 +6,16 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import count as numbers
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
 PROMPT = "a large red circle left of a small blue square, number {}"
 SHORT = 4  # steps of a short request, at most
+_NUMBERS = numbers()
 
 
 @dataclass(frozen=True)
@@ -37,19 +40,19 @@ class Answered:
 
 
 def same(count: int, steps: int, side: int) -> list[Ask]:
-    """Requests that differ in prompt and seed."""
-    return [Ask(PROMPT.format(k), k, steps, side) for k in range(count)]
+    """Requests that differ in prompt and seed, from each other and from all before."""
+    return [Ask(PROMPT.format(k), k, steps, side) for k in islice(_NUMBERS, count)]
 
 
-def mixed(count: int, side: int) -> list[Ask]:
+def mixed(count: int, side: int, turn: int) -> list[Ask]:
     """Requests of 2, 4 and 20 steps at `side` and a quarter more, in an order by chance."""
-    chance = np.random.default_rng(1)
+    chance = np.random.default_rng(turn)
     steps = chance.choice((2, 4, 20), count, p=(0.5, 0.35, 0.15))
     sides = chance.choice((side, side * 5 // 4), count, p=(0.75, 0.25))
     steps[count // 4 :: max(1, count // 3)] = 20  # some in every run, however short
     return [
-        Ask(PROMPT.format(k), k, int(s), int(d))
-        for k, (s, d) in enumerate(zip(steps, sides, strict=True))
+        replace(ask, steps=int(s), side=int(d))
+        for ask, s, d in zip(same(count, SHORT, side), steps, sides, strict=True)
     ]
 
 
@@ -65,13 +68,15 @@ def closed_loop(send: Send, clients: int, asks: Sequence[Ask]) -> tuple[list[Ans
     return answers, time.perf_counter() - began
 
 
-def open_loop(send: Send, rate: float, asks: Sequence[Ask]) -> tuple[list[Answered], float]:
-    """Requests at Poisson arrivals of `rate` a second, the same for every server.
+def open_loop(
+    send: Send, rate: float, asks: Sequence[Ask], turn: int
+) -> tuple[list[Answered], float]:
+    """Requests at Poisson arrivals of `rate` a second, in a turn the same for every server.
 
     Returns:
         The answers, whose latency counts from the arrival, and the seconds that all of it took.
     """
-    arrivals = np.cumsum(np.random.default_rng(2).exponential(1 / rate, len(asks)))
+    arrivals = np.cumsum(np.random.default_rng((turn, 1)).exponential(1 / rate, len(asks)))
     began = time.perf_counter()
     with ThreadPoolExecutor(len(asks)) as pool:
         futures = []
