@@ -19,10 +19,10 @@ demo: $(EXPORTED)
 
 # Processes of one thread, because torch.export uses one; some tests wait for servers meanwhile.
 test: $(EXPORTED) $(DEVELOPED)
-	OMP_NUM_THREADS=1 python -m pytest -n 4 --dist loadfile
+	OMP_NUM_THREADS=1 python -m pytest -n 3 --dist loadfile
 
 test-all: $(EXPORTED) $(DEVELOPED)
-	OMP_NUM_THREADS=1 python -m pytest -n 4 --dist loadfile -m "slow or not slow"
+	OMP_NUM_THREADS=1 python -m pytest -n 3 --dist loadfile -m "slow or not slow"
 
 # Triton and, beside it, the gateway on http://127.0.0.1:8080; Ctrl-C ends both.
 serve: $(EXPORTED)
