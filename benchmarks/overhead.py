@@ -86,7 +86,7 @@ def main(
     defaults = asdict(engine.config.defaults)
     write_result(
         out,
-        "python -m benchmarks.overhead",
+        "python -m benchmarks.overhead" + (f" --beside {beside}" if beside else ""),
         checkpoint=engine.config.checkpoint,
         request=defaults | {"width": engine.config.native_side, "prompts": "all different"},
         goals=GOALS,
