@@ -320,8 +320,11 @@ def _kl(xl: bool, layers: int) -> diffusers.AutoencoderKL:
 
 
 def _vq(layers: int) -> diffusers.VQModel:
-    return diffusers.VQModel(
+    """With codes as far apart as latents are, or the last bit of a sum decides on the nearest."""
+    vae = diffusers.VQModel(
         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(8, 8, 16), layers_per_block=layers, norm_num_groups=4,
         latent_channels=3, num_vq_embeddings=64, sample_size=64,
     )  # fmt: skip
+    torch.nn.init.normal_(vae.quantize.embedding.weight)
+    return vae

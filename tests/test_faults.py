@@ -68,6 +68,26 @@ def test_a_bad_row_fails_its_own_request_and_leaves_the_noise_of_others(reposito
     engine.close()
 
 
+def test_nobody_joins_the_halves_of_a_failed_call(repository, watched):
+    limits = Limits(max_rows=4)
+    engine = open_engine(repository, watched, limits=limits, one_call_at_a_time=True)
+    guilty = request(engine, "the guilty one", steps=3, guidance_scale=1.0, seed=99)
+    (encoded,) = engine._conditioner([engine._plan.texts(guilty)])
+    bad, failed = encoded["encoder_hidden_states"][0], []
+
+    def refuse(inputs):
+        if any(np.array_equal(row, bad) for row in inputs["encoder_hidden_states"]):
+            failed.append(len(inputs["sample"]))
+            raise RuntimeError("a bad row")
+
+    watched.before_unet = refuse
+    others = [request(engine, seed=seed, steps=3, guidance_scale=1.0) for seed in range(16)]
+    clients = together(engine, watched, [guilty, *others])
+    assert [client.error is None for client in clients] == [False] + [True] * 16
+    assert failed == [4, 2, 1]
+    engine.close()
+
+
 def _pixels(image: bytes) -> np.ndarray:
     from test_engine import pixels
 

@@ -12,7 +12,7 @@ from twinbrush.engine.generation import EngineError, Generation
 
 SMOOTHING = 0.1  # weight of the latest observation of the pace
 # For how long a full queue is taken to stay full: a share of the time that its work takes, so that
-# it never runs dry meanwhile, and at most some seconds.
+# it never runs dry meanwhile, and at most so many seconds.
 HOLD_SHARE, LONGEST_HOLD = 0.02, 0.25
 
 

@@ -104,6 +104,7 @@ class Engine:
             models, limits.call_seconds, self._fail, partial(self._tick, beat)
         )
         self._turns: Turns | NoTurns = Turns() if one_call_at_a_time else NoTurns()
+        self._may_renew = one_call_at_a_time
         self._conditioner = Conditioner(
             self._watchdog, config, tokenizer, limits.max_rows, self._telemetry,
             limits.prompt_cache_mb * MEGABYTE,
@@ -286,18 +287,17 @@ class Engine:
                     return
                 began = time.monotonic()
                 call = [self._images[claim] for claim in self._batcher.schedule(began)]
-            self._denoise(call)
+            self._denoise(call, self._may_renew)
             self._telemetry.tick(time.monotonic() - began)
 
-    def _denoise(self, call: Sequence[LiveImage]) -> None:
-        """One UNet call."""
+    def _denoise(self, call: Sequence[LiveImage], may_renew: bool = False) -> None:
+        """One UNet call; with `may_renew`, images join and leave it while it waits for its turn."""
         key, call = call[0].claim.key, list(call)
+        renew = partial(self._renew, call) if may_renew else lambda: None
         started = time.monotonic()
         try:
             paintings = [image.painting for image in call]
-            taken = self._denoiser.step(
-                key.model, paintings, self._buckets(key), partial(self._renew, call)
-            )
+            taken = self._denoiser.step(key.model, paintings, self._buckets(key), renew)
         except Exception as error:
             self._retry(call, error)
             return
