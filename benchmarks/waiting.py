@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from twinbrush.engine.images import to_pixels
+
 FOLDER = "TWINBRUSH_WAITING"  # environment variable: the folder of the lock and of the counts
 SIDE, TOKENS, WIDTH, LEVELS = 512, 77, 768, 2
 PICTURES = 8  # different ones that the decoder gives
@@ -102,7 +104,10 @@ class WaitingModels:
             "bert": {"bert_tokens": _noise(rng, 64, LEVELS, TOKENS, WIDTH)},
             "fusion": {"encoder_hidden_states": _noise(rng, 64, TOKENS, WIDTH)},
             "unet": {"model_output": _noise(rng, 64, 4, SIDE // 8, SIDE // 8)},
-            "vqgan_decoder": {"image": photographs(PICTURES)},
+            "vqgan_decoder": {
+                "pixels": np.stack([to_pixels(picture) for picture in photographs(PICTURES)]),
+                "mean_magnitude": np.ones(PICTURES, np.float32),
+            },
         }
 
     def run(self, model: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

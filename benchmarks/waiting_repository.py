@@ -33,7 +33,7 @@ TENSORS = {  # inputs and outputs of each network: name, type, shape behind the 
     ),
     "vqgan_decoder": (
         [("latent", "FP32", [CHANNELS, -1, -1])],
-        [("image", "FP32", [3, -1, -1])],
+        [("pixels", "UINT8", [-1, -1, 3]), ("mean_magnitude", "FP32", [])],
     ),
 }  # fmt: skip
 NETWORK = "from benchmarks.waiting import ServedNetwork as TritonPythonModel  # noqa: F401\n"

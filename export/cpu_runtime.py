@@ -152,7 +152,7 @@ def _measured(part: Part, file: Path, config: str, reference: _Reference) -> tup
         session = open_session(file, read_config(Path(written.name)))
 
     def run(rows) -> list[np.ndarray]:
-        return session.run(None, {name: tensor.numpy() for name, tensor in rows.items()})
+        return session.run([*part.outputs], {name: tensor.numpy() for name, tensor in rows.items()})
 
     examples = [part.example(batch, size) for batch, size in ((1, 2), (3, 3))]
     outputs = [output for example in examples for output in run(example)]

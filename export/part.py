@@ -40,6 +40,7 @@ class Part:
         full_precision: modules inside that also an FP16 model computes in FP32.
         side: height and width of the latents that it was trained on, where axes vary.
         tokens: of one chunk of text, where their number varies.
+        served: outputs that the server gives, where they are made from the module's.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Part:
     full_precision: tuple[nn.Module, ...] = ()
     side: tuple[int, int] | None = None
     tokens: int | None = None
+    served: dict[str, TensorSpec] | None = None
 
     def __post_init__(self) -> None:
         self.module.eval()

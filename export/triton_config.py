@@ -12,14 +12,16 @@ if TYPE_CHECKING:  # reading a configuration needs no torch
     from export.part import Part, TensorSpec
 
 MARKER = "# Tensors: written by `python -m export` from the checkpoint.\n"
-DATA_TYPES = {"torch.int64": "TYPE_INT64", "torch.float32": "TYPE_FP32"}
+DATA_TYPES = {
+    "torch.int64": "TYPE_INT64", "torch.float32": "TYPE_FP32", "torch.uint8": "TYPE_UINT8",
+}  # fmt: skip
 
 
 def with_tensors(config: str, part: Part) -> str:
     """`config` with the tensors of `part` below the marker."""
     settings = config.partition(MARKER)[0]
     blocks = [_block("input", name, spec) for name, spec in part.inputs.items()]
-    blocks += [_block("output", name, spec) for name, spec in part.outputs.items()]
+    blocks += [_block("output", name, spec) for name, spec in (part.served or part.outputs).items()]
     return settings + MARKER + "\n".join(blocks) + "\n"
 
 

@@ -1,5 +1,7 @@
 """The decoder: `latent` (B, C, h, w), as the UNet leaves it, to `image` (B, 3, H, W).
 
+Its file also gives `pixels`, which are served.
+
 A `VQModel` looks its codes up first, unless `_force_not_quantize` in its configuration says that
 its decoder was trained on latents as they are painted; `AutoencoderKL` and
 `AutoencoderTiny` have none.
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 
 from export.checkpoint import Checkpoint
 from export.part import Part, TensorSpec, normal
+from export.pixels import OUTPUTS
 from export.sizes import native_size
 from networks.loading import CheckpointError
 from networks.preview import fit_preview
@@ -73,6 +76,7 @@ def part(checkpoint: Checkpoint, latent_channels: int) -> Part:
         example=lambda batch, size: {"latent": normal((batch, channels, 4 * size, 4 * size + 4))},
         full_precision=_full_precision(checkpoint, decoder),
         side=native_size(checkpoint),
+        served=OUTPUTS,
     )
 
 

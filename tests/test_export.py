@@ -38,10 +38,14 @@ from networks.fusion_head import FusionHead
 from networks.loading import CheckpointError
 from networks.preview import fit_preview
 from twinbrush.engine import images
-from twinbrush.runtimes.onnx_runtime import read_config
+from twinbrush.runtimes.onnx_runtime import open_session, read_config
 from twinbrush.server.manifest import verify
 
-ONNX_TYPES = {onnx.TensorProto.FLOAT: "TYPE_FP32", onnx.TensorProto.INT64: "TYPE_INT64"}
+ONNX_TYPES = {
+    onnx.TensorProto.FLOAT: "TYPE_FP32",
+    onnx.TensorProto.INT64: "TYPE_INT64",
+    onnx.TensorProto.UINT8: "TYPE_UINT8",
+}
 
 
 @pytest.fixture
@@ -54,6 +58,18 @@ def broken(tiny, tmp_path) -> Path:
 def test_every_model_says_what_pytorch_says(tiny, repository, model):
     part = load_parts(open_checkpoint(tiny))[model]
     assert parity_error(part, repository / model / "1" / "model.onnx") <= part.tolerance
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 30.0])
+def test_the_decoder_gives_the_bytes_of_its_picture(repository, spread):
+    session = open_session(repository / "vqgan_decoder" / "1" / "model.onnx", {})
+    latent = np.random.default_rng(0).standard_normal((3, 4, 6, 10), np.float32) * spread
+    picture, pixels, magnitude = session.run(None, {"latent": latent})
+    np.testing.assert_array_equal(pixels, [images.to_pixels(image) for image in picture])
+    np.testing.assert_allclose(magnitude, np.abs(picture).mean(axis=(1, 2, 3)), rtol=1e-5)
+    latent[1, 0, 0, 0] = np.inf
+    *_, magnitude = session.run(None, {"latent": latent})
+    assert np.isfinite(magnitude).tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize("factor", [1.1, float("nan")])
@@ -78,6 +94,7 @@ def test_every_config_agrees_with_its_onnx_file(kind, model, request):
                 [d.dim_value or -1 for d in value.type.tensor_type.shape.dim],
             )
             for value in values
+            if value.name != "image"  # which the decoder's pixels are made from
         }
         in_config = {
             tensor["name"]: (tensor["data_type"], [int(d) for d in tensor["dims"]])

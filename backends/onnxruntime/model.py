@@ -28,7 +28,7 @@ class TritonPythonModel:
         device = int(args["model_instance_device_id"]) if on_gpu else None
         self.session = open_session(file, config, device)
         self.inputs = [node.name for node in self.session.get_inputs()]
-        self.outputs = [node.name for node in self.session.get_outputs()]
+        self.outputs = [output["name"] for output in config["output"]]
         self.batching = int(config.get("max_batch_size", 0)) > 0
 
     def execute(self, requests):

@@ -22,7 +22,7 @@ from twinbrush.engine.tracing import Marks
 
 DECODER = "vqgan_decoder"
 IMAGE_ENCODERS = 2  # threads that write PNG and JPEG
-# Of pictures that may wait for an image encoder, as four bytes each; more hold the decoder back.
+# Of pictures that may wait for an image encoder; more hold the decoder back.
 WAITING_NUMBERS = 32 * 512 * 512
 
 
@@ -92,21 +92,24 @@ class Decoder:
         try:
             latent = np.stack([image.painting.latent.x for image in group])
             with self._turn():
-                pictures = self._models.run(DECODER, {"latent": latent})["image"]
+                outputs = self._models.run(DECODER, {"latent": latent})
+            # Files of earlier exports end in the picture itself.
+            pictures = outputs["pixels"] if "pixels" in outputs else outputs["image"]
+            magnitudes = outputs.get("mean_magnitude", np.zeros(len(group)))
         except Exception:
             self._fail([image.generation for image in group], "decoding")
             return
-        for image, picture in zip(group, pictures, strict=True):
+        for image, picture, magnitude in zip(group, pictures, magnitudes, strict=True):
             image.marks.decoded = time.monotonic()
             with self._encoded:
                 self._encoded.wait_for(lambda: self._numbers < WAITING_NUMBERS)
                 self._numbers += picture.size
-            self._encoders.submit(self._encode, image, picture)
+            self._encoders.submit(self._encode, image, picture, float(magnitude))
 
-    def _encode(self, image: LiveImage, picture: np.ndarray) -> None:
+    def _encode(self, image: LiveImage, picture: np.ndarray, magnitude: float) -> None:
         try:
             if not image.generation.ended:
-                self._write(image, picture)
+                self._write(image, picture, magnitude)
         except Exception:
             self._fail([image.generation], "encoding the image")
         finally:
@@ -114,10 +117,11 @@ class Decoder:
                 self._numbers -= picture.size
                 self._encoded.notify()
 
-    def _write(self, image: LiveImage, picture: np.ndarray) -> None:
+    def _write(self, image: LiveImage, picture: np.ndarray, magnitude: float) -> None:
         request = image.generation.request
         try:
-            pixels = images.to_pixels(picture)
+            images.check_finite(magnitude)
+            pixels = picture if picture.dtype == np.uint8 else images.to_pixels(picture)
         except ValueError as error:
             self._fail([image.generation], "decoding", str(error))
             return

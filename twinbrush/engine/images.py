@@ -6,8 +6,8 @@ Knows nothing of requests: what a file carries is a mapping that the caller make
 from __future__ import annotations
 
 import base64
-import io
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,6 +39,12 @@ _LABELS = {  # of A1111's `parameters` text, in its order
 }
 
 
+def check_finite(numbers: np.ndarray | float) -> None:
+    """Raises ValueError where a number of a picture is not finite."""
+    if not np.isfinite(numbers).all():
+        raise ValueError("the picture has numbers that are not finite")
+
+
 def to_pixels(image: np.ndarray) -> np.ndarray:
     """A picture (3, H, W) in [-1, 1] as uint8 (H, W, 3).
 
@@ -49,8 +55,7 @@ def to_pixels(image: np.ndarray) -> np.ndarray:
     scratch = np.empty((BLOCK, image.shape[2]), image.dtype)
     for top in range(0, len(pixels), BLOCK):  # whose temporaries stay in a core's cache
         for channel, plane in enumerate(image[:, top : top + BLOCK]):
-            if not np.isfinite(plane).all():
-                raise ValueError("the picture has numbers that are not finite")
+            check_finite(plane)
             scaled = np.maximum(plane, -1, out=scratch[: len(plane)])
             np.minimum(scaled, 1, out=scaled)
             scaled += 1
@@ -78,13 +83,22 @@ def encode(
     elif name == "png":
         data = png.encode(pixels, _png_info(metadata) if metadata else None)
     else:
-        buffer = io.BytesIO()
         options = _SAVE_OPTIONS[name] | ({"exif": _exif(metadata)} if metadata else {})
         if quality is not None and "quality" in options:
             options["quality"] = quality
-        Image.fromarray(pixels).save(buffer, name, **options)
-        data = buffer.getvalue()
+        data = _saved(Image.fromarray(pixels), name, options)
     return base64.b64encode(data) if name != image_format else data
+
+
+def _saved(image: Image.Image, name: str, options: Mapping[str, Any]) -> bytes:
+    """The file that Pillow writes.
+
+    Through a descriptor, because only there does its JPEG encoder let other threads run.
+    """
+    with os.fdopen(os.memfd_create("image"), "w+b") as file:
+        image.save(file, name, **options)
+        file.seek(0)
+        return file.read()
 
 
 def parameters_text(metadata: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ Inputs that never change stay on the device between runs. Knows nothing of diffu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnxruntime as ort
@@ -17,12 +17,18 @@ class Network:
     Args:
         session: of one model; its outputs are read in host memory.
         device_id: of the GPU, or None for the CPU.
+        outputs: names of those that are needed; none is all.
     """
 
-    def __init__(self, session: ort.InferenceSession, device_id: int | None = None):
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        device_id: int | None = None,
+        outputs: Sequence[str] = (),
+    ):
         self._session = session
         self._device = ("cpu", 0) if device_id is None else ("cuda", device_id)
-        self._outputs = [node.name for node in session.get_outputs()]
+        self._outputs = list(outputs) or [node.name for node in session.get_outputs()]
         self._kept: dict[str, tuple[np.ndarray, ort.OrtValue]] = {}  # by input
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

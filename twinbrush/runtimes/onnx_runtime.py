@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +181,8 @@ class LocalModels:
                 config = read_config((configs or {}).get(path.parent.name, path))
                 device_id = _gpu_of(config) if on_gpu else None
                 session = open_session(model, config, device_id)
-                self._networks[path.parent.name] = _runner(session, device_id)
+                outputs = [output["name"] for output in config.get("output", [])]
+                self._networks[path.parent.name] = _runner(session, device_id, outputs)
                 self._devices.add(device_id)
 
     @property
@@ -195,12 +196,14 @@ class LocalModels:
 
 
 def _runner(
-    session: ort.InferenceSession | openvino_runtime.OpenVinoSession, device_id: int | None
+    session: ort.InferenceSession | openvino_runtime.OpenVinoSession,
+    device_id: int | None,
+    names: Sequence[str],
 ) -> Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]:
-    """The function of a session from inputs to outputs, by name."""
+    """The function of a session from inputs to the named outputs, by name; no names are all."""
     if isinstance(session, ort.InferenceSession):
-        return Network(session, device_id).run
-    names = [output.name for output in session.get_outputs()]
+        return Network(session, device_id, names).run
+    names = names or [output.name for output in session.get_outputs()]
     return lambda inputs: dict(zip(names, session.run(names, inputs), strict=True))
 
 
