@@ -19,7 +19,8 @@ END = """
 <ir_version: {ir_version}, opset_import: ["": {opset}]>
 end (float[batch, 3, height, width] image)
     => (uint8[batch, height, width, 3] pixels, float[batch] mean_magnitude)
-    <float minus_one = {{-1}}, float one = {{1}}, float half = {{127.5}}, int64[3] axes = {{1, 2, 3}}>
+    <float minus_one = {{-1}}, float one = {{1}}, float half = {{127.5}},
+     int64[3] axes = {{1, 2, 3}}>
 {{
     clipped = Clip(image, minus_one, one)
     raised = Add(clipped, one)
