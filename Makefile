@@ -18,11 +18,16 @@ demo: $(EXPORTED)
 		--then 'twinbrush generate "$$PROMPT"'
 
 # Processes of one thread, because torch.export uses one; some tests wait for servers meanwhile.
+# Files run in the order of conftest.py. A process that dies fails the run and is not replaced:
+# the run would wait for ever for one that is replaced at the end.
+PYTEST := OMP_NUM_THREADS=1 python -m pytest -n 3 --dist loadfile --no-loadscope-reorder \
+	--max-worker-restart 0
+
 test: $(EXPORTED) $(DEVELOPED)
-	OMP_NUM_THREADS=1 python -m pytest -n 3 --dist loadfile
+	$(PYTEST)
 
 test-all: $(EXPORTED) $(DEVELOPED)
-	OMP_NUM_THREADS=1 python -m pytest -n 3 --dist loadfile -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow"
 
 # Triton and, beside it, the gateway on http://127.0.0.1:8080; Ctrl-C ends both.
 serve: $(EXPORTED)
@@ -49,7 +54,9 @@ clean:
 	rm -rf .venv output model_repository/MANIFEST.json
 	git clean -fdXq model_repository
 
-# Without byte code, most of which would never be read: Python writes that of what it imports.
+# Without byte code, most of which would never be read: Python writes that of what it imports,
+# also where the environment forbids it: every process would compile PyTorch again.
+unexport PYTHONDONTWRITEBYTECODE
 $(INSTALLED): requirements/serve.txt requirements/export.txt requirements/gateway.txt pyproject.toml client/pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed: make PYTHON=/path/to/it"; exit 1; }
 	$(PYTHON) -m venv .venv

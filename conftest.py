@@ -1,5 +1,6 @@
 """Makes the fixtures of `tests/harness.py` and `gateways.py` known to the tests of every room."""
 
+import pytest
 from hypothesis import settings
 
 pytest_plugins = ["harness", "gateways"]
@@ -7,3 +8,16 @@ pytest_plugins = ["harness", "gateways"]
 # The same examples in every run, whatever the load.
 settings.register_profile("tests", derandomize=True, deadline=None)
 settings.load_profile("tests")
+
+# Files that take a minute or more. They begin first, so that the processes of a run end together;
+# neighbours trace other networks, so that no process waits for the trace of another.
+LONG = (
+    "test_families", "test_recover", "test_lora_set", "test_training_commands", "test_export",
+    "test_stages", "test_gate", "test_seeds", "test_precision", "test_fusion_training",
+    "test_prune", "test_any_checkpoint", "test_server", "test_tensorrt", "test_wire", "test_drain",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))

@@ -501,11 +501,10 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_old_repository(tiny, reposit
 
 
 def test_the_command_names_a_missing_checkpoint(tmp_path):
-    command = [sys.executable, "-m", "export", str(tmp_path / "nothing")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 1
+    done = export_command(tmp_path / "nothing")
+    assert done.exit_code == 1
     assert "is not there" in done.stdout
-    assert "Traceback" not in done.stdout + done.stderr
+    assert "Traceback" not in done.output
 
 
 def test_a_killed_export_leaves_the_old_repository_and_the_next_one_cleans_up(tiny, repository):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from harness import ROOT, contents, skeleton
+from harness import ROOT, contents, export_command, skeleton
 
 from export import pipeline
 from export.checkpoint import open_checkpoint
@@ -248,16 +248,26 @@ def test_the_library_tells_the_version_that_plans_record(trt):
     assert library_version(None) is None
 
 
-@pytest.mark.parametrize("command", [["export", "checkpoints/scenes-64", "--tensorrt"],
-                                     ["export.tensorrt"]])  # fmt: skip
+def export_with_plans(repository: Path) -> tuple[int, str]:
+    """`python -m export --tensorrt`: its exit code and all that it prints."""
+    source = ROOT / "checkpoints" / "scenes-64"
+    done = export_command(source, "--tensorrt", "--repository", repository)
+    return done.exit_code, done.output
+
+
+def build_plans(repository: Path) -> tuple[int, str]:
+    """`python -m export.tensorrt`, in a process: its exit code and all that it prints."""
+    command = [sys.executable, "-m", "export.tensorrt", "--repository", str(repository)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("command", [export_with_plans, build_plans])
 def test_without_tensorrt_the_command_says_where_to_run_it(command, repository):
     before = contents(repository)
-    done = subprocess.run(
-        [sys.executable, "-m", *command, "--repository", str(repository)],
-        capture_output=True, text=True, cwd=ROOT,
-    )  # fmt: skip
-    assert done.returncode == 1
-    said = (done.stdout + done.stderr).strip()
+    code, said = command(repository)
+    assert code == 1
+    said = said.strip()
     assert "plans need TensorRT's Python package" in said
     assert "build them in NVIDIA's Triton container, with `pip install tensorrt==VER" in said
     assert len(said.splitlines()) == 1

@@ -98,6 +98,7 @@ class SceneWorld:
     def latents(
         self, checkpoint: Path, cache: Path, size: int, device: torch.device
     ) -> SceneLatents:
+        check_knows_scenes(checkpoint)  # before all are drawn
         return SceneLatents(checkpoint, cache, size, device)
 
 
@@ -190,6 +191,16 @@ class SceneLatents:
         """Nothing was started."""
 
 
+def check_knows_scenes(checkpoint: Path) -> None:
+    """Raises BadInput where a checkpoint has another autoencoder than a VQGAN."""
+    vae_class = json.loads((checkpoint / "vae" / "config.json").read_text()).get("_class_name")
+    if vae_class != "VQModel":
+        raise BadInput(
+            f"--data: {checkpoint.name}, whose vae is an {vae_class}, knows no scenes: name"
+            " captioned pictures of its own world"
+        )
+
+
 @torch.no_grad()
 def scene_latents(
     checkpoint: Path, runs: Path, scenes: list[Scene], device: torch.device
@@ -197,14 +208,9 @@ def scene_latents(
     """Scaled latents of scenes (N, C, h, w), encoded once for each VQGAN and kept in `runs`.
 
     Raises:
-        BadInput: the checkpoint has another autoencoder than a VQGAN, so it knows no scenes.
+        BadInput: as `check_knows_scenes`.
     """
-    vae_class = json.loads((checkpoint / "vae" / "config.json").read_text()).get("_class_name")
-    if vae_class != "VQModel":
-        raise BadInput(
-            f"--data: {checkpoint.name}, whose vae is an {vae_class}, knows no scenes: name"
-            " captioned pictures of its own world"
-        )
+    check_knows_scenes(checkpoint)
     key = digest([checkpoint / "vae"]) + repr(scenes)
     path = runs / f"latents-{hashlib.sha256(key.encode()).hexdigest()[:12]}.npy"
     if path.exists():
