@@ -185,7 +185,7 @@ def without_weights(checkpoint: Checkpoint, part: str) -> nn.Module | None:
 def _blamed(class_name: str, config: dict[str, Any], reason: str) -> str | None:
     """The field without which a network can be built, else one without which it fails elsewhere."""
     suspect = None
-    for field in config:
+    for field in sorted(config, key=lambda name: config[name] is not None):  # nulls first
         rest = json.dumps({key: other for key, other in config.items() if key != field})
         try:
             with torch.device("meta"):

