@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from export.checkpoint import PREDICTION_TYPES
 from export.command import (
     GateOptions,
     OptionError,
@@ -57,7 +58,10 @@ def main(
         str | None, typer.Option(help="Folder inside CHECKPOINT that holds the checkpoint.")
     ] = None,
     vae: Annotated[
-        str | None, typer.Option(help="Folder or hub id of another autoencoder to decode with.")
+        str | None,
+        typer.Option(
+            help="Another autoencoder to decode with: folder, hub id or .safetensors file."
+        ),
     ] = None,
     tokenizer: Annotated[
         str | None,
@@ -73,6 +77,12 @@ def main(
     ] = None,
     sampler: Annotated[
         str | None, typer.Option(help="Sampler in place of the checkpoint's scheduler.")
+    ] = None,
+    prediction_type: Annotated[
+        str | None,
+        typer.Option(
+            help=f"What the UNet predicts, whatever the files say: {', '.join(PREDICTION_TYPES)}."
+        ),
     ] = None,
     default: Annotated[
         str | None,
@@ -152,7 +162,7 @@ def main(
             tensorrt,
             parse_prune(prune, models, save_pruned),
             GateOptions(psnr(gate_psnr, gate_prompts), gate_against) if gate else None,
-            parse_serving(sampler, default, lora or [], lora_set or []),
+            parse_serving(sampler, default, lora or [], lora_set or [], prediction_type),
             cpu_runtime,
         )
         export_checkpoint(options, report)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Container, Mapping
 from functools import lru_cache
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import diffusers
@@ -22,10 +22,11 @@ from torch import nn
 from transformers import CLIPTextConfig
 
 from export.checkpoint import Checkpoint
-from export.config_fields import check_fields, shown
+from export.config_fields import ID, check_fields, shown
+from export.tokenizer import check_vocabulary, load_tokenizer
 from export.unet import check_inputs, check_width
 from export.vqgan_decoder import UNUSED
-from export.weights import read_header
+from export.weights import WEIGHT_TYPES, read_header
 from networks.fusion_head import FusionHead
 from networks.loading import (
     CheckpointError,
@@ -37,14 +38,13 @@ from networks.loading import (
 from networks.pruned import pruning_of
 
 MOST_LAYERS, LARGEST = 512, 2**20  # of a kind of layers; of any other whole number
+END, TYPES = "eos_token_id", ("dtype", "torch_dtype")
 FORMER_LAYERS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 # Beginnings of the names of tensors without which a UNet or decoder gives another picture.
 COMPUTING = (
     "down_blocks.", "mid_block.", "up_blocks.", "decoder.", "post_quant_conv.", "conv_",
     "time_embedding.", "add_embedding.", "class_embedding.", "encoder_hid_proj.",
 )  # fmt: skip
-# Types of weights in safetensors that PyTorch makes FP32 of without a scale.
-WEIGHT_TYPES = ("F16", "BF16", "F32", "F64")
 
 
 def check_configs(checkpoint: Checkpoint) -> None:
@@ -79,6 +79,9 @@ def check_configs(checkpoint: Checkpoint) -> None:
         _check_fusion(checkpoint, width)
     check_width(unet, width, sources)
     check_vae(checkpoint, checkpoint.config("vae"))
+    for source, part in pipeline.PART_OF_TOKENIZER.items():
+        if source in checkpoint.folders:
+            check_vocabulary(checkpoint, load_tokenizer(checkpoint, source), source, part)
     pipeline.check(checkpoint)
 
 
@@ -110,14 +113,16 @@ def check_weights(checkpoint: Checkpoint) -> None:
                 _check_tensor(file, tensor, entry, wanted.get(_of_today(_short(tensor))))
 
 
-def check_values(checkpoint: Checkpoint) -> None:
-    """Checks all weights before any is converted.
+def check_values(checkpoint: Checkpoint, parts: Container[str]) -> None:
+    """Checks the weights of `parts` before any is converted.
 
     Raises:
         CheckpointError: numbers are not finite; it names part and tensor.
     """
     for part, (_, files) in checkpoint.weights.items():
         folder = checkpoint.folders[part]
+        if part not in parts:
+            continue
         for name in files:
             with refusing(folder / name), safe_open(folder / name, "pt") as stored:
                 for key in stored.keys():  # noqa: SIM118  (no mapping)
@@ -169,15 +174,27 @@ def without_weights(checkpoint: Checkpoint, part: str) -> nn.Module | None:
     try:
         return _build(checkpoint, part, lambda: _network(name, json.dumps(config)))
     except CheckpointError as error:
-        for field, value in config.items():
-            rest = json.dumps({key: other for key, other in config.items() if key != field})
-            with suppress(Exception), torch.device("meta"):
-                _network(name, rest)
-                wrong = f"{_file(checkpoint, part)}: {field}={shown(value)} is invalid"
-                break
-        else:
+        reason = first_line(error.__cause__)
+        field = _blamed(name, config, reason)
+        if field is None:
             raise
-        raise CheckpointError(f"{wrong}: {first_line(error.__cause__)}") from error
+        wrong = f"{_file(checkpoint, part)}: {field}={shown(config[field])} is invalid"
+        raise CheckpointError(f"{wrong}: {reason}") from error
+
+
+def _blamed(class_name: str, config: dict[str, Any], reason: str) -> str | None:
+    """The field without which a network can be built, else one without which it fails elsewhere."""
+    suspect = None
+    for field in sorted(config, key=lambda name: config[name] is not None):  # nulls first
+        rest = json.dumps({key: other for key, other in config.items() if key != field})
+        try:
+            with torch.device("meta"):
+                _network(class_name, rest)
+            return field
+        except Exception as error:
+            if suspect is None and first_line(error) != reason:
+                suspect = field
+    return suspect
 
 
 def _file(checkpoint: Checkpoint, part: str) -> Path:
@@ -199,6 +216,13 @@ def _check_tower(checkpoint: Checkpoint, part: str) -> CLIPTextConfig:
     for name in ("hidden_size", "max_position_embeddings", "vocab_size"):
         if name in given:
             check_whole(checkpoint, part, name, given[name])
+    for name, value in given.items():
+        if name.endswith(ID) and not (type(value) is int or (value is None and name != END)):
+            text = f"{_file(checkpoint, part)}: {name}={shown(value)} is invalid"
+            raise CheckpointError(f"{text}: must be a whole number")
+        if name in TYPES and not isinstance(value, str | NoneType):
+            text = f"{_file(checkpoint, part)}: {name}={shown(value)} is invalid"
+            raise CheckpointError(f"{text}: must be a text, as float16")
     tower = without_weights(checkpoint, part).config
     left = tower.num_hidden_layers - checkpoint.clip_skip
     if left < 2:

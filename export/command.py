@@ -144,8 +144,9 @@ def parse_serving(
     defaults: str | None,
     loras: Sequence[str] = (),
     lora_set: Sequence[str] = (),
+    prediction_type: str | None = None,
 ) -> Serving:
-    """`--sampler`, `--default`, `--lora` and `--lora-set`; of LoRA files only the keys are read.
+    """What the options change of a checkpoint; of LoRA files only the keys are read.
 
     Raises:
         CheckpointError: a value or a file cannot be used.
@@ -160,7 +161,8 @@ def parse_serving(
             both = f"{first[lora.sha256]} and {lora.file}"
             raise OptionError(f"--lora is given twice for one content, {both}: add the scales")
         first[lora.sha256] = lora.file
-    return Serving(sampler, given, tuple(read), _parse_lora_set(lora_set, first))
+    named = _parse_lora_set(lora_set, first)
+    return Serving(sampler, given, tuple(read), named, prediction_type)
 
 
 def _parse_lora_set(entries: Sequence[str], fused: Mapping[str, Path]) -> dict[str, Lora]:
@@ -280,11 +282,14 @@ def _print_changes(opened: Checkpoint) -> None:
         listed = ", ".join(f"{name}={value!r}" for name, value in unused.items())
         line = f"--sampler {serving.sampler} replaces {opened.classes['scheduler']}"
         lines.append(line + (f"; not used: {listed}" if listed else ""))
+    if serving.prediction_type:
+        lines.append(f"--prediction-type: the UNet is taken to predict {serving.prediction_type}")
     for lora in serving.loras:
         parts = " and ".join(lora.parts)
         lines.append(f"{lora.file.name} is fused into {parts} with scale {lora.scale:g}")
     for name, lora in serving.lora_set.items():
         lines.append(f"{lora.file.name} is {name!r} of requests' lora")
+    lines += [f"guessed: {guess}" for guess in opened.guesses]
     if guessed := pipeline.guessed_defaults(opened):
         words = {"steps": "{} steps", "guidance_scale": "guidance_scale {}"}
         listed = ", ".join(words[name].format(value) for name, value in guessed.items())

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from export.source import PICKLES
-from export.weights import read_header, read_json
+from export.weights import WEIGHT_TYPES, read_header, read_json
 from networks.loading import CheckpointError, refusing
 
 KOHYA = {
@@ -32,23 +32,34 @@ KOHYA = {
     "lora_te2_": "text_encoder_2",
 }
 DOTTED = {f"{part}.": part for part in ("unet", "text_encoder", "text_encoder_2")}
+COMFY = {
+    "diffusion_model.": "unet",
+    "text_encoders.clip_l.transformer.": "text_encoder",
+    "text_encoders.clip_g.transformer.": "text_encoder_2",
+}
+# Beginnings of names in files for networks that no checkpoint here has.
+STRANGERS = ("lora_", "transformer.", "prior.", "text_encoder_3.", "text_encoders.")
 PEFT = "base_model.model."  # of PEFT's own files, whose alpha is in adapter_config.json
 # The end of a key, after the layer's name: which factor it is. `_lora` is of diffusers' former
 # attention processors, `lora_linear_layer` of its former text encoders.
 ROLES = {
     "down": re.compile(
-        r"(\.(lora_A|lora_down|lora\.down|lora_linear_layer\.down)(\.\w+)?|_lora\.down)\.weight$"
+        r"(\.(lora_A|lora_down|lora\.down|lora_linear_layer\.down)(\.[^.]+)?|_lora\.down)\.weight$"
     ),
+    "mid": re.compile(r"\.lora_mid\.weight$"),
     "up": re.compile(
-        r"(\.(lora_B|lora_up|lora\.up|lora_linear_layer\.up)(\.\w+)?|_lora\.up)\.weight$"
+        r"(\.(lora_B|lora_up|lora\.up|lora_linear_layer\.up)(\.[^.]+)?|_lora\.up)\.weight$"
     ),
     "alpha": re.compile(r"(\.lora|_lora)?\.alpha$"),
 }
 # Parts of a key that say which other adapter its file holds.
 OTHERS = {
-    "lora_mid": "a LoCon with a middle factor",
     "hada_": "a LoHa",
     "lokr_": "a LoKr",
+    "oft_": "an OFT",
+    "_norm": "trained norms",
+    ".diff": "a difference of whole weights",
+    ".on_input": "an IA3",
     "dora_scale": "a DoRA",
     "lora_magnitude_vector": "a DoRA",
     "lora_embedding": "a LoRA of token embeddings",
@@ -57,6 +68,15 @@ OTHERS = {
 # Names of layers in diffusers' former attention processors.
 FORMER = {"to_out": ("to_out_0", "out_proj"), "to_q": ("q_proj",), "to_k": ("k_proj",),
           "to_v": ("v_proj",)}  # fmt: skip
+# PEFT's settings that change what factors mean, with the values that are served.
+NOT_SERVED = {
+    "use_dora": (False, None), "lora_bias": (False, None), "use_qalora": (False, None),
+    "use_bdlora": (False, None), "layer_replication": (None,), "alora_invocation_tokens": (None,),
+    "peft_type": ("LORA", None),
+    # Others take something out of the weights that the LoRA was trained beside.
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
+}  # fmt: skip
+ALPHA_TYPES = ("I64", "I32")  # of an alpha that was given without a point
 METADATA = "lora_adapter_metadata"  # diffusers' key in the header, for PEFT's configuration
 
 
@@ -67,11 +87,13 @@ class Factors:
     Attributes:
         part: of the checkpoint.
         layer: its name in the file, with `_` for `.`.
-        keys: by role: `down` and `up`, and `alpha` where the file has it.
+        path: its name in the file, with dots where the file has them.
+        keys: by role: `down` and `up`, and `alpha` and `mid` where the file has them.
     """
 
     part: str
     layer: str
+    path: str
     keys: dict[str, str] = field(default_factory=dict)
 
 
@@ -120,8 +142,9 @@ def _read(file: Path, scale: float) -> Lora:
         raise CheckpointError(f"LoRA {file} has no tensors: download it again")
     found: dict[tuple[str, str], Factors] = {}
     for key in header:
-        part, layer, role = _parse_key(key, file)
-        factors = found.setdefault((part, layer), Factors(part, layer))
+        part, path, role = _parse_key(key, file)
+        layer = path.replace(".processor.", ".").replace(".", "_").removeprefix("text_model_")
+        factors = found.setdefault((part, layer), Factors(part, layer, path))
         if role in factors.keys:
             raise CheckpointError(f"LoRA {file}: {key} and {factors.keys[role]} are the same")
         factors.keys[role] = key
@@ -161,7 +184,7 @@ def _parse(text: str) -> tuple[Path, float]:
 
 
 def _parse_key(key: str, file: Path) -> tuple[str, str, str]:
-    """The part, the layer's name with `_` for `.`, and the role of a key."""
+    """The part, the layer's name and the role of a key."""
     found = {role: match for role, pattern in ROLES.items() if (match := pattern.search(key))}
     if not found:
         kind = next((kind for sign, kind in OTHERS.items() if sign in key), None)
@@ -171,16 +194,17 @@ def _parse_key(key: str, file: Path) -> tuple[str, str, str]:
             " with alpha"
         )
     ((role, match),) = found.items()
-    name = key[: match.start()]
-    part = None
-    for prefix, owner in (KOHYA | DOTTED).items():
+    name = key[: match.start()].removeprefix(PEFT)
+    for prefix, part in (KOHYA | DOTTED | COMFY).items():
         if name.startswith(prefix):
-            part, name = owner, name.removeprefix(prefix)
-            break
-    name = name.removeprefix(PEFT).replace(".processor.", ".").replace(".", "_")
-    if part is None:  # a file of one network alone
-        part = "text_encoder" if name.startswith("text_model_") else "unet"
-    return part, name.removeprefix("text_model_"), role
+            return part, name.removeprefix(prefix).removeprefix(PEFT), role
+    if name.startswith(STRANGERS):
+        raise CheckpointError(
+            f"LoRA {file}: {key} is for a network that is not served: names must begin with"
+            f" {', '.join((*KOHYA, *DOTTED))}"
+        )
+    alone = "text_encoder" if name.startswith("text_model.") else "unet"  # of one network's file
+    return alone, name, role
 
 
 def _read_settings(file: Path, header: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -208,10 +232,26 @@ def _read_settings(file: Path, header: dict[str, Any]) -> dict[str, dict[str, An
     else:
         return {}
     for settings in by_part.values():
-        for name in ("use_dora", "lora_bias"):
-            if settings.get(name):
-                raise CheckpointError(f"LoRA {file}: {name}={settings[name]!r} is not served")
+        _check_settings(file, settings)
     return by_part
+
+
+def _check_settings(file: Path, settings: dict[str, Any]) -> None:
+    """Raises CheckpointError where PEFT's configuration says what is not served."""
+    for name, value in settings.items():
+        if name in NOT_SERVED and value not in NOT_SERVED[name]:
+            raise CheckpointError(f"LoRA {file}: {name}={value!r} is not served")
+    patterns = settings.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise CheckpointError(f"LoRA {file}: alpha_pattern={patterns!r} is invalid: not an object")
+    for name, alpha in (("lora_alpha", settings.get("lora_alpha", 1)), *patterns.items()):
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+            raise CheckpointError(f"LoRA {file}: {name}={alpha!r} is invalid: must be a number")
+        try:
+            re.compile(name)
+        except re.error as error:
+            text = f"LoRA {file}: alpha_pattern {name!r} is no regular expression"
+            raise CheckpointError(f"{text}: {error}") from error
 
 
 def check_loras(loras: Iterable[Lora], build: Callable[[str], nn.Module | None]) -> None:
@@ -268,7 +308,9 @@ def read_factors(
         for factors, layer in matched:
             tensors = {r: opened.get_tensor(k).float() for r, k in factors.keys.items()}
             down, up = tensors["down"], tensors["up"]
-            multiplier = _multiplier(lora, factors, len(down), tensors.get("alpha"))
+            multiplier = _multiplier(lora, factors, len(up[0]), tensors.get("alpha"))
+            if "mid" in tensors:
+                down = torch.einsum("rs...,si->ri...", tensors["mid"], down.flatten(1))
             yield factors.keys["down"], layer, down, up, multiplier
 
 
@@ -281,8 +323,9 @@ def _multiplier(lora: Lora, factors: Factors, rank: int, alpha: Tensor | None) -
         return 1.0
     value = settings.get("lora_alpha", rank)
     for name, special in (settings.get("alpha_pattern") or {}).items():
-        if f"_{factors.layer}".endswith("_" + name.replace(".", "_")):
+        if re.match(rf"(.*\.)?({name})$", factors.path):  # as PEFT, of which the first counts
             value = special
+            break
     return value / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
@@ -320,18 +363,25 @@ def _check_shapes(file: Path, factors: Factors, header: dict[str, Any], layer: A
     """A linear layer also takes factors of a 1x1 convolution, and the other way round."""
     shapes = {role: header[key]["shape"] for role, key in factors.keys.items()}
     down, up, weight = shapes["down"], shapes["up"], list(layer.weight.shape)
-    rank = down[0] if down else 0
-    allowed = {"down": [rank, *weight[1:]], "up": [weight[0], rank]}
-    for role, shape in (("down", down), ("up", up)):
-        if rank == 0 or _without_ones(shape) != _without_ones(allowed[role]):
+    inner = down[0] if down else 0
+    rank = up[1] if len(up) > 1 else inner
+    allowed = {"up": [weight[0], rank], "down": [rank, *weight[1:]]}
+    if "mid" in shapes:  # a Tucker decomposition, of which the middle has the kernel
+        allowed |= {"down": [inner, weight[1]], "mid": [rank, inner, *weight[2:]]}
+    for role, shape in allowed.items():
+        if rank == 0 or 0 in shape or _without_ones(shapes[role]) != _without_ones(shape):
             raise CheckpointError(
-                f"LoRA {file}: {factors.keys[role]} has shape {shape}, its layer has {weight}:"
-                f" must be {allowed[role]}"
+                f"LoRA {file}: {factors.keys[role]} has shape {shapes[role]}, its layer has"
+                f" {weight}: must be {shape}"
             )
     if math.prod(shapes.get("alpha", [])) != 1:
         raise CheckpointError(
             f"LoRA {file}: {factors.keys['alpha']} has shape {shapes['alpha']}: must be one number"
         )
+    for role, key in factors.keys.items():
+        if (kind := header[key]["dtype"]) not in WEIGHT_TYPES + (ALPHA_TYPES * (role == "alpha")):
+            text = f"LoRA {file}: {key} has type {kind}, which is not read"
+            raise CheckpointError(f"{text}: {', '.join(WEIGHT_TYPES)} are")
 
 
 def _without_ones(shape: list[int]) -> list[int]:

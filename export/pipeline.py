@@ -229,7 +229,10 @@ def _given(checkpoint: Checkpoint) -> dict[str, Any]:
     """Defaults that the checkpoint or the command says."""
     serving = checkpoint.serving
     replaced = {"sampler": serving.sampler} if serving.sampler else {}
-    given = check_defaults(checkpoint.index.get("defaults", {}))
+    try:
+        given = check_defaults(checkpoint.index.get("defaults", {}))
+    except CheckpointError as error:
+        raise CheckpointError(f"model_index.json: {error}") from error
     return given | replaced | check_defaults(serving.defaults)
 
 

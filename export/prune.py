@@ -21,12 +21,14 @@ import transformers
 from torch import nn
 
 from export.channel_groups import ChannelGroup, channel_groups, choose, importances, units
-from export.checkpoint import FORMER, Checkpoint, open_checkpoint
+from export.checkpoint import Checkpoint, open_checkpoint
 from export.macs import count_macs, native_rows, positions
 from export.part import Part
+from export.parts import FORMER
 from export.precision import Precision
 from export.repository import SOURCE, load_outlines, load_part
 from export.resources import check_disk, weight_count
+from export.source import Source
 from networks.loading import CheckpointError
 from networks.pruned import (
     Pruning,
@@ -176,7 +178,8 @@ def prune_checkpoint(
         reason = error.args[0][0][-1] if isinstance(error, shutil.Error) else error.strerror
         raise CheckpointError(f"cannot write {folder}: {reason or error}") from error
     serving = replace(checkpoint.serving, loras=())
-    opened = open_checkpoint(folder, serving=serving)
+    source = Source(str(folder), clip_skip=checkpoint.clip_skip)
+    opened = open_checkpoint(source, serving=serving)
     return replace(opened, name=checkpoint.name, revisions=checkpoint.revisions)
 
 

@@ -207,7 +207,7 @@ def build(
     outlines = load_outlines(checkpoint)
     kept = kept_lines(outlines, repository, only)
     check_loras(kept, repository, checkpoint, PART_OF)
-    check_values(checkpoint)
+    check_values(checkpoint, {PART_OF[name] for name in (*only, DECODER)})
     with staging(repository) as stage:
         (stage / ENGINE).mkdir(parents=True)
         decoder = load_part(checkpoint, DECODER, outlines)

@@ -66,8 +66,12 @@ XL_SECOND = "conditioner.embedders.1.model."
 
 
 def unpack(
-    file: Path, folder: Path, pipelines: Sequence[str], without: Container[str] = ()
-) -> None:
+    file: Path,
+    folder: Path,
+    pipelines: Sequence[str],
+    without: Container[str] = (),
+    prediction: str | None = None,
+) -> list[str]:
     """Writes the parts of `file` into `folder`; tensors keep their precision.
 
     Args:
@@ -75,6 +79,10 @@ def unpack(
         folder: gets the parts.
         pipelines: classes that are served; files of others are rejected before they are read.
         without: names of parts that are not wanted, and need not be in the file.
+        prediction: what the UNet predicts; None reads it, or guesses as diffusers does.
+
+    Returns:
+        Sentences about what was guessed.
 
     Raises:
         CheckpointError: it is cut short, a pointer, or no checkpoint of a family that is read.
@@ -89,7 +97,10 @@ def unpack(
         with safe_open(file, "pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in shapes}
             metadata = stored.metadata() or {}
-        prediction = _prediction(tensors, family, metadata)
+        guesses = []
+        if prediction is None:
+            prediction, guessed = _prediction(tensors, family, metadata)
+            guesses = [f"{prediction}; set it with --prediction-type"] if guessed else []
         if family.open_clip and prediction == "epsilon":
             family = replace(family, side=BASE_SIDE)
         parts = {"unet": _unet(tensors, family), **_text_encoders(tensors, family)}
@@ -119,6 +130,7 @@ def unpack(
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(schedule, indent=2))
     index["scheduler"] = ["diffusers", family.scheduler]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return guesses
 
 
 def _family(file: Path, header: Mapping[str, Any], without: Container[str]) -> Family:
@@ -275,12 +287,15 @@ class _Tower:
         self.config = type("Config", (), {"hidden_size": width})
 
 
-def _prediction(tensors: Mapping[str, Tensor], family: Family, metadata: Mapping[str, str]) -> str:
-    """What the UNet predicts: as the file says, else as its family does."""
+def _prediction(
+    tensors: Mapping[str, Tensor], family: Family, metadata: Mapping[str, str]
+) -> tuple[str, bool]:
+    """What the UNet predicts, as the file says, else as its family does; and if it is a guess."""
     written = metadata.get("modelspec.prediction_type", "")
     if written.startswith("v") or "v_pred" in tensors:
-        return "v_prediction"
+        return "v_prediction", False
     if written.startswith("eps") or not family.open_clip:
-        return "epsilon"
+        return "epsilon", False
     # The base of 2.x was saved at this step; diffusers tells it apart by the same.
-    return "epsilon" if int(tensors.get("global_step", 0)) == 875000 else "v_prediction"
+    base = int(tensors.get("global_step", 0)) == 875000
+    return "epsilon" if base else "v_prediction", not base

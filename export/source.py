@@ -34,7 +34,7 @@ class Source:
         variant: of the weight files, as in `fp16`; None takes plain files, or the only variant.
         bert: folder or hub id of a text model and its tokenizer.
         bert_revision: the revision of `bert`.
-        vae: folder or hub id of an autoencoder.
+        vae: folder or hub id of an autoencoder, or its `.safetensors` file.
         tokenizer: folder or hub id of CLIP's tokenizer.
         clip_skip: layers of CLIP's towers, from the end, whose results are not used.
     """

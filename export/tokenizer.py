@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, CLIPTokenizer
 
 from export.checkpoint import Checkpoint
+from export.config_fields import shown
+from export.weights import read_json
 from networks.loading import CheckpointError, first_line
 
+CLIP = ("CLIPTokenizer", "CLIPTokenizerFast")
+TEXT_FIELDS = ("tokenizer_class", "bos_token", "eos_token", "unk_token", "pad_token")
 # Texts on which tokenizers of different rules differ: case, accents, spaces, digits, scripts.
 TEXTS = (
     "", "a", "a small green star on white", "A Photo of 3 CATS, 8k, f/1.8", "naïve café Ångström",
@@ -27,13 +31,34 @@ def load_tokenizer(checkpoint: Checkpoint, part: str) -> Any:
         CheckpointError: it cannot be loaded.
     """
     folder = checkpoint.folders[part]
+    # CLIP's is of the class that the checkpoint names, as in diffusers, whatever its files say.
+    clip = checkpoint.classes[part] in CLIP
+    tokenizer_class = CLIPTokenizer if clip else AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
+        tokenizer = tokenizer_class.from_pretrained(folder, use_fast=True, trust_remote_code=False)
         tokenizer.backend_tokenizer.to_str()
     except Exception as error:
+        wrong = _wrong_setting(folder)
         text = f"{folder} has no tokenizer that can be served: {first_line(error)}"
-        raise CheckpointError(text) from error
+        raise CheckpointError(wrong or text) from error
+    length = tokenizer.model_max_length
+    if isinstance(length, bool) or not isinstance(length, int | float) or length < 1:
+        text = f"{folder}/tokenizer_config.json: model_max_length={shown(length)} is invalid"
+        raise CheckpointError(f"{text}: must be a whole number above 0")
     return tokenizer
+
+
+def _wrong_setting(folder: Path) -> str | None:
+    """The first field that a tokenizer cannot be made of, in a sentence."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if not (folder / name).is_file():
+            continue
+        for field, value in read_json(folder / name).items():
+            content = value.get("content") if isinstance(value, dict) else value
+            if field in TEXT_FIELDS and not isinstance(content, str):
+                text = f"{folder / name}: {field}={shown(value)} is invalid"
+                return f"{text}: must be a text"
+    return None
 
 
 def check_vocabulary(checkpoint: Checkpoint, tokenizer: Any, source: str, part: str) -> None:
@@ -45,6 +70,11 @@ def check_vocabulary(checkpoint: Checkpoint, tokenizer: Any, source: str, part: 
         source, part: names of the tokenizer and of the text model.
     """
     known = checkpoint.config(part).get("vocab_size")
+    length = checkpoint.config(part).get("max_position_embeddings")
+    given = tokenizer.model_max_length  # which diffusers pads prompts to
+    if source != "bert_tokenizer" and isinstance(length, int) and given < length:
+        text = f"{checkpoint.folders[source]}/tokenizer_config.json: model_max_length={given} is"
+        raise CheckpointError(f"{text} invalid: {part} has max_position_embeddings {length}")
     token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if isinstance(known, int) and largest >= known:
         raise CheckpointError(

@@ -21,6 +21,8 @@ NAME = re.compile(
 )
 INDEX = re.compile(rf"(?:{'|'.join(STEMS)})\.safetensors\.index(?:\.(?P<variant>\w+))?\.json")
 LFS = b"version https://git-lfs"
+# Types of weights in safetensors that PyTorch makes FP32 of without a scale.
+WEIGHT_TYPES = ("F16", "BF16", "F32", "F64")
 NON_EMA = "non_ema"  # weights to train on from; never chosen by themselves
 
 

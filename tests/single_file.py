@@ -42,6 +42,13 @@ def write_single_file(checkpoint: Path, file: Path, metadata: dict[str, str] | N
     return file
 
 
+def as_2_x(checkpoint: Path, file: Path) -> None:
+    """Gives a single file the text tower of Stable Diffusion 2.x, whose names are OpenCLIP's."""
+    tower = open_clip(weights_of(checkpoint / "text_encoder"))
+    others = {k: v for k, v in load_file(file).items() if not k.startswith("cond_stage_model.")}
+    save_file(others | {f"cond_stage_model.model.{k}": v for k, v in tower.items()}, file)
+
+
 def write_xl_single_file(checkpoint: Path, file: Path) -> Path:
     """SDXL's parts in one file; its second level alone has attention."""
     tensors = {}
@@ -74,7 +81,8 @@ def open_clip(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         for ours, theirs in OPEN_CLIP.items():
             short = short.replace(ours, theirs)
         tensors[short] = tensor.contiguous()
-    tensors["text_projection"] = tensors.pop("text_projection.weight").T.contiguous()
+    if "text_projection.weight" in tensors:
+        tensors["text_projection"] = tensors.pop("text_projection.weight").T.contiguous()
     for name in [name for name in weights if ".q_proj." in name]:
         joined = torch.cat([weights[name.replace(".q_", f".{kind}_")] for kind in "qkv"])
         layer, kind = name.split("layers.")[1].split(".")[0], name.rpartition(".")[2]

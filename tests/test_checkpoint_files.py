@@ -13,15 +13,16 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from families import EULER, FAMILIES, XL_UNET, Family, shallow, write_family
 from safetensors.torch import load_file, save_file
-from single_file import write_single_file, write_xl_single_file
+from single_file import as_2_x, as_convolution, vae_name, write_single_file, write_xl_single_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from checkpoints import stable_diffusion, text_model
-from export import checkpoint as checkpoint_module
-from export.checkpoint import open_checkpoint
+from export import parts as parts_module
+from export.checkpoint import Serving, open_checkpoint
+from export.checks import check_values
 from export.macs import native_rows
 from export.pipeline import write
-from export.repository import load_parts
+from export.repository import load_outlines, load_part, load_parts
 from export.sizes import native_size, scale_factor
 from export.source import Source, looks_like_path
 from networks.loading import CheckpointError
@@ -244,7 +245,7 @@ def of_a_refiner(tensors: dict) -> dict:
         (lambda t: {k: v for k, v in t.items() if k != LAST}, r"odd\.safetensors lacks out\.2\."),
         (
             lambda t: t,
-            r"odd\.safetensors: vae/config\.json makes no AutoencoderKL: num_channels",
+            r"odd\.safetensors: vae/config\.json: block_out_channels=\[8, 8, 16\] is inv",
         ),
     ],
 )
@@ -282,6 +283,111 @@ def test_a_vae_of_elsewhere_decodes(plain, bert, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(decoder.module(latent), vae.decode(latent / 0.7).sample)
     assert scale_factor(opened) == 4
+
+
+def original_names(tensors: dict) -> dict:
+    named = {vae_name(name): tensor for name, tensor in tensors.items()}
+    return {name: as_convolution(name, tensor).contiguous() for name, tensor in named.items()}
+
+
+STYLES = {
+    "diffusers": lambda tensors: tensors,
+    "original": original_names,
+    "decoder": lambda tensors: {
+        k: v for k, v in tensors.items() if k.startswith(("decoder.", "post_quant_conv."))
+    },
+    "checkpoint": lambda tensors: {
+        f"first_stage_model.{k}": v for k, v in original_names(tensors).items()
+    } | {"model.diffusion_model.out.2.bias": torch.ones(4), "cond.weight": torch.ones(1)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_the_file_of_a_vae_decodes_as_its_folder(plain, bert, tmp_path, style):
+    torch.manual_seed(3)
+    vae_of_32_groups(tmp_path / "vae")
+    change(tmp_path / "vae" / "config.json", scaling_factor=0.5, shift_factor=0.25)
+    file = tmp_path / "vae-ft.safetensors"
+    save_file(STYLES[style](load_file(weights_of(tmp_path / "vae"))), file)
+    source = Path(shutil.copytree(plain, tmp_path / "source"))
+    change(source / "vae" / "config.json", scaling_factor=0.5, shift_factor=0.25)
+    opened = open_checkpoint(Source(str(source), vae=str(file), bert=str(bert)))
+    assert opened.guesses == ["scaling_factor 0.5 of vae-ft.safetensors, as of the checkpoint's"
+                              " own VAE"]  # fmt: skip
+    whole = open_checkpoint(Source(str(source), vae=str(tmp_path / "vae"), bert=str(bert)))
+    ours, theirs = (load_part(c, "vqgan_decoder", load_outlines(c)) for c in (opened, whole))
+    latent = ours.example(1, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.module(**latent), theirs.module(**latent))
+    assert scale_factor(opened) == scale_factor(whole) == 4
+
+
+def test_a_configuration_beside_the_file_of_a_vae_is_its_own(plain, bert, tmp_path):
+    vae_of_32_groups(tmp_path / "vae")
+    change(tmp_path / "vae" / "config.json", scaling_factor=0.3)
+    file = weights_of(tmp_path / "vae")
+    opened = open_checkpoint(Source(str(plain), vae=str(file), bert=str(bert)))
+    assert (opened.config("vae")["scaling_factor"], opened.guesses) == (0.3, [])
+
+
+def test_a_single_file_takes_the_vae_of_another(plain, bert, tmp_path):
+    folder = twin(tmp_path / "folder")
+    file = write_single_file(folder, tmp_path / "one.safetensors")
+    vae = tmp_path / "vae.safetensors"
+    shutil.copy(weights_of(folder / "vae"), vae)
+    source = Source(str(file), vae=str(vae), bert=str(bert), tokenizer=str(folder))
+    opened = open_checkpoint(source)
+    assert opened.config("vae")["scaling_factor"] == 0.18215
+    change_tensor(folder, "vae", "decoder.conv_in.bias", lambda t: t * float("nan"))
+    shutil.copy(weights_of(folder / "vae"), vae)
+    opened = open_checkpoint(source)
+    with pytest.raises(CheckpointError) as caught, opened.naming_its_file():
+        check_values(opened, ["vae"])
+    assert str(caught.value).startswith(f"{vae}: vae has numbers in decoder.conv_in.bias")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"decoder.layers.0.weight": torch.ones(1)}, "is no AutoencoderKL, the only class"),
+        ({"lora_unet_x.alpha": torch.ones(1)}, r"give the folder of another class"),
+        ({"decoder.up_blocks.0.resnets.0.conv1.weight": torch.ones(8, 8, 3, 3)},
+         r"lacks decoder\.conv_out\.weight: download it again"),
+        ({"decoder.up.0.block.0.conv1.weight": torch.ones(8, 8, 3, 3)}, r"odd\.safetensors"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_no_vae_is_refused(plain, bert, tmp_path, tensors, message):
+    file = tmp_path / "odd.safetensors"
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        open_checkpoint(Source(str(plain), vae=str(file), bert=str(bert)))
+    assert str(file) in str(caught.value)
+
+
+def test_what_the_unet_predicts_can_be_set(plain, bert):
+    for prediction in ("v_prediction", "epsilon"):
+        serving = Serving(prediction_type=prediction)
+        opened = open_checkpoint(plain, bert, serving=serving)
+        assert opened.config("scheduler")["prediction_type"] == prediction
+    with pytest.raises(CheckpointError, match="--prediction-type v is invalid: must be one of ep"):
+        open_checkpoint(plain, bert, serving=Serving(prediction_type="v"))
+
+
+def test_a_file_of_2_x_is_taken_to_predict_v_unless_it_is_set(bert, tmp_path):
+    """Its configurations say no more than its tensors; the side of its pictures follows."""
+    folder = twin(tmp_path / "folder")
+    file = write_single_file(folder, tmp_path / "two.safetensors")
+    as_2_x(folder, file)
+    guesses = {}
+    for given in (None, "epsilon", "v_prediction"):
+        source = Source(str(file), tokenizer=str(folder), bert=str(bert))
+        opened = open_checkpoint(source, serving=Serving(prediction_type=given))
+        config = opened.config("scheduler")["prediction_type"], opened.config("unet")["sample_size"]
+        guesses[given] = (*config, len(opened.guesses))
+    assert guesses == {
+        None: ("v_prediction", 96, 1), "epsilon": ("epsilon", 64, 0),
+        "v_prediction": ("v_prediction", 96, 0),
+    }  # fmt: skip
 
 
 def test_autoencoders_of_16_channels_and_of_normalised_latents_decode(copied, bert):
@@ -462,7 +568,7 @@ def config_of(part: str, **fields: object):
 def test_one_sentence_names_file_and_remedy(copied, bert, monkeypatch, breaking, message):
     breaking(copied)
     reads = []
-    monkeypatch.setattr("networks.loading.load_part", lambda *given, **named: reads.append(given))
+    monkeypatch.setattr("export.checkpoint.load_part", lambda *given, **named: reads.append(given))
     with pytest.raises(CheckpointError, match=message) as caught:
         open_checkpoint(copied, bert)
     assert "\n" not in str(caught.value)
@@ -475,14 +581,13 @@ def test_weights_that_are_not_finite_name_their_tensor(copied, bert):
         load_parts(open_checkpoint(copied, bert))
 
 
-def test_a_tokenizer_of_another_text_encoder_is_refused(copied, bert, tmp_path):
+def test_a_tokenizer_of_another_text_encoder_is_refused(copied, bert):
     file = copied / "tokenizer" / "tokenizer.json"
     content = json.loads(file.read_text())
     content["model"]["vocab"]["zz"] = 5000
     file.write_text(json.dumps(content))
-    opened = open_checkpoint(copied, bert)
     with pytest.raises(CheckpointError, match="tokenizer gives 'zz' the id 5000, text_encoder has"):
-        write(opened, load_parts(opened), tmp_path)
+        open_checkpoint(copied, bert)
 
 
 @pytest.mark.parametrize("name", ["model.ckpt", "weights.bin", "old.pt"])
@@ -634,7 +739,7 @@ def test_a_single_file_of_another_family_is_named_before_it_is_read(plain, tmp_p
         for name, tensor in load_file(file).items()
     }
     save_file(tensors, file)
-    monkeypatch.setattr(checkpoint_module, "PIPELINES", ("StableDiffusionPipeline",))
+    monkeypatch.setattr(parts_module, "PIPELINES", ("StableDiffusionPipeline",))
     source = Source(str(file), tokenizer=str(plain / "tokenizer"))
     with pytest.raises(CheckpointError, match="StableDiffusionXLPipeline, which is not served"):
         open_checkpoint(source)

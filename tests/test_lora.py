@@ -189,6 +189,69 @@ def test_factors_of_a_1x1_convolution_fit_a_linear_layer(tiny, layers, tmp_path)
     assert_fused(tiny, {("unet", name): layer}, 1.0, str(tmp_path / "a.safetensors"))
 
 
+def test_a_tucker_decomposition_is_the_product_of_its_factors(tiny, layers, tmp_path):
+    name = "down_blocks.0.resnets.0.conv1"
+    layer, start = layers["unet", name], "lora_unet_" + name.replace(".", "_")
+    out, into, *kernel = layer.weight.shape
+    down, mid = torch.randn(3, into, 1, 1) * 0.2, torch.randn(RANK, 3, *kernel) * 0.2
+    up = torch.randn(out, RANK, 1, 1) * 0.2
+    tensors = {"lora_down": down, "lora_mid": mid, "lora_up": up}
+    named = {f"{start}.{role}.weight": tensor for role, tensor in tensors.items()}
+    save_file(named | {f"{start}.alpha": torch.tensor(6)}, str(tmp_path / "a.safetensors"))
+    got = fused_layers(tiny, str(tmp_path / "a.safetensors"))["unet"].get_submodule(name)
+    x = torch.randn(1, into, 8, 8)
+    inner = torch.nn.functional.conv2d(x, down)
+    change = torch.nn.functional.conv2d(inner, mid, padding=layer.padding)
+    change = torch.nn.functional.conv2d(change, up) * 6 / RANK
+    with torch.no_grad():
+        torch.testing.assert_close(got(x), layer(x) + change, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("prefix", ["base_model.model.unet.", "diffusion_model."])
+def test_other_prefixes_of_the_unet_are_read(tiny, layers, prefix, tmp_path):
+    def keys(part, name):
+        if prefix == "diffusion_model.":  # ComfyUI, with the original names
+            assert name == "down_blocks.0.resnets.0.conv1"
+            name = "input_blocks.1.0.in_layers.2"
+        return (
+            f"{prefix}{name}.lora_A.my-style.weight",
+            f"{prefix}{name}.lora_B.my-style.weight",
+            "",
+        )
+
+    some = {key: layer for key, layer in layers.items() if key[1].endswith("0.conv1")}
+    file = write_lora(tmp_path / "a.safetensors", some, keys, alpha=None)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": RANK}))
+    assert_fused(tiny, some, 1.0, str(file))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lora_alpha": "8"}, "lora_alpha='8' is invalid: must be a number"),
+        ({"alpha_pattern": [1]}, r"alpha_pattern=\[1\] is invalid"),
+        ({"alpha_pattern": {"to_q": None}}, "to_q=None is invalid"),
+        ({"alpha_pattern": {"(": 1}}, "is no regular expression"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not served"),
+        ({"layer_replication": [[0, 4]]}, "layer_replication=.* is not served"),
+        ({"peft_type": "LOHA"}, "peft_type='LOHA' is not served"),
+    ],
+)
+def test_settings_that_change_what_factors_mean_are_refused(layers, settings, message, tmp_path):
+    metadata = {"lora_adapter_metadata": json.dumps({f"unet.{k}": v for k, v in settings.items()})}
+    file = write_lora(tmp_path / "a.safetensors", layers, peft_keys, None, metadata)
+    with pytest.raises(CheckpointError, match=message):
+        read_lora(str(file))
+
+
+def test_the_first_pattern_that_matches_a_name_sets_its_alpha(tiny, layers, tmp_path):
+    some = {key: layer for key, layer in layers.items() if "to_q" in key[1]}
+    patterns = {"ttn1.to_q": 3, r"down_blocks\..*to_q": 6, "attn1.to_q": 5}
+    metadata = {"lora_adapter_metadata": json.dumps({"unet.alpha_pattern": patterns})}
+    file = write_lora(tmp_path / "a.safetensors", some, peft_keys, None, metadata)
+    assert_fused(tiny, some, 6 / RANK, str(file))
+
+
 SDXL = {
     "input_blocks_0_0": "conv_in",
     "time_embed_2": "time_embedding.linear_2",
@@ -280,7 +343,14 @@ def damaged(content):
         (edited(lambda t: t.update({FIRST: torch.full((RANK, 32), float("nan"))})),
          rf"{FIRST} makes weights that are not finite"),
         (edited(lambda t: t.update({FIRST.replace("down.weight", "mid.weight"): torch.ones(1)})),
-         "LoCon with a middle factor, which is not served"),
+         r"lora_mid.weight has shape \[1\], its layer has \[32, 32\]: must be \[4, 4\]"),
+        (edited(lambda t: t.update({FIRST: torch.ones(RANK, 32).to(torch.int8)})),
+         "lora_down.weight has type I8, which is not read: F16, BF16, F32, F64 are"),
+        (edited(lambda t: t.update({"lora_te3_x.lora_up.weight": torch.ones(1)})),
+         "lora_te3_x.lora_up.weight is for a network that is not served: names must begin with"),
+        (edited(lambda t: t.update({"lora_transformer_x.alpha": torch.ones(1)})),
+         "lora_transformer_x.alpha is for a network that is not served"),
+        (edited(lambda t: t.update({"lora_unet_x.oft_blocks": torch.ones(1)})), "of an OFT"),
         (edited(lambda t: t.update({"lora_unet_x.hada_w1_a": torch.ones(1)})), "of a LoHa"),
         (edited(lambda t: t.update({FIRST[:-17] + ".dora_scale": torch.ones(1)})), "of a DoRA"),
         (edited(lambda t: t.update({"lora_unet_x.bias": torch.ones(1)})), "is no key of a LoRA"),

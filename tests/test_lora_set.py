@@ -12,13 +12,14 @@ import pytest
 import torch
 from families import FAMILIES, shallow, write_family
 from harness import export_command, open_engine, skeleton
+from safetensors.torch import save_file
 from test_engine import Client, Watched, pixels, request
 from test_families import PROMPT, draws, options_of
-from test_lora import kohya, write_lora
+from test_lora import RANK, factors, kohya, write_lora
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from export.checkpoint import Serving, open_checkpoint
-from export.lora import read_lora
+from export.lora import _original_name, read_lora
 from export.lora_set import LayerWithLoras
 from export.painting import paint
 from export.precision import Precision, in_precision
@@ -260,3 +261,57 @@ def test_a_lora_through_the_real_server_paints_what_the_engine_paints(served, st
     pixels = np.asarray(ours.convert("RGB"), float)
     assert np.abs(pixels - wanted).max() <= 1
     assert np.abs(pixels - np.asarray(plain.convert("RGB"), float)).max() > 2
+
+
+def xl_keys(unet):
+    """Kohya's names for SDXL, whose blocks are those of the original code."""
+
+    def of(part, name):
+        if part == "unet":
+            name, start = _original_name(name, unet), "lora_unet_"
+        else:
+            start = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}[part]
+            start += "text_model_"
+        start += name.replace(".", "_")
+        return f"{start}.lora_down.weight", f"{start}.lora_up.weight", f"{start}.alpha"
+
+    return of
+
+
+@torch.no_grad()
+def test_every_layer_of_sdxl_takes_a_lora_as_in_diffusers(tmp_path):
+    """Ranks differ, and the names are those of the original code."""
+    pytest.importorskip("peft")
+    source = write_family(tmp_path / "source", shallow(FAMILIES[XL]))
+    opened = open_checkpoint(source)
+    networks = {part: opened.load(part, model_class) for part, model_class in CLASSES.items()}
+    layers = {
+        (part, name.removeprefix("text_model.")): layer
+        for part, network in networks.items()
+        for name, layer in network.named_modules()
+        if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)
+        # Diffusers does not take these.
+        and not name.startswith(("text_projection", "conv_", "time_emb", "add_emb"))
+    }
+    assert len(layers) > 190
+    tensors = {}
+    for seed, ((part, name), layer) in enumerate(layers.items()):
+        down, up = factors(layer, seed)
+        rank = 1 + seed % RANK
+        keys = xl_keys(networks["unet"])(part, name)
+        values = (down[:rank].bfloat16(), up[:, :rank].contiguous().bfloat16(), torch.tensor(2.0))
+        tensors |= dict(zip(keys, values, strict=True))
+    file = tmp_path / "style.safetensors"
+    save_file(tensors, str(file))
+    pipeline = diffusers.StableDiffusionXLPipeline(
+        **{part: opened.load(part, model_class) for part, model_class in CLASSES.items()},
+        vae=None, tokenizer=None, tokenizer_2=None, scheduler=None,
+    )  # fmt: skip
+    pipeline.load_lora_weights(tmp_path, weight_name=file.name, local_files_only=True)
+    pipeline.fuse_lora(lora_scale=0.7)
+    pipeline.unload_lora_weights()
+    fused = open_checkpoint(source, serving=Serving(loras=(read_lora(f"{file}:0.7"),)))
+    for part, model_class in CLASSES.items():
+        wanted = getattr(pipeline, part).state_dict()
+        for key, tensor in fused.load(part, model_class).state_dict().items():
+            torch.testing.assert_close(tensor, wanted[key], msg=f"{part}.{key}")
