@@ -123,7 +123,6 @@ CACHED_IMAGES = _counter(
 ROWS_REDUCED = _gauge(
     "unet_call_reduced_sizes", "Sizes whose UNet calls were made smaller after memory ran out"
 )
-
 MEMORY_BUDGET = _gauge("memory_budget_bytes", "Bytes that the networks and their calls may take")
 MEMORY_USED = _gauge(
     "memory_used_bytes", "Bytes of that budget which the networks, the latest UNet call and the"
