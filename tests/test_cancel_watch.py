@@ -75,3 +75,15 @@ def test_a_poll_that_fails_is_logged_once_and_the_others_are_polled_on(watch, ca
     assert [r.getMessage() for r in caplog.records] == [
         "polling for a cancel failed: request id=broken"
     ]
+
+
+def test_a_round_has_bounded_polls_and_the_oldest_are_asked_most_often_yet_all_are_asked(watch):
+    requests = [Live() for _ in range(100)]
+    for request in requests:
+        watch.add(request, lambda: None)
+    until = time.monotonic() + 20
+    while min(request.polls for request in requests) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+    polls = [request.polls for request in requests]
+    assert min(polls) >= 2
+    assert min(polls[:16]) > 2 * max(polls[20:])

@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -20,6 +22,7 @@ from twinbrush import doors
 from twinbrush.cpus import available_cpus
 from twinbrush.server import addresses, checks, processes, scratch
 from twinbrush.server.errors import ServerError
+from twinbrush.server.health import Health
 from twinbrush.server.log import Log, parse
 from twinbrush.server.stubs import STUB, Stubs
 from twinbrush.server.waits import Signals, Stopped
@@ -381,3 +384,41 @@ def test_json_lines_carry_time_level_source_message_and_request_id(capsys):
     ]  # fmt: skip
     assert all(e["time"].endswith("+00:00") for e in entries)
     assert [e.get("request_id") for e in entries] == [None, None, "ab-1"]
+
+
+def test_tracebacks_of_the_launcher_and_of_its_threads_are_json_too():
+    code = """
+import threading, typer
+from twinbrush.server import __main__ as launcher
+
+def broken(*_):
+    thread = threading.Thread(target=lambda: 1 / 0)
+    thread.start()
+    thread.join()
+    raise KeyError("unforeseen")
+
+launcher.chosen_ports = broken
+typer.run(launcher.main)
+"""
+    command = [sys.executable, "-c", code, "--log-format", "json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    entries = [json.loads(line) for line in (done.stdout + done.stderr).splitlines()]
+    assert [(e["source"], e["level"]) for e in entries] == [("launcher", "critical")] * 2
+    assert "ZeroDivisionError" in entries[0]["message"]
+    assert "KeyError: 'unforeseen'" in entries[1]["message"]
+
+
+def test_a_probe_that_leaves_before_its_answer_is_not_logged(capfd):
+    port = addresses.chosen_ports("127.0.0.1", 0, 0, 0)[0]
+    Health().serve("127.0.0.1", port)
+    before = threading.active_count()
+    for _ in range(5):
+        probe = socket.create_connection(("127.0.0.1", port))
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        probe.close()  # with a reset
+    time.sleep(0.2)
+    until = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < until:
+        time.sleep(0.05)
+    assert capfd.readouterr() == ("", "")

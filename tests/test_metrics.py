@@ -16,8 +16,10 @@ from harness import ROOT, open_engine
 from test_engine import Client, Watched, request
 
 from twinbrush.engine import metrics
+from twinbrush.engine.fields import InvalidArgument
 from twinbrush.engine.generation import EngineError
 from twinbrush.engine.limits import Limits
+from twinbrush.engine.memory import DeviceMemory
 from twinbrush.engine.request_ids import LONGEST, LineFormatter, named, request_id_of
 from twinbrush.engine.tracing import Marks, Origin
 
@@ -116,6 +118,37 @@ def test_refusals_are_counted_by_their_reason(repository, recorded):
     engine.close()
     assert recorded.total(metrics.REFUSALS, "queue_full") == 1
     assert recorded.total(metrics.REFUSALS, "draining") == 1
+
+
+def test_a_client_over_its_share_and_a_picture_over_the_budget_have_reasons_of_their_own(
+    repository, recorded
+):
+    limits = Limits(memory=DeviceMemory(1.0))
+    engine = open_engine(repository, observer=recorded, limits=limits)
+    with pytest.raises(InvalidArgument, match="of memory"):
+        engine.submit(request(engine), print)
+    engine.close()
+    engine = open_engine(repository, observer=recorded, limits=Limits(queue_work=1000))
+    held = request(engine, steps=50, num_images=16, client="ada")
+    client = Client(engine, held)
+    with pytest.raises(EngineError, match="has its share"):
+        engine.submit(held, print)
+    client.generation.cancel()
+    client.wait()
+    engine.close()
+    assert recorded.total(metrics.REFUSALS, "memory") == 1
+    assert recorded.total(metrics.REFUSALS, "client_full") == 1
+
+
+def test_the_memory_that_calls_take_of_the_budget_is_recorded(repository, recorded):
+    engine = open_engine(repository, observer=recorded, limits=Limits(memory=DeviceMemory(4e9)))
+    Client(engine, request(engine, steps=2)).wait()
+    alone = recorded.values[(metrics.MEMORY_USED,)][-1]
+    Client(engine, request(engine, steps=2, num_images=4)).wait()
+    engine.close()
+    assert recorded.values[(metrics.MEMORY_BUDGET,)] == [4e9]
+    assert recorded.values[(metrics.CACHE_LIMIT,)] == [256 * 2**20]
+    assert 0 < alone < max(recorded.values[(metrics.MEMORY_USED,)]) <= 4e9
 
 
 def test_a_failed_call_is_counted_and_the_log_names_its_requests(repository, recorded, caplog):

@@ -411,6 +411,13 @@ def test_metrics_of_the_engine_and_errors_with_their_request_id(server):
     with pytest.raises(InferenceServerException, match=r"\(request id \w+\)"):
         infer(server, steps=0)
     wait_until_counted([then + more for then, more in zip(before, [1, 2, 2, 2, 1], strict=True)])
+    other = stream(server, raw=inputs({"cancel": "mine", "prompt": "a red circle"}))
+    assert "must be the only input" in other[1]
+    wait_until_counted([then + more for then, more in zip(before, [1, 3, 2, 2, 1], strict=True)])
+    found = metrics(server)
+    budget = found["twinbrush_memory_budget_bytes"]
+    assert 0 < found["twinbrush_memory_used_bytes"] <= budget
+    assert found["twinbrush_conditioning_cache_limit_bytes"] > 0
 
 
 def triton_module(monkeypatch, name, **backend):

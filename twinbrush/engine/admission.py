@@ -88,7 +88,7 @@ class Admission:
             return
         after = self._seconds(work)
         text = f"client={shown(name)} has its share of the queue ({has}): retry after {after:.0f} s"
-        raise EngineError("RESOURCE_EXHAUSTED", text, after)
+        raise EngineError("RESOURCE_EXHAUSTED", text, after, "client_full")
 
     def remove(self, generation: Generation) -> None:
         self.live.discard(generation)

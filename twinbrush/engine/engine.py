@@ -29,6 +29,7 @@ from twinbrush.engine.config import PipelineConfig
 from twinbrush.engine.costs import Costs
 from twinbrush.engine.decode import Decoder, LiveImage
 from twinbrush.engine.denoise import Denoiser, Painting
+from twinbrush.engine.fields import InvalidArgument
 from twinbrush.engine.generation import End, EngineError, Event, Finished, Generation, Progress
 from twinbrush.engine.image_cache import ImageCache
 from twinbrush.engine.intake import Intake
@@ -92,6 +93,8 @@ class Engine:
         self._latent_to_rgb = np.array(config.latent_to_rgb, np.float32)
         self._costs = Costs()
         self._telemetry = Telemetry(observer or Unobserved(), config, tracer)
+        cache_bytes = limits.prompt_cache_mb * MEGABYTE
+        self._telemetry.limits(cache_bytes, memory and memory.budget)
         models = ObservedModels(models, self._telemetry)
         self._work = threading.Condition()  # guards what follows, and every `ended`
         self._batcher = StepBatcher(self._call_rows, self._costs.seconds)
@@ -107,7 +110,7 @@ class Engine:
         self._may_renew = one_call_at_a_time
         self._conditioner = Conditioner(
             self._watchdog, config, tokenizer, limits.max_rows, self._telemetry,
-            limits.prompt_cache_mb * MEGABYTE,
+            cache_bytes,
         )  # fmt: skip
         self._image_cache = ImageCache(limits.image_cache_mb * MEGABYTE)
         self._denoiser = Denoiser(self._watchdog, partial(self._turns.take, Stage.DENOISE))
@@ -164,7 +167,11 @@ class Engine:
             EngineError: UNAVAILABLE when the engine drains or has closed, RESOURCE_EXHAUSTED when
                 its queue is full, DEADLINE_EXCEEDED when the deadline cannot be met.
         """
-        self._plan.check_memory(request)
+        try:
+            self._plan.check_memory(request)
+        except InvalidArgument:
+            self._telemetry.refused("memory")
+            raise
         warnings = (
             *self._tokenizer.warnings("prompt", request.prompt, request.syntax),
             *self._tokenizer.warnings("negative_prompt", request.negative_prompt, request.syntax),
@@ -318,6 +325,8 @@ class Engine:
             key, sum(counts), self._rows(key),
             [image.marks for image in call], [image.generation.request_id for image in call],
         )  # fmt: skip
+        if self._plan.memory is not None:
+            self._telemetry.memory_used(self._plan.memory.used(key.cells, sum(counts)))
         for image in call:
             if not image.generation.ended:
                 self._report(image)

@@ -134,6 +134,10 @@ class MemoryBudget:
         budget, rest = self.budget / 1e9, self.networks.rest / 1e9
         return f"{budget:.1f} GB, of which the networks take {rest:.1f} GB at rest"
 
+    def used(self, cells: int, rows: int) -> float:
+        """Bytes while a UNet call runs: its own, the networks', and the decoder's part."""
+        return self.networks.rest + self._decoder + rows * self.networks.unet.row(cells)
+
     def fits(self, cells: int, rows: int) -> bool:
         """Whether one image can be made."""
         unet, decoder = self.networks.unet.row(cells), self.networks.decoder.row(cells)

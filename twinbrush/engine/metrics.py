@@ -15,7 +15,9 @@ CODES = (
     "CANCELLED", "INTERNAL",
 )  # fmt: skip
 DOORS = ("text_to_image", "text_to_image_stream")
-REASONS = ("invalid", "queue_full", "work_full", "deadline", "draining", "other")
+REASONS = (
+    "invalid", "memory", "queue_full", "work_full", "client_full", "deadline", "draining", "other",
+)  # fmt: skip
 SIZES = ("small", "native", "2x", "4x")
 STAGES = ("queue", "encode", "denoise", "decode", "encode_image")
 SERVED = ()  # a label's values are the served models
@@ -113,6 +115,7 @@ CACHE_TEXTS = _counter(
     result=("hit", "miss"),
 )  # fmt: skip
 CACHE_BYTES = _gauge("conditioning_cache_bytes", "Bytes in the conditioning cache")
+CACHE_LIMIT = _gauge("conditioning_cache_limit_bytes", "Bytes that the conditioning cache may have")
 CACHED_IMAGES = _counter(
     "image_cache_images", "Images of deterministic requests looked up in the image cache",
     result=("hit", "miss"),
@@ -120,10 +123,15 @@ CACHED_IMAGES = _counter(
 ROWS_REDUCED = _gauge(
     "unet_call_reduced_sizes", "Sizes whose UNet calls were made smaller after memory ran out"
 )
+MEMORY_BUDGET = _gauge("memory_budget_bytes", "Bytes that the networks and their calls may take")
+MEMORY_USED = _gauge(
+    "memory_used_bytes", "Bytes of that budget which the networks, the latest UNet call and the"
+    " room kept for decoding take, by what export measured",
+)  # fmt: skip
 
 METRICS = (
     REQUESTS_LIVE, REQUESTS_ENDED, REQUEST_SECONDS, REFUSALS, IMAGES, STAGE_SECONDS, TICK_SECONDS,
     CALL_ROWS, CALL_FILL, CALL_RETRIES, MODEL_SECONDS, MODEL_FAILURES, IMAGES_WAITING,
     ROWS_WAITING, WORK_OUTSTANDING, WORK_LIMIT, WORK_SAVED, CACHE_TEXTS, CACHE_BYTES,
-    ROWS_REDUCED, CACHED_IMAGES,
+    CACHE_LIMIT, ROWS_REDUCED, CACHED_IMAGES, MEMORY_BUDGET, MEMORY_USED,
 )  # fmt: skip

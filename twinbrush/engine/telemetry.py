@@ -93,6 +93,16 @@ class Telemetry:
         self._record(metrics.WORK_LIMIT, limit)
         self._record(metrics.ROWS_REDUCED, reduced_sizes)
 
+    def limits(self, cache_bytes: int, memory_bytes: float | None) -> None:
+        """What does not change: the conditioning cache's bound, and the memory budget, if any."""
+        self._record(metrics.CACHE_LIMIT, cache_bytes)
+        if memory_bytes is not None:
+            self._record(metrics.MEMORY_BUDGET, memory_bytes)
+
+    def memory_used(self, used: float) -> None:
+        """Bytes of the budget that a UNet call has taken, with all that lies beside it."""
+        self._record(metrics.MEMORY_USED, used)
+
     def model_called(self, model: str, seconds: float, failed: bool) -> None:
         self._record(metrics.MODEL_SECONDS, seconds, model)
         if failed:

@@ -187,6 +187,7 @@ def main(
 ) -> None:
     """Serves a model repository until Ctrl-C."""
     log, health = Log(log_format), Health()
+    log.take_tracebacks()
     allow_many_files()
     nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     signals = Signals(number for number in ENDING if not (nohup and number == signal.SIGHUP))

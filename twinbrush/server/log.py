@@ -8,6 +8,8 @@ import datetime
 import json
 import re
 import sys
+import threading
+import traceback
 from collections.abc import Callable
 from typing import IO, Literal
 
@@ -48,6 +50,16 @@ class Log:
     def relay(self, line: str) -> None:
         """A line of the server or of a model."""
         self._write(sys.stderr, *parse(line), line)
+
+    def take_tracebacks(self) -> None:
+        """Exceptions that nobody handles, of any thread, become entries too; as JSON only."""
+        if self._json:
+            sys.excepthook = lambda kind, error, trace: self._crash(error)
+            threading.excepthook = lambda args: self._crash(args.exc_value)
+
+    def _crash(self, error: BaseException | None) -> None:
+        text = "".join(traceback.format_exception(error)).rstrip()
+        self._write(sys.stderr, "critical", "launcher", text, text)
 
     def _write(self, stream: IO[str], level: str, source: str, message: str, line: str) -> None:
         """Writes a line, or its parts as JSON; the server lives on where it cannot be written."""

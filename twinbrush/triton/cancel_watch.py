@@ -25,9 +25,11 @@ class Watched(Protocol):
 class CancelWatch:
     """Polls live requests for a cancel by their client.
 
-    Each poll is a round trip to the server, so after a round the thread pauses in proportion to
-    the processor time that the round took: polling takes a small share of a core, however many
-    requests live, and a busy machine does not make it rarer. Without requests there is no poll.
+    Each poll is a round trip to the server, so a round has a bounded number of polls, and after it
+    the thread pauses in proportion to the processor time that they took: polling takes a small
+    share of a core, however many requests live, and a busy machine does not make it rarer. Half of
+    a round's polls are of the oldest requests, which are being painted or soon will be; the rest
+    take turns, because a request that only waits costs little. Without requests there is no poll.
 
     Args:
         fail: called with a sentence when the thread dies.
@@ -36,10 +38,12 @@ class CancelWatch:
     # Seconds; the shortest is less than a step of one picture takes, so that a client which
     # leaves wastes hardly more than the call that runs.
     SHORTEST_PAUSE, LONGEST_PAUSE = 0.01, 0.5
-    PAUSE_PER_SECOND_POLLED = 40.0
+    PAUSE_PER_SECOND_POLLED = 80.0
+    MOST_POLLS = 32  # of a round
 
     def __init__(self, fail: Fail) -> None:
-        self._watched: dict[Watched, Callable[[], None]] = {}
+        self._watched: dict[Watched, Callable[[], None]] = {}  # the oldest first
+        self._turn = 0  # of the younger ones, the place where the next round goes on
         self._changed = threading.Condition()
         self._closing = False
         self._thread = start_guarded("cancel-watch", self._run, fail)
@@ -66,7 +70,7 @@ class CancelWatch:
                 self._changed.wait_for(lambda: self._closing or self._watched)
                 if self._closing:
                     return
-                watched = list(self._watched.items())
+                watched = self._next_round()
             started = time.thread_time()
             for answer, on_cancel in watched:
                 try:
@@ -78,3 +82,14 @@ class CancelWatch:
             polled = time.thread_time() - started
             pause = max(self.SHORTEST_PAUSE, polled * self.PAUSE_PER_SECOND_POLLED)
             time.sleep(min(pause, self.LONGEST_PAUSE))
+
+    def _next_round(self) -> list[tuple[Watched, Callable[[], None]]]:
+        """The requests to poll now. Callers hold the lock."""
+        if len(self._watched) <= self.MOST_POLLS:
+            return list(self._watched.items())
+        half = self.MOST_POLLS // 2
+        watched = list(self._watched.items())
+        oldest, younger = watched[:half], watched[half:]
+        start = self._turn if self._turn < len(younger) else 0
+        self._turn = start + half
+        return oldest + younger[start : self._turn]

@@ -92,10 +92,12 @@ class StreamModel:
     def _start(self, request: Any, answer: Answer) -> None:
         fields, origin = _read(request, answer, self._inputs, self._observer)
         if (target := fields.pop("cancel", None)) is not None:
-            self._cancel(target, fields, answer)
+            with _refusals(self._observer):
+                self._cancel(target, fields, answer)
             return
         if (wanted := fields.pop("info", None)) is not None:
-            self._describe(wanted, fields, answer)
+            with _refusals(self._observer):
+                self._describe(wanted, fields, answer)
             return
         request_id = request.request_id()
 
