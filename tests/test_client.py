@@ -349,6 +349,18 @@ def test_the_command_has_tls_headers_and_a_key(secure, pem, monkeypatch):
     assert flaky.metadata[-1]["authorization"] == "own"
 
 
+def test_the_gateway_has_tls_headers_and_a_key(secure, pem, start_gateway):
+    flaky, port = secure
+    certificate, key = pem / "certificate.pem", pem / "certificate.key"
+    flags = (f"--ca={certificate}", f"--cert={certificate}", f"--key={key}", "--header=X-Team: a:b")
+    env = {"TWINBRUSH_API_KEY": "secret"}
+    gateway = start_gateway(f"localhost:{port}", flags=flags, env=env)
+    assert gateway.call("/v1/images/generations", {"prompt": "a ring", "steps": 1}).status == 200
+    assert flaky.metadata[-1]["authorization"] == "Bearer secret"
+    assert flaky.metadata[-1]["x-team"] == "a:b"
+    assert gateway.stop() == 0
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

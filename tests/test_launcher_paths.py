@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +17,9 @@ import tritonclient.grpc as grpc
 from test_server import ask
 from tritonclient.utils import InferenceServerException
 
+from gateway.pool import Pool
 from twinbrush import doors
+from twinbrush_client import Picture
 
 
 def test_paths_with_blanks_accents_and_shell_characters_work(repository, start_server, tmp_path):
@@ -53,15 +57,41 @@ def certificate(tmp_path_factory) -> tuple[Path, Path]:
         pytest.skip("needs openssl")
     folder = tmp_path_factory.mktemp("tls")
     made = folder / "server.crt", folder / "server.key"
+    names = "subjectAltName=DNS:localhost,DNS:twinbrush.test,IP:127.0.0.1"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
-               "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1",
+               "-subj", "/CN=localhost", "-addext", names,
                "-out", str(made[0]), "-keyout", str(made[1])]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True)
     return made
 
 
+def faults_of_pool(server: str, port: int, certificate: Path, monkeypatch) -> list[str]:
+    """What a pool logs that is in front of a server by a DNS name, and paints where it can."""
+
+    async def named(self, host, port, **_):
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+
+    async def run():
+        monkeypatch.setattr(type(asyncio.get_running_loop()), "getaddrinfo", named)
+        pool = Pool([f"{server}:{port}"], 60, options={"tls": str(certificate)})
+        await pool.start()
+        try:
+            for _ in range(2):
+                await pool.probe()
+            if pool.ready:
+                events = [event async for event in pool.stream("a red circle", steps=1)]
+                assert isinstance(events[-1], Picture)
+        finally:
+            await pool.close()
+
+    logged = []
+    monkeypatch.setattr("gateway.backend.log.warning", lambda text, *of: logged.append(text % of))
+    asyncio.run(run())
+    return logged
+
+
 def test_grpc_is_served_with_tls_by_flags_of_triton_and_the_log_is_json(
-    repository, start_server, certificate
+    repository, start_server, start_gateway, certificate, monkeypatch
 ):
     crt, key = map(str, certificate)
     server = start_server(
@@ -73,6 +103,19 @@ def test_grpc_is_served_with_tls_by_flags_of_triton_and_the_log_is_json(
     assert secure.is_model_ready("text_to_image")
     with pytest.raises(InferenceServerException):
         grpc.InferenceServerClient(server.address).is_model_ready("text_to_image")
+    gateway = start_gateway(f"localhost:{server.grpc}", flags=("--ca", crt))
+    painted = gateway.call("/v1/images/generations", {"prompt": "a red circle", "steps": 1})
+    assert painted.json()["data"], painted
+    assert gateway.stop() == 0
+    for flags, words in (((), "may need TLS"), (("--tls",), "of no authority that is trusted")):
+        gateway = start_gateway(f"localhost:{server.grpc}", flags=flags)
+        assert gateway.call("/health/ready").status == 503
+        assert gateway.text().count(words) == 1
+        assert gateway.stop() == 0
+    # The certificate must have the name that DNS was asked for, not the address that it has.
+    assert faults_of_pool("twinbrush.test", server.grpc, certificate[0], monkeypatch) == []
+    (fault,) = faults_of_pool("other.test", server.grpc, certificate[0], monkeypatch)
+    assert "its certificate is of another name" in fault
     assert server.stop() == 0
     entries = [json.loads(line) for line in server.text().splitlines()]
     assert {"launcher", "triton"} <= {entry["source"] for entry in entries}

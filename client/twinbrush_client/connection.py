@@ -18,6 +18,7 @@ import grpc
 
 from twinbrush_client.certificates import credentials
 from twinbrush_client.errors import (
+    NothingListens,
     QueueFull,
     ServerUnavailable,
     TwinbrushError,
@@ -42,6 +43,7 @@ TLS_FAULTS = {
     "WRONG_VERSION_NUMBER": "it does not use TLS",
     "Socket closed": "it closed the connection: it may need TLS, or a certificate of the client",
 }
+REFUSED = "Connection refused"  # in gRPC's words where nothing listens
 OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -61,6 +63,8 @@ class Connection:
         tls: True for TLS with the public authorities that gRPC knows, or a PEM file of others.
         cert, key: PEM files of the client, for servers that ask for a certificate.
         credentials: gRPC's own, in place of `tls`.
+        server_name: the name that the server's certificate must have, where the address has
+            another.
     """
 
     address: str = DEFAULT_ADDRESS
@@ -71,6 +75,7 @@ class Connection:
     cert: str | Path | None = None
     key: str | Path | None = None
     credentials: grpc.ChannelCredentials | None = None
+    server_name: str | None = None
 
     def __post_init__(self) -> None:
         """Raises InvalidRequest where gRPC would not take the address or a header."""
@@ -93,13 +98,19 @@ class Connection:
             OSError: a file cannot be read.
         """
         options = [*OPTIONS, ("grpc.enable_http_proxy", int(not self.is_loopback))]
-        chosen = self.credentials
-        if chosen is None and self.tls:
-            authorities = None if self.tls is True else str(self.tls)
-            chosen = credentials(authorities, self.cert, self.key)
+        chosen = self.channel_credentials()
         if chosen is None:
             return kind.insecure_channel(self.address, options)
+        if self.server_name is not None:
+            options += [("grpc.ssl_target_name_override", self.server_name)]
         return kind.secure_channel(self.address, chosen, options)
+
+    def channel_credentials(self) -> grpc.ChannelCredentials | None:
+        """gRPC's credentials; None without TLS. Raises what `channel` raises."""
+        if self.credentials is not None or not self.tls:
+            return self.credentials
+        authorities = None if self.tls is True else str(self.tls)
+        return credentials(authorities, self.cert, self.key)
 
     @property
     def is_loopback(self) -> bool:
@@ -119,8 +130,12 @@ class Connection:
         if NOT_GRPC in text:
             text = f"{self.address} does not speak gRPC; the gRPC port is 8001 by default"
         elif code == "UNAVAILABLE" and "failed to connect" in text:
-            cause = next((fault for sign, fault in TLS_FAULTS.items() if sign in text), text)
-            text = f"no server answers at {self.address}{self._proxy()} ({cause})"
+            fault = next((fault for sign, fault in TLS_FAULTS.items() if sign in text), None)
+            plain = not self.tls and self.credentials is None
+            nothing_listens = REFUSED in text and self.is_loopback and plain
+            text = f"no server answers at {self.address}{self._proxy()} ({fault or text})"
+            if nothing_listens:
+                return NothingListens(code, text, after)
         elif code == "CANCELLED" and "Locally cancelled" in text:
             text = "the request was cancelled"
         elif code == "DEADLINE_EXCEEDED":
