@@ -162,7 +162,8 @@ def test_a_size_of_another_form_is_told_the_form(gateway):
 def test_fields_without_an_effect_are_taken(client):
     answer = client.images.generate(
         prompt="a red circle", moderation="low", style="vivid", background="opaque", user="me",
-        size="auto", response_format="b64_json", extra_body={"complexity": "high"},
+        size="auto", response_format="b64_json",
+        extra_body={"complexity": "high", "svg": None, "frame_count": None},
     )  # fmt: skip
     assert answer.safety_identifier == "me"
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -14,12 +16,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tritonclient.grpc as grpc
+from harness import ROOT
 from test_server import ask
 from tritonclient.utils import InferenceServerException
 
 from gateway.pool import Pool
 from twinbrush import doors
 from twinbrush_client import Picture
+
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 def test_paths_with_blanks_accents_and_shell_characters_work(repository, start_server, tmp_path):
@@ -65,6 +70,16 @@ def certificate(tmp_path_factory) -> tuple[Path, Path]:
     return made
 
 
+def run(command: list[str], folder: Path) -> None:
+    """A snippet's command, with this project's programs, in a folder."""
+    paths = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+             "PYTHONPATH": f"{ROOT}:{ROOT / 'client'}"}  # fmt: skip
+    done = subprocess.run(
+        command, cwd=folder, env=os.environ | paths, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def faults_of_pool(server: str, port: int, certificate: Path, monkeypatch) -> list[str]:
     """What a pool logs that is in front of a server by a DNS name, and paints where it can."""
 
@@ -91,18 +106,29 @@ def faults_of_pool(server: str, port: int, certificate: Path, monkeypatch) -> li
 
 
 def test_grpc_is_served_with_tls_by_flags_of_triton_and_the_log_is_json(
-    repository, start_server, start_gateway, certificate, monkeypatch
+    repository, start_server, start_gateway, certificate, monkeypatch, tmp_path
 ):
     crt, key = map(str, certificate)
+    snippets = [
+        (language, text.replace("cert.pem", crt).replace("key.pem", key).replace("ca.pem", crt))
+        for language, text in FENCE.findall((ROOT / "docs/operating.md").read_text())
+    ]
+    (flags,) = [text.split(" -- ")[1] for _, text in snippets if "--grpc-use-ssl=true" in text]
     server = start_server(
-        repository, "--log-format", "json", "--verbose", "--", "--grpc-use-ssl=true",
-        f"--grpc-server-cert={crt}", f"--grpc-server-key={key}",
-    )  # fmt: skip
+        repository, "--log-format", "json", "--verbose", "--", *shlex.split(flags)
+    )
     server.wait_for("ready in")
     secure = grpc.InferenceServerClient(server.address, ssl=True, root_certificates=crt)
     assert secure.is_model_ready("text_to_image")
     with pytest.raises(InferenceServerException):
         grpc.InferenceServerClient(server.address).is_model_ready("text_to_image")
+    secured = [each for each in snippets if "triton.example" in each[1]]
+    assert [language for language, _ in secured] == ["python", "sh"]
+    for language, text in secured:
+        text = text.replace("triton.example:8001", f"localhost:{server.grpc}")
+        command = (sys.executable, "-c") if language == "python" else ("sh", "-euc")
+        run([*command, text], tmp_path)
+    assert (tmp_path / "star.png").exists()
     gateway = start_gateway(f"localhost:{server.grpc}", flags=("--ca", crt))
     painted = gateway.call("/v1/images/generations", {"prompt": "a red circle", "steps": 1})
     assert painted.json()["data"], painted
