@@ -368,6 +368,20 @@ def test_the_gateway_has_tls_headers_and_a_key(secure, pem, start_gateway):
         ({"tls": True, "cert": "certificate.pem", "key": "other.key"}, "key=.*must be the private"),
         ({"tls": True, "cert": "certificate.pem"}, "cert=.* needs key"),
         ({"cert": "certificate.pem", "key": "certificate.key"}, "cert=.* needs tls"),
+        ({"headers": [("a", "b")]}, "headers=<list> is invalid: must be a mapping"),
+        ({"headers": {1: "b"}}, "header=1 is invalid"),
+        ({"timeout": "5"}, "timeout='5' is invalid"),
+        ({"timeout": None}, "timeout=None is invalid"),
+        ({"timeout": -1}, "timeout=-1 is invalid"),
+        ({"timeout": float("nan")}, "timeout=nan is invalid"),
+        ({"max_retries": "2"}, "max_retries='2' is invalid"),
+        ({"max_retries": True}, "max_retries=True is invalid"),
+        ({"max_retries": -1}, "max_retries=-1 is invalid"),
+        ({"tls": 1}, "tls=1 is invalid"),
+        ({"tls": True, "cert": 5, "key": "a"}, "cert=5 is invalid"),
+        ({"credentials": 5}, "credentials=5 is invalid"),
+        ({"address": 5}, "address=5 is invalid"),
+        ({"address": "localhost:99999"}, "address='localhost:99999' is invalid"),
         ({"headers": {"a b": "c"}}, "header='a b' is invalid"),
         ({"headers": {"a-bin": "c"}}, "header='a-bin' is invalid"),
         ({"headers": {"grpc-timeout": "1"}}, "header='grpc-timeout' is invalid"),
@@ -379,8 +393,15 @@ def test_what_a_connection_cannot_use_is_named(pem, options, words):
         name: pem / value if isinstance(value, str) else value for name, value in options.items()
     }
     with pytest.raises(InvalidRequest, match=words) as error:
-        Client("localhost:8001", **given)
+        Client(**{"address": "localhost:8001"} | given)
     assert "secr" not in str(error.value)
+
+
+@pytest.mark.parametrize("way", ["generate", "stream", "pictures"])
+def test_a_timeout_of_a_call_is_a_number(client, way):
+    for wrong in ("5", -1, True, float("inf")):
+        with pytest.raises(InvalidRequest, match="must be a number of seconds"):
+            getattr(client, way)("a ring", timeout=wrong)
 
 
 def test_pauses_grow_have_jitter_and_heed_the_server():
