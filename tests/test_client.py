@@ -390,7 +390,8 @@ def test_the_gateway_has_tls_headers_and_a_key(secure, pem, start_gateway):
 )
 def test_what_a_connection_cannot_use_is_named(pem, options, words):
     given = {
-        name: pem / value if isinstance(value, str) else value for name, value in options.items()
+        name: pem / value if str(value).endswith((".pem", ".key")) else value
+        for name, value in options.items()
     }
     with pytest.raises(InvalidRequest, match=words) as error:
         Client(**{"address": "localhost:8001"} | given)
