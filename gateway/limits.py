@@ -101,7 +101,7 @@ class Meter:
 
 def _duration(seconds: float) -> str:
     """As OpenAI writes it: `6m0s`, `1.5s`, `20ms`."""
-    milliseconds = math.ceil(1000 * seconds)
+    milliseconds = math.ceil(round(1000 * seconds, 3))  # as floats add up
     if milliseconds < 1000:
         return f"{milliseconds}ms"
     minutes, rest = divmod(milliseconds, 60_000)
