@@ -1,4 +1,4 @@
-"""Makes the fixtures of `tests/harness.py`, `gateways.py` and `browsers.py` known to the tests of every room."""
+"""Makes the fixtures of `harness.py`, `gateways.py` and `browsers.py` known to all rooms' tests."""
 
 from hypothesis import settings
 
