@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import grpc
 import numpy as np
 import pytest
+from harness import free_ports
 from test_wire import SLOW, unet_calls, work_stops
 from tritonclient.grpc import service_pb2_grpc
 from typer.testing import CliRunner
@@ -347,6 +348,19 @@ def test_the_command_has_tls_headers_and_a_key(secure, pem, monkeypatch):
     assert flaky.metadata[-1]["x-team"] == "a:b"
     assert CliRunner().invoke(app, [*arguments, "--header=authorization:own"]).exit_code == 0
     assert flaky.metadata[-1]["authorization"] == "own"
+
+
+def test_the_command_hints_at_serve_where_that_helps():
+    (port,) = free_ports(1)
+    for server, *flags, helps in (
+        (f"127.0.0.1:{port}", True),
+        (f"127.0.0.1:{port}", "--tls", False),
+        (f"0.0.0.0:{port}", False),  # of another machine, for all that the command knows
+    ):
+        done = CliRunner().invoke(app, ["status", "--server", server, *flags])
+        assert done.exit_code == 1
+        assert "no server answers at" in done.stderr
+        assert ("`twinbrush serve` starts a server" in done.stderr) is helps
 
 
 def test_the_gateway_has_tls_headers_and_a_key(secure, pem, start_gateway):
