@@ -33,8 +33,9 @@ test-all: $(EXPORTED) $(DEVELOPED)
 serve: $(EXPORTED)
 	@python -m twinbrush.server --then 'exec python -m gateway'
 
-# The documents as a site, in site/.
+# The documents as a site, in site/. Without npm, diagrams stay text.
 docs: $(DEVELOPED)
+	@! command -v npm > /dev/null || npm ci --silent --prefix docs
 	mkdocs build --strict --quiet
 
 bench: $(EXPORTED) $(DEVELOPED)

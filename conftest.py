@@ -1,9 +1,9 @@
-"""Makes the fixtures of `tests/harness.py` and `gateways.py` known to the tests of every room."""
+"""Makes the fixtures of `harness.py`, `gateways.py` and `browsers.py` known to all rooms' tests."""
 
 import pytest
 from hypothesis import settings
 
-pytest_plugins = ["harness", "gateways"]
+pytest_plugins = ["harness", "gateways", "browsers"]
 
 # The same examples in every run, whatever the load.
 settings.register_profile("tests", derandomize=True, deadline=None)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import ssl
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,6 +17,8 @@ from gateway.app import Settings, create_app
 from gateway.gate import Gate
 from gateway.pool import Pool
 from gateway.server import run
+from twinbrush_client.connection import Connection
+from twinbrush_client.options import PANEL, Access, with_options_of
 
 KEYS_VARIABLE = "TWINBRUSH_API_KEYS"
 MEGABYTE = 1 << 20
@@ -23,12 +26,14 @@ app = typer.Typer(add_completion=False)
 
 
 @app.callback(invoke_without_command=True)
+@functools.partial(with_options_of, Access, "access")
 def serve(
     context: typer.Context,
     server: Annotated[
         list[str] | None,
         typer.Option(envvar="TWINBRUSH_SERVER", help="gRPC host:port of a server; repeat it for "
-                     "several. A DNS name may stand for several. Default: 127.0.0.1:8001."),
+                     "several. A DNS name may stand for several. Default: 127.0.0.1:8001.",
+                     rich_help_panel=PANEL),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8080,
@@ -71,6 +76,8 @@ def serve(
     log_requests: Annotated[
         bool, typer.Option("--log-requests", help="Log every request.")
     ] = False,
+    *,
+    access: Access,
 ) -> None:  # fmt: skip
     """Serves OpenAI's and A1111's APIs, and the page, until Ctrl-C."""
     if context.invoked_subcommand is not None:
@@ -84,6 +91,7 @@ def serve(
         found += keys.read_keys(keys_file, limits) if keys_file else []
         keys.check_distinct(found)
         _check_certificate(ssl_certfile, ssl_keyfile)
+        connection = _connection(access)
     except ValueError as error:
         raise _refused(str(error)) from None
     if not found and not no_keys and not addresses.is_loopback(host):
@@ -93,7 +101,7 @@ def serve(
         )
     logging.basicConfig(format="gateway: %(message)s", level=logging.INFO if log_requests else
                         logging.WARNING)  # fmt: skip
-    gate, pool = Gate(), Pool(servers, timeout)
+    gate, pool = Gate(), Pool(servers, timeout, options=connection)
     settings = Settings(
         keys.KeyRing(found, limits), int(max_body_mb * MEGABYTE), tuple(cors_origin or ()),
         public_url, int(files_mb * MEGABYTE), files_seconds, not no_page,
@@ -123,6 +131,20 @@ def hash_key(
     if not stdin:
         typer.echo(f"key: {key}", err=True)
     typer.echo(f'[{name}]\nsha256 = "{keys.digest(key)}"')
+
+
+def _connection(access: Access) -> dict[str, Any]:
+    """Options of the servers' `Connection`; their files are read once.
+
+    Raises:
+        ValueError: an option or a file is wrong.
+    """
+    connection = Connection(**access.connection())
+    try:
+        credentials = connection.channel_credentials()
+    except OSError as error:
+        raise ValueError(f"{error.filename}: {error.strerror}") from None
+    return {"credentials": credentials, "headers": connection.headers}
 
 
 def _check_certificate(certificate: Path | None, key: Path | None) -> None:

@@ -21,7 +21,7 @@ from gateway.files import Files
 from gateway.gate import Gate
 from gateway.guard import Guard
 from gateway.keys import KeyRing, Limits
-from gateway.limits import Meter
+from gateway.limits import RATE_HEADERS, Meter
 from gateway.metrics import Metrics
 from gateway.openai_fields import check_not_served
 from gateway.openapi import describe
@@ -82,7 +82,7 @@ def create_app(pool: Pool, settings: Settings, gate: Gate) -> FastAPI:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.cors_origins),
             allow_methods=["GET", "POST"], allow_headers=["*"],
-            expose_headers=["x-request-id", "retry-after"],
+            expose_headers=["x-request-id", "retry-after", *RATE_HEADERS],
         )  # fmt: skip
     app.include_router(openai.router(studio))
     app.include_router(sdapi.router(studio))

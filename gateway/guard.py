@@ -32,7 +32,8 @@ IDLE = "/gradio_api/heartbeat/"  # a request that lives as long as a page is ope
 class Guard:
     """Middleware around the doors.
 
-    A handler finds the caller's `Key` and the request's id in `request.state`.
+    A handler finds the caller's `Key` and the request's id in `request.state`, and leaves
+    `headers` of its answer there.
     """
 
     def __init__(self, app: ASGIApp, gate: Gate, keys: KeyRing, metrics: Metrics, max_body: int):
@@ -53,7 +54,9 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                MutableHeaders(scope=message).update(
+                    {"x-request-id": request_id} | scope["state"].get("headers", {})
+                )
             await send(message)
 
         async def bounded() -> Message:

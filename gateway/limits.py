@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from gateway.errors import ApiError
 from gateway.keys import Key
 
 MINUTE = 60.0  # seconds
+# OpenAI's: what a minute has, what is left of it, and until when it is whole again.
+RATE_HEADERS = tuple(f"x-ratelimit-{what}-requests" for what in ("limit", "remaining", "reset"))
 SOON = 1.0  # seconds: when to try again where only the end of a request frees a place
 
 
@@ -53,6 +56,16 @@ class Meter:
             use.live -= 1
             use.work -= work
 
+    def headers(self, key: Key) -> dict[str, str]:
+        """`RATE_HEADERS` of a key that has a rate; none otherwise."""
+        rate = key.limits.requests_per_minute
+        if rate is None:
+            return {}
+        use = self._use(key)
+        self._fill(use, rate)
+        left, reset = max(0, math.floor(use.tokens)), (rate - use.tokens) * MINUTE / rate
+        return dict(zip(RATE_HEADERS, (f"{rate:g}", str(left), _duration(reset)), strict=True))
+
     def _use(self, key: Key) -> _Use:
         full = key.limits.requests_per_minute or 0.0
         return self._uses.setdefault(key.name, _Use(full, self._clock()))
@@ -74,13 +87,25 @@ class Meter:
         rate = key.limits.requests_per_minute
         if rate is None:
             return
-        now = self._clock()
-        use.tokens = min(rate, use.tokens + (now - use.filled) * rate / MINUTE)
-        use.filled = now
+        self._fill(use, rate)
         if use.tokens < min(1.0, rate):
             wait = (min(1.0, rate) - use.tokens) * MINUTE / rate
             raise _too_much(f"this key may send {rate:g} requests a minute", wait)
         use.tokens -= 1
+
+    def _fill(self, use: _Use, rate: float) -> None:
+        now = self._clock()
+        use.tokens = min(rate, use.tokens + (now - use.filled) * rate / MINUTE)
+        use.filled = now
+
+
+def _duration(seconds: float) -> str:
+    """As OpenAI writes it: `6m0s`, `1.5s`, `20ms`."""
+    milliseconds = math.ceil(round(1000 * seconds, 3))  # as floats add up
+    if milliseconds < 1000:
+        return f"{milliseconds}ms"
+    minutes, rest = divmod(milliseconds, 60_000)
+    return (f"{minutes}m" if minutes else "") + f"{rest / 1000:g}s"
 
 
 def _too_much(text: str, retry_after: float = SOON) -> ApiError:

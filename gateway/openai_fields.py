@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gateway.errors import ApiError, invalid
 from twinbrush_client import ServerInfo
@@ -93,6 +93,13 @@ class GenerationBody(BaseModel):
     priority: Literal["low", "normal", "high"] | None = Field(
         None, description="Weight among the live requests."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        return {k: v for k, v in body.items() if v is not None or k not in NOT_SERVED}
 
     def check(self) -> None:
         """What single fields cannot tell.

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import contextlib
 import io
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +61,7 @@ class Studio:
         """
         info = await self.info(model)
         key, request_id = request.state.key, request.state.request_id
-        with self.meter.admit(key, work_of(fields, info)):
+        with self._admitted(request, work_of(fields, info)):
             job = self.pool.stream(
                 prompt, model=model, request_id=request_id, client=key.client, **fields
             )
@@ -72,6 +72,18 @@ class Studio:
                 raise ApiError.of(error, names) from None
             finally:
                 job.cancel()
+
+    @contextlib.contextmanager
+    def _admitted(self, request: Request, work: float) -> Iterator[None]:
+        """A place within the caller's limits; the answer's headers say what is left."""
+        key, state = request.state.key, request.state
+        try:
+            with self.meter.admit(key, work):
+                state.headers = self.meter.headers(key)
+                yield
+        except ApiError:
+            state.headers = self.meter.headers(key)
+            raise
 
     async def pictures(self, job: Job) -> list[Picture]:
         """All pictures of a request, in order."""

@@ -13,7 +13,7 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
 from typing import Any, Unpack
 
-from gateway.addresses import resolve
+from gateway.addresses import resolve, split
 from gateway.backend import Backend
 from twinbrush_client import (
     AsyncStream,
@@ -42,11 +42,18 @@ class Pool:
         servers: addresses; a DNS name may stand for several servers.
         timeout: seconds that a request may take in all.
         probe_seconds: between two looks at a server.
+        options: of the servers' `Connection`, such as `tls` and `headers`. A certificate must
+            have the name, or the address, by which `servers` has its server.
     """
 
     def __init__(
-        self, servers: Sequence[str], timeout: float, probe_seconds: float = PROBE_SECONDS
+        self,
+        servers: Sequence[str],
+        timeout: float,
+        probe_seconds: float = PROBE_SECONDS,
+        options: Mapping[str, Any] | None = None,
     ):
+        self._options = dict(options or {})
         self._servers, self._timeout, self._probe_seconds = tuple(servers), timeout, probe_seconds
         self._backends: dict[str, Backend] = {}
         self._addresses: dict[str, list[str]] = {}  # of each server, as DNS had them last
@@ -174,7 +181,9 @@ class Pool:
         for server in self._servers:
             for address in self._addresses.get(server, ()):
                 if address not in self._backends:
-                    self._backends[address] = Backend(address, self._timeout)
+                    name = None if address == server else split(server)[0]
+                    options = self._options | {"server_name": name}
+                    self._backends[address] = Backend(address, self._timeout, options)
         for address, backend in list(self._backends.items()):
             if address not in found and not backend.outstanding:
                 del self._backends[address]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from gateway import sampler_names
 from gateway.errors import STATUSES, ApiError
 from gateway.painting import Studio, base64_of
+from gateway.png_info import png_info
 from gateway.sdapi_fields import (
     CHECKPOINT,
     FORMAT,
@@ -26,7 +28,7 @@ from twinbrush_client import Cancelled
 EMPTY: dict[str, Any] = {
     "latent-upscale-modes": [], "hypernetworks": [], "face-restorers": [], "realesrgan-models": [],
     "prompt-styles": [], "sd-vae": [], "script-info": [], "extensions": [], "artists": [],
-    "artist-categories": [],
+    "artist-categories": [], "sd-modules": [],
     "scripts": {"txt2img": [], "img2img": []}, "embeddings": {"loaded": {}, "skipped": {}},
     "cmd-flags": {"api": True},
     "upscalers": [{"name": "None", "model_name": None, "model_path": None, "model_url": None,
@@ -50,6 +52,12 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": Refusal, "description": description}
     for status, description in STATUSES.items()
 }
+
+
+class Picture(BaseModel):
+    """What `png-info` takes."""
+
+    image: str = Field(description="A picture's file in base64, or as a data URL.")
 
 
 class Options(BaseModel):
@@ -94,20 +102,32 @@ def _add_painting(routes: APIRouter, studio: Studio, options: CallersOptions) ->
         job = SdJob(body, settings.get(CHECKPOINT), image_format(settings.get(FORMAT, "png")))
         return JSONResponse(await _paint(studio, jobs, job, request))
 
+    @routes.post("/interrogate")
+    @routes.post("/extra-batch-images")
+    @routes.post("/extra-single-image")
     @routes.post("/img2img")
-    async def img2img() -> Response:
-        """Refuses: no checkpoint takes image inputs yet."""
-        text = "Image inputs are not served; use /sdapi/v1/txt2img."
+    async def refuse(request: Request) -> Response:
+        """Refuses: nothing that takes images is served."""
+        text = f"{request.url.path} is not served: it needs image inputs; use /sdapi/v1/txt2img."
         raise ApiError(400, text, code="unsupported_endpoint")
+
+    @routes.post("/png-info")
+    async def read_png_info(body: Picture) -> Response:
+        """How a picture was made, from its file."""
+        return JSONResponse(await asyncio.to_thread(png_info, body.image))
 
     @routes.get("/progress")
     async def progress(request: Request, skip_current_image: bool = False) -> Response:
         """How far the caller's oldest request is, with a look at its image."""
         return JSONResponse(await jobs.progress(request.state.key.name, not skip_current_image))
 
+    @routes.post("/skip")
     @routes.post("/interrupt")
     async def interrupt(request: Request) -> Response:
-        """Ends the caller's requests; they answer with what they have."""
+        """Ends the caller's requests; they answer with what they have.
+
+        A1111's skip ends the image that is being painted; here all of a request's are.
+        """
         jobs.interrupt(request.state.key.name)
         return JSONResponse(None)
 

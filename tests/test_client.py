@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import grpc
 import numpy as np
 import pytest
+from harness import free_ports
 from test_wire import SLOW, unet_calls, work_stops
 from tritonclient.grpc import service_pb2_grpc
 from typer.testing import CliRunner
@@ -349,6 +350,31 @@ def test_the_command_has_tls_headers_and_a_key(secure, pem, monkeypatch):
     assert flaky.metadata[-1]["authorization"] == "own"
 
 
+def test_the_command_hints_at_serve_where_that_helps():
+    (port,) = free_ports(1)
+    for server, *flags, helps in (
+        (f"127.0.0.1:{port}", True),
+        (f"127.0.0.1:{port}", "--tls", False),
+        (f"0.0.0.0:{port}", False),  # of another machine, for all that the command knows
+    ):
+        done = CliRunner().invoke(app, ["status", "--server", server, *flags])
+        assert done.exit_code == 1
+        assert "no server answers at" in done.stderr
+        assert ("`twinbrush serve` starts a server" in done.stderr) is helps
+
+
+def test_the_gateway_has_tls_headers_and_a_key(secure, pem, start_gateway):
+    flaky, port = secure
+    certificate, key = pem / "certificate.pem", pem / "certificate.key"
+    flags = (f"--ca={certificate}", f"--cert={certificate}", f"--key={key}", "--header=X-Team: a:b")
+    env = {"TWINBRUSH_API_KEY": "secret"}
+    gateway = start_gateway(f"localhost:{port}", flags=flags, env=env)
+    assert gateway.call("/v1/images/generations", {"prompt": "a ring", "steps": 1}).status == 200
+    assert flaky.metadata[-1]["authorization"] == "Bearer secret"
+    assert flaky.metadata[-1]["x-team"] == "a:b"
+    assert gateway.stop() == 0
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -356,6 +382,20 @@ def test_the_command_has_tls_headers_and_a_key(secure, pem, monkeypatch):
         ({"tls": True, "cert": "certificate.pem", "key": "other.key"}, "key=.*must be the private"),
         ({"tls": True, "cert": "certificate.pem"}, "cert=.* needs key"),
         ({"cert": "certificate.pem", "key": "certificate.key"}, "cert=.* needs tls"),
+        ({"headers": [("a", "b")]}, "headers=<list> is invalid: must be a mapping"),
+        ({"headers": {1: "b"}}, "header=1 is invalid"),
+        ({"timeout": "5"}, "timeout='5' is invalid"),
+        ({"timeout": None}, "timeout=None is invalid"),
+        ({"timeout": -1}, "timeout=-1 is invalid"),
+        ({"timeout": float("nan")}, "timeout=nan is invalid"),
+        ({"max_retries": "2"}, "max_retries='2' is invalid"),
+        ({"max_retries": True}, "max_retries=True is invalid"),
+        ({"max_retries": -1}, "max_retries=-1 is invalid"),
+        ({"tls": 1}, "tls=1 is invalid"),
+        ({"tls": True, "cert": 5, "key": "a"}, "cert=5 is invalid"),
+        ({"credentials": 5}, "credentials=5 is invalid"),
+        ({"address": 5}, "address=5 is invalid"),
+        ({"address": "localhost:99999"}, "address='localhost:99999' is invalid"),
         ({"headers": {"a b": "c"}}, "header='a b' is invalid"),
         ({"headers": {"a-bin": "c"}}, "header='a-bin' is invalid"),
         ({"headers": {"grpc-timeout": "1"}}, "header='grpc-timeout' is invalid"),
@@ -364,11 +404,19 @@ def test_the_command_has_tls_headers_and_a_key(secure, pem, monkeypatch):
 )
 def test_what_a_connection_cannot_use_is_named(pem, options, words):
     given = {
-        name: pem / value if isinstance(value, str) else value for name, value in options.items()
+        name: pem / value if str(value).endswith((".pem", ".key")) else value
+        for name, value in options.items()
     }
     with pytest.raises(InvalidRequest, match=words) as error:
-        Client("localhost:8001", **given)
+        Client(**{"address": "localhost:8001"} | given)
     assert "secr" not in str(error.value)
+
+
+@pytest.mark.parametrize("way", ["generate", "stream", "pictures"])
+def test_a_timeout_of_a_call_is_a_number(client, way):
+    for wrong in ("5", -1, True, float("inf")):
+        with pytest.raises(InvalidRequest, match="must be a number of seconds"):
+            getattr(client, way)("a ring", timeout=wrong)
 
 
 def test_pauses_grow_have_jitter_and_heed_the_server():

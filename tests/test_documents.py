@@ -12,9 +12,13 @@ CARD = ROOT / "checkpoints" / "scenes-64" / "README.md"
 DOCUMENTS = sorted(
     {
         *ROOT.glob("*.md"),
-        *ROOT.glob("docs/**/*.md"),
         *ROOT.glob("checkpoints/*/README.md"),
-        *(path for path in ROOT.glob("examples/**/*.md") if "node_modules" not in path.parts),
+        *(
+            path
+            for folder in ("docs", "examples")
+            for path in (ROOT / folder).rglob("*.md")
+            if "node_modules" not in path.parts
+        ),
     }
 )
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")

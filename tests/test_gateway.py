@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import http.client
 import io
 import json
+import re
 import signal
 import socket
 import threading
@@ -160,7 +162,8 @@ def test_a_size_of_another_form_is_told_the_form(gateway):
 def test_fields_without_an_effect_are_taken(client):
     answer = client.images.generate(
         prompt="a red circle", moderation="low", style="vivid", background="opaque", user="me",
-        size="auto", response_format="b64_json", extra_body={"complexity": "high"},
+        size="auto", response_format="b64_json",
+        extra_body={"complexity": "high", "svg": None, "frame_count": None},
     )  # fmt: skip
     assert answer.safety_identifier == "me"
 
@@ -295,14 +298,17 @@ def test_a_drain_that_is_late_ends_what_lives(server, start_gateway):
     assert "Traceback" not in gateway.text()
 
 
-KEY = "a-key-that-nobody-guesses"
+KEY, BOB = "a-key-that-nobody-guesses", "another-key-of-that-kind"
 
 
 @pytest.fixture(scope="module")
 def locked(server, start_gateway, tmp_path_factory):
     """A gateway with a key in a file, a key in the environment, limits, and CORS."""
     file = tmp_path_factory.mktemp("keys") / "keys.toml"
-    file.write_text(f'[ann]\nsha256 = "{digest(KEY)}"\nconcurrent = 1\n')
+    file.write_text(
+        f'[ann]\nsha256 = "{digest(KEY)}"\nconcurrent = 1\n'
+        f'[bob]\nsha256 = "{digest(BOB)}"\nconcurrent = 1\nrequests_per_minute = 600\n'
+    )
     flags = ("--keys-file", str(file), "--cors-origin", "https://a.example", "--max-body-mb",
              "0.01", "--requests-per-minute", "2", "--work", "100")  # fmt: skip
     return start_gateway(server.address, flags=flags, env={"TWINBRUSH_API_KEYS": "k" * 16})
@@ -331,8 +337,37 @@ def test_a_key_has_its_own_limits(locked, server):
     assert [answer.status for answer in answers] == [200, 200, 429]
     assert answers[2].json()["error"]["code"] == "rate_limit_exceeded"
     assert 0 < int(answers[2].headers["retry-after"]) <= 30
+    left = [answer.headers["x-ratelimit-remaining-requests"] for answer in answers]
+    assert left == ["1", "0", "0"]
+    assert {answer.headers["x-ratelimit-limit-requests"] for answer in answers} == {"2"}
+    assert re.fullmatch(r"\d+(\.\d+)?s", answers[0].headers["x-ratelimit-reset-requests"])
+    assert locked.call("/v1/models", **other).headers["x-ratelimit-limit-requests"] is None
     ann = {"authorization": f"Bearer {KEY}"}
     assert locked.call(GENERATIONS, {"prompt": "a red circle"}, **ann).status == 200
+
+
+def test_openais_package_waits_where_a_limit_is_reached(locked):
+    async def paint():
+        async with openai.AsyncOpenAI(
+            base_url=f"{locked.url}/v1", api_key=BOB, max_retries=20
+        ) as client:
+            both = [
+                client.images.with_raw_response.generate(
+                    prompt="a red circle", n=2, size="64x64", extra_body={"steps": 12}
+                )
+                for _ in range(2)
+            ]
+            stream = await client.images.generate(prompt="a ring", stream=True, partial_images=1)
+            first = await anext(aiter(stream))
+            answers = await asyncio.gather(*both)
+            await stream.close()
+            return first, answers
+
+    first, answers = asyncio.run(paint())
+    assert first.type == "image_generation.partial_image"
+    assert sorted(answer.retries_taken for answer in answers)[1] > 0
+    assert [len(answer.parse().data) for answer in answers] == [2, 2]
+    assert answers[0].headers["x-ratelimit-limit-requests"] == "600"
 
 
 def test_bodies_are_bounded_and_other_origins_are_let_in_by_name(locked, gateway):

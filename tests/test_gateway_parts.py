@@ -269,6 +269,11 @@ def test_a_made_key_opens_what_its_entry_locks(tmp_path):
         (["--ssl-certfile", "none.pem"], "--ssl-certfile none.pem: No such file"),
         (["--ssl-certfile", __file__, "--ssl-keyfile", __file__], "--ssl-keyfile"),
         (["--ssl-keyfile", "key.pem"], "--ssl-keyfile needs --ssl-certfile"),
+        (["--ca", "none.pem"], "none.pem: No such file"),
+        (["--ca", __file__], "must be a PEM file of certificates"),
+        (["--tls", "--cert", "cert.pem"], "needs key"),
+        (["--cert", "cert.pem", "--key", "key.pem"], "needs tls"),
+        (["--header", "secret"], "must be NAME:VALUE"),
     ],
 )
 def test_a_gateway_that_would_be_wrong_does_not_start(options, error):
@@ -289,10 +294,16 @@ def test_a_rate_lets_a_minute_through_and_then_says_when():
     with pytest.raises(ApiError, match="2 requests a minute") as error:
         send()
     assert (error.value.status, error.value.retry_after) == (429, 30)
+    assert list(meter.headers(key).values()) == ["2", "0", "1m0s"]
+    now = 29.5
+    assert list(meter.headers(key).values()) == ["2", "0", "30.5s"]
     now = 30.0
     send()
     with pytest.raises(ApiError):
         send()
+    now = 89.99
+    assert list(meter.headers(key).values()) == ["2", "1", "10ms"]
+    assert meter.headers(Key("bob", "", Limits())) == {}
 
 
 def test_live_requests_and_their_work_are_bounded():

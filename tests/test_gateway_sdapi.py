@@ -16,6 +16,7 @@ from test_wire import unet_calls, wait_for_a_call
 
 from gateway import sampler_names
 from gateway.errors import ApiError
+from gateway.png_info import parameters
 from gateway.sdapi_fields import TextToImage
 from twinbrush_client import Client
 
@@ -63,12 +64,62 @@ def test_webuiapi_finds_what_it_asks_for_at_its_start(api, gateway, server):
 
 
 @pytest.mark.parametrize(
-    "path", ["/sdapi/v1/png-info", "/sdapi/v1/skip", "/controlnet/model_list", "/internal/progress"]
+    "path", ["/sdapi/v1/unload-checkpoint", "/controlnet/model_list", "/internal/progress"]
 )
 def test_a_path_of_a1111s_that_is_not_served_says_so(gateway, path):
     answer = gateway.call(path, {})
     assert (answer.status, answer.json()["error"]) == (404, "not_found")
     assert f"POST {path} is not served" in answer.json()["detail"]
+
+
+def test_png_info_reads_what_txt2img_wrote(api, gateway):
+    fields = {"prompt": "a ring,\nthin", "negative_prompt": "blue: dark", "seed": 7, "steps": 2,
+              "width": 64, "height": 32, "sampler_name": "Euler a"}  # fmt: skip
+    (text,) = gateway.call(TXT2IMG, fields).json()["images"]
+    for image in (text, f"data:image/png;base64,{text}"):
+        answer = gateway.call("/sdapi/v1/png-info", {"image": image})
+        assert answer.status == 200
+        found = answer.json()
+        assert found["info"].startswith("a ring,\nthin\nNegative prompt: blue: dark\nSteps: 2, ")
+        wanted = {"Prompt": "a ring,\nthin", "Negative prompt": "blue: dark", "Steps": "2",
+                  "Seed": "7", "Size-1": "64", "Size-2": "32", "Sampler": "euler_a"}  # fmt: skip
+        assert found["parameters"] | wanted == found["parameters"]
+        assert json.loads(found["items"]["twinbrush"])["seed"] == 7
+    assert api.png_info(Image.new("RGB", (8, 8))).info == ""
+    for wrong in ("", "x", "AAAA", text[:40]):
+        answer = gateway.call("/sdapi/v1/png-info", {"image": wrong})
+        assert answer.status == 400
+        assert "image=" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("", {}),
+        ("a ring", {"Prompt": "a ring", "Negative prompt": ""}),
+        (
+            'a\nNegative prompt: b\nc\nSteps: 20, Model: "x, \\"y\\"", Size: 8x16, Version: v1.10',
+            {"Prompt": "a", "Negative prompt": "b\nc", "Steps": "20", "Model": 'x, "y"',
+             "Size-1": "8", "Size-2": "16", "Version": "v1.10"},
+        ),
+        ("x: y, Steps are steep", {"Prompt": "x: y, Steps are steep", "Negative prompt": ""}),
+    ],
+)  # fmt: skip
+def test_a1111s_text_is_read_in_parts(text, wanted):
+    assert parameters(text) == wanted
+
+
+def test_what_needs_images_is_refused_with_its_reason(api):
+    image = Image.new("RGB", (8, 8))
+    for ask in (
+        lambda: api.img2img(images=[image], prompt="a ring"),
+        lambda: api.extra_single_image(image),
+        lambda: api.extra_batch_images([image]),
+        lambda: api.interrogate(image),
+    ):
+        with pytest.raises(RuntimeError, match="it needs image inputs") as error:
+            ask()
+        assert error.value.args[0] == 400
 
 
 def test_options_are_kept_and_checked(api, gateway):
@@ -87,7 +138,8 @@ def test_options_are_kept_and_checked(api, gateway):
     api.set_options(api.get_options() | {"show_progress_every_n_steps": 5})  # what is read is taken
 
 
-def test_progress_shows_a_preview_and_interrupt_ends_it(api, server):
+@pytest.mark.parametrize("end", [webuiapi.WebUIApi.interrupt, webuiapi.WebUIApi.skip])
+def test_progress_shows_a_preview_and_interrupt_ends_it(api, server, end):
     results = []
     slow = {"prompt": "a ring", "width": 128, "height": 128, "steps": 50, "batch_size": 8}
     before = unet_calls(server)
@@ -101,7 +153,7 @@ def test_progress_shows_a_preview_and_interrupt_ends_it(api, server):
     assert 0 < seen["progress"] < 1
     assert seen["state"]["sampling_steps"] == 50
     assert Image.open(io.BytesIO(base64.b64decode(seen["current_image"]))).height == 128
-    api.interrupt()
+    end(api)
     painting.join(30)
     assert unet_calls(server) - before < 8 * 50 / 2
     assert all(image.size == (128, 128) for image in results[0].images)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import re
+import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +16,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tritonclient.grpc as grpc
+from harness import ROOT
 from test_server import ask
 from tritonclient.utils import InferenceServerException
 
+from gateway.pool import Pool
 from twinbrush import doors
+from twinbrush_client import Picture
+
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 def test_paths_with_blanks_accents_and_shell_characters_work(repository, start_server, tmp_path):
@@ -53,26 +62,87 @@ def certificate(tmp_path_factory) -> tuple[Path, Path]:
         pytest.skip("needs openssl")
     folder = tmp_path_factory.mktemp("tls")
     made = folder / "server.crt", folder / "server.key"
+    names = "subjectAltName=DNS:localhost,DNS:twinbrush.test,IP:127.0.0.1"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
-               "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1",
+               "-subj", "/CN=localhost", "-addext", names,
                "-out", str(made[0]), "-keyout", str(made[1])]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True)
     return made
 
 
+def run(command: list[str], folder: Path) -> None:
+    """A snippet's command, with this project's programs, in a folder."""
+    paths = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+             "PYTHONPATH": f"{ROOT}:{ROOT / 'client'}"}  # fmt: skip
+    done = subprocess.run(
+        command, cwd=folder, env=os.environ | paths, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def faults_of_pool(server: str, options: dict, monkeypatch) -> list[str]:
+    """What a pool logs that is in front of a server, by a DNS name; it paints where it can."""
+
+    async def named(self, host, port, **_):
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+
+    async def run():
+        monkeypatch.setattr(type(asyncio.get_running_loop()), "getaddrinfo", named)
+        pool = Pool([server], 60, options=options)
+        await pool.start()
+        try:
+            for _ in range(2):
+                await pool.probe()
+            if pool.ready:
+                events = [event async for event in pool.stream("a red circle", steps=1)]
+                assert isinstance(events[-1], Picture)
+        finally:
+            await pool.close()
+
+    logged = []
+    monkeypatch.setattr("gateway.backend.log.warning", lambda text, *of: logged.append(text % of))
+    asyncio.run(run())
+    return logged
+
+
 def test_grpc_is_served_with_tls_by_flags_of_triton_and_the_log_is_json(
-    repository, start_server, certificate
+    repository, start_server, start_gateway, certificate, monkeypatch, tmp_path
 ):
     crt, key = map(str, certificate)
+    snippets = [
+        (language, text.replace("cert.pem", crt).replace("key.pem", key).replace("ca.pem", crt))
+        for language, text in FENCE.findall((ROOT / "docs/operating.md").read_text())
+    ]
+    (flags,) = [text.split(" -- ")[1] for _, text in snippets if "--grpc-use-ssl=true" in text]
     server = start_server(
-        repository, "--log-format", "json", "--verbose", "--", "--grpc-use-ssl=true",
-        f"--grpc-server-cert={crt}", f"--grpc-server-key={key}",
-    )  # fmt: skip
+        repository, "--log-format", "json", "--verbose", "--", *shlex.split(flags)
+    )
     server.wait_for("ready in")
     secure = grpc.InferenceServerClient(server.address, ssl=True, root_certificates=crt)
     assert secure.is_model_ready("text_to_image")
     with pytest.raises(InferenceServerException):
         grpc.InferenceServerClient(server.address).is_model_ready("text_to_image")
+    secured = [each for each in snippets if "triton.example" in each[1]]
+    assert [language for language, _ in secured] == ["python", "sh"]
+    for language, text in secured:
+        text = text.replace("triton.example:8001", f"localhost:{server.grpc}")
+        command = (sys.executable, "-c") if language == "python" else ("sh", "-euc")
+        run([*command, text], tmp_path)
+    assert (tmp_path / "star.png").exists()
+    gateway = start_gateway(f"localhost:{server.grpc}", flags=("--ca", crt))
+    painted = gateway.call("/v1/images/generations", {"prompt": "a red circle", "steps": 1})
+    assert painted.json()["data"], painted
+    assert gateway.stop() == 0
+    # The certificate must have the name that DNS was asked for, not the address that it has.
+    named, other = (f"{name}.test:{server.grpc}" for name in ("twinbrush", "other"))
+    assert faults_of_pool(named, {"tls": crt}, monkeypatch) == []
+    for address, options, words in (
+        (other, {"tls": crt}, "its certificate is of another name"),
+        (named, {"tls": True}, "of no authority that is trusted"),
+        (named, {}, "may need TLS"),
+    ):
+        (fault,) = faults_of_pool(address, options, monkeypatch)
+        assert words in fault
     assert server.stop() == 0
     entries = [json.loads(line) for line in server.text().splitlines()]
     assert {"launcher", "triton"} <= {entry["source"] for entry in entries}

@@ -20,7 +20,8 @@ from twinbrush.server.__main__ import main as launcher
 from twinbrush_client.cli import app as client
 
 PAGES = [*(ROOT / "docs" / f"{name}.md" for name in
-           ("operating", "metrics", "gateway", "troubleshooting", "requests", "index")),
+           ("operating", "metrics", "gateway", "troubleshooting", "requests", "index", "page",
+            "export", "checkpoints")),
          ROOT / "README.md"]  # fmt: skip
 OPERATING, GATEWAY, METRICS = PAGES[0], PAGES[2], PAGES[1]
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w.-]*")

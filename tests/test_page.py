@@ -6,7 +6,6 @@ import asyncio
 import io
 import json
 import re
-import shutil
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -17,9 +16,10 @@ from typing import Any
 
 import gradio as gr
 import pytest
+from browsers import ANOTHER_NAME
 from gateways import Gateway
 from PIL.PngImagePlugin import PngInfo
-from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, expect
 from starlette.testclient import TestClient
 
 from gateway import page_form as form
@@ -37,13 +37,6 @@ from twinbrush_client.story import read_story
 PROMPT = "a large red circle left of a small blue square"
 SECONDS = 30.0
 SDXL = {"original_size": [64, 64]}
-ANOTHER_NAME = "twinbrush.example"  # of this machine: pages may treat localhost in their own way
-# Chromium asks no host but the page's, and runs as root.
-FLAGS = [
-    f"--host-resolver-rules=MAP {ANOTHER_NAME} 127.0.0.1",
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--no-proxy-server",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 # The most previews that one image had, and the most progress bars, noted while a page paints.
 NOTE = """() => {
   const seen = {}, options = {subtree: true, childList: true, attributes: true};
@@ -58,17 +51,6 @@ NOTE = """() => {
   }).observe(document.getElementById('tb-result'), options);
 }"""
 SEED = "#tb-seed textarea, #tb-seed input"
-
-
-@pytest.fixture(scope="module")  # no longer: other tests run event loops of their own
-def browser() -> Iterator[Browser]:
-    program = shutil.which("chromium") or shutil.which("google-chrome")
-    if program is None:
-        pytest.skip("needs Chromium: apt-get install chromium")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

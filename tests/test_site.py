@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 from harness import ROOT
 
+MERMAID = ROOT / "docs/node_modules/@mermaid-js/tiny"  # of `npm ci --prefix docs`
+LOADED = re.compile(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=[\"']?https?:[^>]*>")
 ROOMS = ("twinbrush", "client", "gateway")
 # Where errors are made that people search for; other files name the field at fault and its values.
 ERRORS_OF = (
@@ -106,10 +112,58 @@ def test_troubleshooting_names_every_error_of_the_server():
     assert missing == []
 
 
-def test_the_site_builds_without_a_warning(tmp_path):
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """The built site."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    home = (tmp_path / "index.html").read_text()
+    return folder
+
+
+def test_the_site_builds_without_a_warning(site):
+    home = (site / "index.html").read_text()
     assert "Quick start" in home
     assert "fonts.googleapis" not in home
+
+
+@pytest.fixture(scope="module")
+def site_url(site) -> Iterator[str]:
+    handler = functools.partial(SilentHandler, directory=str(site))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+class SilentHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_no_page_of_the_site_names_a_file_of_another_host(site):
+    pages = list(site.rglob("*.html"))
+    assert len(pages) > 15
+    found = [(page.name, tag) for page in pages for tag in LOADED.findall(page.read_text())]
+    assert found == []
+
+
+def test_no_script_of_the_site_loads_anything_from_another_host(site_url, browser):
+    page = browser.new_page()
+    asked, faults = [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    for path in ("index.html", "architecture/index.html"):
+        page.goto(f"{site_url}/{path}", wait_until="networkidle")
+    assert drawn(page) or not MERMAID.exists()
+    page.close()
+    assert len(asked) > 10
+    assert [url for url in asked if not url.startswith((site_url, "data:", "blob:"))] == []
+    assert faults == []
+
+
+def drawn(page) -> bool:
+    """Whether a diagram is there, which the theme keeps in a closed shadow tree."""
+    diagram = page.locator("div.mermaid")
+    return bool(diagram.count()) and (diagram.bounding_box() or {"height": 0})["height"] > 100

@@ -23,7 +23,7 @@ from twinbrush_client.client import Client
 from twinbrush_client.connection import TIMEOUT
 from twinbrush_client.errors import (
     DeadlineExceeded,
-    ServerUnavailable,
+    NothingListens,
     TwinbrushError,
     invalid,
 )
@@ -227,7 +227,7 @@ def _errors(timeout: float = TIMEOUT) -> Iterator[None]:
         text = str(error)
         if isinstance(error, DeadlineExceeded):
             text = f"not finished after the {timeout:g} s of --timeout; the server ends its work"
-        elif isinstance(error, ServerUnavailable):
+        elif isinstance(error, NothingListens):
             text += "; `twinbrush serve` starts a server"
         raise _failed(text) from None
     except BrokenPipeError:  # who reads has enough

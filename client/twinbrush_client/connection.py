@@ -5,6 +5,7 @@ Shared by `Client` and `AsyncClient`. Knows nothing of requests.
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import re
@@ -12,12 +13,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import grpc
 
 from twinbrush_client.certificates import credentials
 from twinbrush_client.errors import (
+    NothingListens,
     QueueFull,
     ServerUnavailable,
     TwinbrushError,
@@ -29,7 +32,7 @@ DEFAULT_ADDRESS = "127.0.0.1:8001"
 TIMEOUT = 300.0  # seconds
 MAX_RETRIES = 2
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 10.0  # seconds
-ADDRESS = re.compile(r"[^/\s]+:\d{1,5}|(dns|ipv4|ipv6|unix|vsock|xds):\S+")
+ADDRESS = re.compile(r"[^/\s]+:(\d{1,5})|(?:dns|ipv4|ipv6|unix|vsock|xds):\S+")
 HEADER = re.compile(r"[A-Za-z0-9_-]+")
 VALUE = re.compile(r"[ -~]+")
 NOT_GRPC = "Failed parsing HTTP/2"  # in gRPC's words where a server speaks another protocol
@@ -41,6 +44,18 @@ TLS_FAULTS = {
     "Hostname Verification": "its certificate is of another name: use the name that it has",
     "WRONG_VERSION_NUMBER": "it does not use TLS",
     "Socket closed": "it closed the connection: it may need TLS, or a certificate of the client",
+}
+REFUSED = "Connection refused"  # in gRPC's words where nothing listens
+FILE = (str, Path)
+# Types of a connection's options, and what is allowed.
+KINDS: dict[str, tuple[Any, str]] = {
+    "max_retries": (int, "must be an integer from 0"),
+    "headers": (Mapping, "must be a mapping of names to texts"),
+    "tls": ((bool, *FILE), "must be True, False, or a file of certificates"),
+    "cert": ((*FILE, NoneType), "must be a file"),
+    "key": ((*FILE, NoneType), "must be a file"),
+    "credentials": ((grpc.ChannelCredentials, NoneType), "must be gRPC's ChannelCredentials"),
+    "server_name": ((str, NoneType), "must be text"),
 }
 OPTIONS = (
     ("grpc.max_receive_message_length", -1),
@@ -61,6 +76,8 @@ class Connection:
         tls: True for TLS with the public authorities that gRPC knows, or a PEM file of others.
         cert, key: PEM files of the client, for servers that ask for a certificate.
         credentials: gRPC's own, in place of `tls`.
+        server_name: the name that the server's certificate must have, where the address has
+            another.
     """
 
     address: str = DEFAULT_ADDRESS
@@ -71,12 +88,18 @@ class Connection:
     cert: str | Path | None = None
     key: str | Path | None = None
     credentials: grpc.ChannelCredentials | None = None
+    server_name: str | None = None
 
     def __post_init__(self) -> None:
-        """Raises InvalidRequest where gRPC would not take the address or a header."""
-        if not ADDRESS.fullmatch(self.address):
-            allowed = "must be host:port of the server's gRPC endpoint, such as 127.0.0.1:8001"
-            raise invalid("address", self.address, allowed)
+        """Raises InvalidRequest where an option has the wrong type, or gRPC would not take it."""
+        _check_address(self.address)
+        check_timeout(self.timeout)
+        for name, (kinds, allowed) in KINDS.items():
+            value = getattr(self, name)
+            if not isinstance(value, kinds) or (kinds is int and isinstance(value, bool)):
+                raise invalid(name, value, allowed)
+        if self.max_retries < 0:
+            raise invalid("max_retries", self.max_retries, KINDS["max_retries"][1])
         for name, value in self.headers.items():
             _check_header(name, value)
         if (self.cert is None) != (self.key is None):
@@ -93,13 +116,19 @@ class Connection:
             OSError: a file cannot be read.
         """
         options = [*OPTIONS, ("grpc.enable_http_proxy", int(not self.is_loopback))]
-        chosen = self.credentials
-        if chosen is None and self.tls:
-            authorities = None if self.tls is True else str(self.tls)
-            chosen = credentials(authorities, self.cert, self.key)
+        chosen = self.channel_credentials()
         if chosen is None:
             return kind.insecure_channel(self.address, options)
+        if self.server_name is not None:
+            options += [("grpc.ssl_target_name_override", self.server_name)]
         return kind.secure_channel(self.address, chosen, options)
+
+    def channel_credentials(self) -> grpc.ChannelCredentials | None:
+        """gRPC's credentials; None without TLS. Raises what `channel` raises."""
+        if self.credentials is not None or not self.tls:
+            return self.credentials
+        authorities = None if self.tls is True else str(self.tls)
+        return credentials(authorities, self.cert, self.key)
 
     @property
     def is_loopback(self) -> bool:
@@ -119,8 +148,12 @@ class Connection:
         if NOT_GRPC in text:
             text = f"{self.address} does not speak gRPC; the gRPC port is 8001 by default"
         elif code == "UNAVAILABLE" and "failed to connect" in text:
-            cause = next((fault for sign, fault in TLS_FAULTS.items() if sign in text), text)
-            text = f"no server answers at {self.address}{self._proxy()} ({cause})"
+            fault = next((fault for sign, fault in TLS_FAULTS.items() if sign in text), None)
+            plain = not self.tls and self.credentials is None
+            nothing_listens = REFUSED in text and self.is_loopback and plain
+            text = f"no server answers at {self.address}{self._proxy()} ({fault or text})"
+            if nothing_listens:
+                return NothingListens(code, text, after)
         elif code == "CANCELLED" and "Locally cancelled" in text:
             text = "the request was cancelled"
         elif code == "DEADLINE_EXCEEDED":
@@ -132,6 +165,9 @@ class Connection:
         return "" if self.is_loopback or not names else f" through the proxy of {names[0]}"
 
     def deadline(self, timeout: float | None) -> Deadline:
+        """When a call must be finished. Raises InvalidRequest where `timeout` is no time."""
+        if timeout is not None:
+            check_timeout(timeout)
         return Deadline(time.monotonic() + (self.timeout if timeout is None else timeout))
 
     def pause(self, failure: TwinbrushError, attempt: int, deadline: Deadline) -> float | None:
@@ -147,8 +183,24 @@ class Connection:
         return pause if pause < deadline.left else None
 
 
-def _check_header(name: str, value: str) -> None:
+def check_timeout(value: object) -> None:
+    """Raises InvalidRequest where a value is no time that a call may take."""
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else -1
+    if not 0 <= number < math.inf:
+        raise invalid("timeout", value, "must be a number of seconds")
+
+
+def _check_address(address: object) -> None:
+    found = ADDRESS.fullmatch(address) if isinstance(address, str) else None
+    if found is None or (found[1] and not 0 < int(found[1]) < 2**16):
+        allowed = "must be host:port of the server's gRPC endpoint, such as 127.0.0.1:8001"
+        raise invalid("address", address, allowed)
+
+
+def _check_header(name: object, value: object) -> None:
     """A fault names no value: it may be a secret."""
+    if not isinstance(name, str):
+        raise invalid("header", name, "must be text")
     if not HEADER.fullmatch(name) or name.lower().startswith("grpc-"):
         raise invalid(
             "header", name, "must be a name of letters, digits, - and _, without grpc- in front"

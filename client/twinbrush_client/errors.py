@@ -48,6 +48,10 @@ class ServerUnavailable(TwinbrushError):
     """No server answers, or it is starting or shutting down."""
 
 
+class NothingListens(ServerUnavailable):
+    """No server runs at an address of this machine, where one without TLS was sought."""
+
+
 CLASSES: dict[str, type[TwinbrushError]] = {
     "INVALID_ARGUMENT": InvalidRequest,
     "RESOURCE_EXHAUSTED": QueueFull,

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -21,40 +21,42 @@ SHORT = {"num_images": "-n", "guidance_scale": "-g"}
 OTHERWISE = {"prompt", "image_format", *STREAM_ONLY}  # fields that a command takes in its own way
 
 API_KEY = "TWINBRUSH_API_KEY"
+PANEL = "Way to the server"  # of the help
 
 
 @dataclass(frozen=True)
-class Way:
-    """How a command reaches its server; the options of the same names, with their help."""
+class Access:
+    """What servers ask of who calls them; the options of the same names, with their help."""
 
-    server: Annotated[
-        str, typer.Option(envvar="TWINBRUSH_SERVER", help="Server's gRPC address.")
-    ] = DEFAULT_ADDRESS
     tls: Annotated[
-        bool, typer.Option("--tls", help="Use TLS, with the public authorities or those of --ca.")
-    ] = False
+        bool,
+        typer.Option("--tls", help="Use TLS, with the public authorities or those of --ca.",
+                     rich_help_panel=PANEL),
+    ] = False  # fmt: skip
     ca: Annotated[
-        Path | None, typer.Option(help="PEM file of the authorities to trust; turns TLS on.")
-    ] = None
+        Path | None,
+        typer.Option(help="PEM file of the authorities to trust; turns TLS on.",
+                     rich_help_panel=PANEL),
+    ] = None  # fmt: skip
     cert: Annotated[
-        Path | None, typer.Option(help="PEM file of the client's certificate, of TLS.")
-    ] = None
-    key: Annotated[Path | None, typer.Option(help="PEM file of its private key.")] = None
+        Path | None,
+        typer.Option(help="PEM file of the client's certificate, for servers that ask for one.",
+                     rich_help_panel=PANEL),
+    ] = None  # fmt: skip
+    key: Annotated[
+        Path | None, typer.Option(help="PEM file of its private key.", rich_help_panel=PANEL)
+    ] = None  # fmt: skip
     header: Annotated[
         list[str] | None,
         typer.Option(help=f"NAME:VALUE to send with each call; repeatable. {API_KEY} of the "
-                     "environment becomes `authorization: Bearer KEY`.", metavar="NAME:VALUE"),
+                     "environment becomes `authorization: Bearer KEY`.", metavar="NAME:VALUE",
+                     rich_help_panel=PANEL),
     ] = None  # fmt: skip
 
-    def client(self, timeout: float, **options: Any) -> Client:
-        """A client of the server.
-
-        Raises:
-            InvalidRequest: an option is wrong.
-            OSError: a file cannot be read.
-        """
-        options |= {"cert": self.cert, "key": self.key, "headers": self._headers()}
-        return Client(self.server, timeout, tls=self.ca or self.tls, **options)
+    def connection(self) -> dict[str, Any]:
+        """Options of a `Connection`. Raises InvalidRequest where one is wrong."""
+        return {"tls": self.ca or self.tls, "cert": self.cert, "key": self.key,
+                "headers": self._headers()}  # fmt: skip
 
     def _headers(self) -> dict[str, str]:
         key = os.environ.get(API_KEY, "").strip()
@@ -67,22 +69,49 @@ class Way:
         return headers
 
 
+@dataclass(frozen=True)
+class Way(Access):
+    """How a command reaches its server."""
+
+    server: Annotated[
+        str,
+        typer.Option(envvar="TWINBRUSH_SERVER", help="Server's gRPC address.",
+                     rich_help_panel=PANEL),
+    ] = DEFAULT_ADDRESS  # fmt: skip
+
+    def client(self, timeout: float, **options: Any) -> Client:
+        """A client of the server.
+
+        Raises:
+            InvalidRequest: an option is wrong.
+            OSError: a file cannot be read.
+        """
+        return Client(self.server, timeout, **options, **self.connection())
+
+
 def with_server_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Gives a command the options of `Way`, which reach it as its keyword `way`."""
+    return with_options_of(Way, "way", command)
+
+
+def with_options_of(
+    kind: type[Access], name: str, command: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Gives a command the options of a kind of `Access`, which reach it as one keyword."""
     signature = inspect.signature(command, eval_str=True)
-    own = [p for name, p in signature.parameters.items() if name != "way"]
-    hints = inspect.get_annotations(Way, eval_str=True)
+    own = [p for p in signature.parameters.values() if p.name != name]
+    hints = get_type_hints(kind, include_extras=True)
     options = [
         inspect.Parameter(
             each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default,
             annotation=hints[each.name],
         )
-        for each in fields(Way)
+        for each in sorted(fields(kind), key=lambda each: each.name != "server")
     ]  # fmt: skip
 
     def run(**values: Any) -> None:
-        way = Way(**{each.name: values.pop(each.name) for each in fields(Way)})
-        command(**values, way=way)
+        access = kind(**{each.name: values.pop(each.name) for each in fields(kind)})
+        command(**values, **{name: access})
 
     return _of_signature(run, command, [*own, *options])
 

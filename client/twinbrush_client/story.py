@@ -26,17 +26,7 @@ def read_story(file: Path | IO[bytes]) -> dict[str, Any]:
         InvalidRequest: the file is no picture, is damaged, or says nothing.
         OSError: the file cannot be read.
     """
-    name = str(file) if isinstance(file, Path) else "picture"
-    try:
-        with warnings.catch_warnings(action="ignore"), Image.open(file, formats=FORMATS) as image:
-            settings, text = _texts(image)
-    except UnidentifiedImageError:
-        allowed = f"is no picture; {', '.join(IMAGE_FORMATS)} can be read"
-        raise invalid("file", name, allowed) from None
-    except Exception as error:  # decoders raise any kind for bytes that they do not expect
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise invalid("file", name, "is a damaged picture, or one that is too large") from None
+    settings, text = read_texts(file)
     try:
         story = json.loads(settings) if settings else None
     except (ValueError, RecursionError):
@@ -45,7 +35,27 @@ def read_story(file: Path | IO[bytes]) -> dict[str, Any]:
         return {name: _shortest(name, value) for name, value in story.items()}
     if text:
         return {"parameters": text}
-    raise invalid("file", name, "says nothing of how it was made")
+    raise invalid("file", _name(file), "says nothing of how it was made")
+
+
+def read_texts(file: Path | IO[bytes]) -> tuple[str, str]:
+    """Twinbrush's JSON and A1111's text in a file; each is empty where there is none.
+
+    Raises:
+        InvalidRequest: the file is no picture, or is damaged.
+        OSError: the file cannot be read.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(file, formats=FORMATS) as image:
+            return _texts(image)
+    except UnidentifiedImageError:
+        allowed = f"is no picture; {', '.join(IMAGE_FORMATS)} can be read"
+        raise invalid("file", _name(file), allowed) from None
+    except Exception as error:  # decoders raise any kind for bytes that they do not expect
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        allowed = "is a damaged picture, or one that is too large"
+        raise invalid("file", _name(file), allowed) from None
 
 
 def fields_of(story: dict[str, Any]) -> dict[str, Any]:
@@ -62,6 +72,10 @@ def fields_of(story: dict[str, Any]) -> dict[str, Any]:
 def parameters_of(image: Image.Image) -> str:
     """A1111's text in a picture; empty where it has none."""
     return _texts(image)[1]
+
+
+def _name(file: Path | IO[bytes]) -> str:
+    return str(file) if isinstance(file, Path) else "picture"
 
 
 def _shortest(name: str, value: Any) -> Any:
