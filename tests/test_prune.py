@@ -12,6 +12,7 @@ from harness import contents, export_command
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from checkpoints import stable_diffusion, text_model
 from export.channel_groups import ChannelGroup, channel_groups, choose, importances, units
@@ -21,6 +22,7 @@ from export.macs import count_macs, native_rows
 from export.part import Part
 from export.prune import network, parse_ratios, prune, prune_checkpoint
 from export.repository import SOURCE, load_parts
+from export.source import Source
 from networks import pruned as shapes
 from networks.loading import CheckpointError
 from networks.pruned import attention_widths, head_attribute, pruning_of
@@ -203,6 +205,14 @@ def test_text_models_beside_clip_are_pruned_and_saved_with_their_head(tmp_path, 
     assert torch.equal(outputs(again["bert"]), outputs(load_parts(pruned)["bert"]))
     rows = native_rows(again["fusion"], 2)
     assert torch.equal(again["fusion"].module(**rows), rows["clip_tokens"])
+
+
+def test_pruning_keeps_the_layers_of_clip_that_are_skipped(tmp_path):
+    source = stable_diffusion(tmp_path / "sd", distilled=True)
+    config = CLIPTextConfig.from_pretrained(source / "text_encoder", num_hidden_layers=3)
+    CLIPTextModel(config).save_pretrained(source / "text_encoder")
+    opened = open_checkpoint(Source(str(source), clip_skip=1))
+    assert prune_checkpoint(opened, {"clip_text": 0.2}, tmp_path / "pruned").clip_skip == 1
 
 
 def test_a_text_model_that_cannot_be_pruned_is_named(tmp_path):
