@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from export.layout import PARTS, Unpacked, find_parts
 from export.lora import Lora, check_loras, fuse
-from export.parts import PARTS, Unpacked, find_parts
 from export.source import Source, Tree, check_source
 from export.weights import choose_weights, read_json
 from networks.loading import CheckpointError, hollow_part, load_part, refusing

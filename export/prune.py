@@ -22,9 +22,9 @@ from torch import nn
 
 from export.channel_groups import ChannelGroup, channel_groups, choose, importances, units
 from export.checkpoint import Checkpoint, open_checkpoint
+from export.layout import FORMER
 from export.macs import count_macs, native_rows, positions
 from export.part import Part
-from export.parts import FORMER
 from export.precision import Precision
 from export.repository import SOURCE, load_outlines, load_part
 from export.resources import check_disk, weight_count

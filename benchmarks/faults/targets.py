@@ -158,8 +158,8 @@ def picture(_: Path) -> Target:
 
 def weights(_: Path) -> Target:
     """Headers of safetensors: of a whole checkpoint, a part and a LoRA."""
+    from export.layout import PIPELINES
     from export.lora import read_lora
-    from export.parts import PIPELINES
     from export.single_file import unpack
     from export.weights import choose_weights, read_header
     from networks.loading import CheckpointError, refusing
