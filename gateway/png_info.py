@@ -17,7 +17,8 @@ DATA_URL = re.compile(r"data:[^,]{0,100};base64,")
 SIZE = re.compile(r"(\d+)x(\d+)")
 NEGATIVE = "Negative prompt:"
 # `Label: value` of the last line; a value with a comma or a colon is a string of JSON.
-PAIR = re.compile(r'\s*([^:,"]+):\s*("(?:[^"\\]|\\.)*"|[^,]*)(?:,|$)')
+# Nothing in it goes back, and pairs follow each other, so that no text takes long.
+PAIR = re.compile(r'\s*+([^:,"]++):\s*+("(?:[^"\\]|\\.)*+"|[^,]*+)(?:,|$)')
 
 
 def png_info(text: str) -> dict[str, Any]:
@@ -43,8 +44,10 @@ def parameters(infotext: str) -> dict[str, str]:
     last = lines.pop() if PAIR.match(lines[-1]) and "Steps:" in lines[-1] else ""
     text, _, negative = "\n".join(lines).partition(NEGATIVE)
     found = {"Prompt": text.strip(), "Negative prompt": negative.strip()}
-    for label, value in PAIR.findall(last):
-        found[label.strip()] = _unquoted(value.strip())
+    place = 0
+    while pair := PAIR.match(last, place):
+        found[pair[1].strip()] = _unquoted(pair[2].strip())
+        place = pair.end()
     if size := SIZE.fullmatch(found.pop("Size", "")):
         found |= {"Size-1": size[1], "Size-2": size[2]}
     return found

@@ -13,6 +13,7 @@ from fastapi.testclient import TestClient
 from harness import free_ports
 from typer.testing import CliRunner
 
+from gateway import png_info
 from gateway.__main__ import app as command
 from gateway.addresses import resolve, split
 from gateway.app import Settings, create_app
@@ -423,3 +424,9 @@ def test_a_body_that_does_not_come_ends_its_request(monkeypatch):
     asyncio.run(app(scope, receive, send))
     assert sent[0]["status"] == 408
     assert b"nothing of the body has come for 0.05 s" in sent[1]["body"]
+
+
+@pytest.mark.parametrize("rest", ["a" * 10**6, " " * 10**6, '"' * 10**6])
+def test_a_text_that_is_no_list_of_pairs_takes_no_time_to_read(rest):
+    found = png_info.parameters(f"a ring\nSteps: 4, {rest}")
+    assert found == {"Prompt": "a ring", "Negative prompt": "", "Steps": "4"}
