@@ -58,7 +58,8 @@ class UNetXL(nn.Module):
         timestep_cond: Tensor | None = None,
         lora_scale: Tensor | None = None,
     ) -> Tensor:
-        added = {"text_embeds": text_embeds.to(self.unet.dtype), "time_ids": time_ids}
+        # In FP32, as the embedded sizes that diffusers joins them with: ONNX joins one type alone.
+        added = {"text_embeds": text_embeds, "time_ids": time_ids}
         with self.scales.of(lora_scale):
             return _predict(
                 self.unet, sample, timestep, encoder_hidden_states, timestep_cond, added

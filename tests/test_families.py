@@ -23,6 +23,7 @@ from tokenizers.normalizers import NFC
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoTokenizer,
     DebertaTokenizer,
@@ -322,6 +323,30 @@ def test_sdxls_decoder_keeps_full_precision_in_fp16(tmp_path):
     part = shallow_parts(tmp_path / "xl", XL)["vqgan_decoder"]
     halved = in_precision(part, Precision.FP16)
     assert {p.dtype for p in halved.parameters()} == {torch.float32}
+
+
+class Joined(TorchDispatchMode):
+    """Notes the types of tensors that are joined: PyTorch widens the others, ONNX does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.types: list[set[torch.dtype]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket is torch.ops.aten.cat:
+            self.types.append({tensor.dtype for tensor in args[0]})
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [XL, "SimianLuo/LCM_Dreamshaper_v7"])
+def test_only_tensors_of_one_type_are_joined_in_fp16(tmp_path, name):
+    joined = Joined()
+    for part in shallow_parts(tmp_path / "source", name).values():
+        halved = in_precision(part, Precision.FP16)
+        with joined:
+            halved(**part.example(2, 2))
+    assert {len(types) for types in joined.types} == {1}
 
 
 def test_upcast_attention_has_finite_logits_in_fp16(tmp_path):
