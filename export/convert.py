@@ -11,6 +11,7 @@ from torch.export import Dim
 
 from export.graph import join_heads, normalise_in_one_type
 from export.part import Part
+from export.pixels import add_pixels
 from export.precision import Precision, in_precision
 from networks.loading import first_line
 
@@ -36,7 +37,7 @@ def to_onnx(
 ) -> tuple[int, int]:
     """Writes the ONNX file, strongly typed, with batch and named axes dynamic.
 
-    Weights of `LARGE` go into `model.onnx.data` beside it. Another `opset`, and no `rewrite`
+    Weights of `LARGE` go into `model.onnx.data` beside it. A decoder's file also gives pixels. Another `opset`, and no `rewrite`
     of attention, are for `benchmarks.graph` to compare with.
 
     Returns:
@@ -53,6 +54,8 @@ def to_onnx(
     normalise_in_one_type(program.model)
     weights = sum(tensor.const_value.nbytes for tensor in program.model.graph.initializers.values())
     program.save(file, external_data=weights >= LARGE)
+    if part.served:
+        add_pixels(file)
     return traced, len(program.model.graph)
 
 

@@ -27,7 +27,6 @@ from export.kept import (
 from export.macs import Work, count_work
 from export.memory import Growth, MeasureError, fit, measure
 from export.part import Part
-from export.pixels import add_pixels
 from export.precision import Precision, halve
 from export.resources import check_resources
 from export.sizes import side_multiple
@@ -343,8 +342,6 @@ def _build_model(checkpoint: Checkpoint, part: Part, target: Build) -> tuple[Mod
     if target.precision is Precision.FP16:
         halve(part)
     nodes_traced, nodes = to_onnx(part, folder / "model.onnx", target.precision)
-    if part.served:
-        add_pixels(folder / "model.onnx")
     work = count_work(part)
     part.drop_weights()
     error = parity_error(part, folder / "model.onnx", target.precision, expected)

@@ -17,7 +17,7 @@ from single_file import as_2_x, as_convolution, vae_name, write_single_file, wri
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from checkpoints import stable_diffusion, text_model
-from export import parts as parts_module
+from export import layout
 from export.checkpoint import Serving, open_checkpoint
 from export.checks import check_values
 from export.macs import native_rows
@@ -739,7 +739,7 @@ def test_a_single_file_of_another_family_is_named_before_it_is_read(plain, tmp_p
         for name, tensor in load_file(file).items()
     }
     save_file(tensors, file)
-    monkeypatch.setattr(parts_module, "PIPELINES", ("StableDiffusionPipeline",))
+    monkeypatch.setattr(layout, "PIPELINES", ("StableDiffusionPipeline",))
     source = Source(str(file), tokenizer=str(plain / "tokenizer"))
     with pytest.raises(CheckpointError, match="StableDiffusionXLPipeline, which is not served"):
         open_checkpoint(source)

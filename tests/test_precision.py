@@ -36,6 +36,9 @@ def weights(tensors) -> int:
     return sum(prod(tensor.dims) for tensor in tensors)
 
 
+HOST_TYPES = (TensorProto.FLOAT, TensorProto.INT64, TensorProto.UINT8)
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_an_fp16_model_holds_halved_weights_behind_the_same_config(
     repository, half_repository, model
@@ -44,7 +47,7 @@ def test_an_fp16_model_holds_halved_weights_behind_the_same_config(
     assert config == (repository / model / "config.pbtxt").read_text()
     graph = graph_of(half_repository, model)
     for value in (*graph.input, *graph.output):
-        assert value.type.tensor_type.elem_type in (TensorProto.FLOAT, TensorProto.INT64)
+        assert value.type.tensor_type.elem_type in HOST_TYPES
     halved = [w for w in graph.initializer if w.data_type == TensorProto.FLOAT16]
     kept = [w for w in graph.initializer if w.data_type == TensorProto.FLOAT]
     assert weights(halved) > 10 * weights(kept)

@@ -411,8 +411,8 @@ def test_metrics_of_the_engine_and_errors_with_their_request_id(server):
     with pytest.raises(InferenceServerException, match=r"\(request id \w+\)"):
         infer(server, steps=0)
     wait_until_counted([then + more for then, more in zip(before, [1, 2, 2, 2, 1], strict=True)])
-    other = stream(server, raw=inputs({"cancel": "mine", "prompt": "a red circle"}))
-    assert "must be the only input" in other[1]
+    _, error = cancel(server, "mine", prompt="a red circle")
+    assert "must be the only input" in error
     wait_until_counted([then + more for then, more in zip(before, [1, 3, 2, 2, 1], strict=True)])
     found = metrics(server)
     budget = found["twinbrush_memory_budget_bytes"]
@@ -476,10 +476,10 @@ def test_an_answer_that_cannot_be_sent_is_counted_once(monkeypatch):
     assert codes == ["INTERNAL"]
 
 
-def cancel(server, request_id):
+def cancel(server, request_id, **others):
     target = grpc.InferInput("cancel", [1], "BYTES")
     target.set_data_from_numpy(np.array([request_id.encode()], object))
-    return stream(server, raw=[target])
+    return stream(server, raw=[target, *inputs(others)])
 
 
 def test_a_live_request_can_be_cancelled_by_its_id(server):
