@@ -37,8 +37,8 @@ def to_onnx(
 ) -> tuple[int, int]:
     """Writes the ONNX file, strongly typed, with batch and named axes dynamic.
 
-    Weights of `LARGE` go into `model.onnx.data` beside it. A decoder's file also gives pixels. Another `opset`, and no `rewrite`
-    of attention, are for `benchmarks.graph` to compare with.
+    Weights of `LARGE` go into `model.onnx.data` beside it. A decoder's file also gives pixels.
+    Another `opset`, and no `rewrite` of attention, are for `benchmarks.graph` to compare with.
 
     Returns:
         Nodes of the graph as it was traced, and as it was written.
