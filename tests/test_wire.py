@@ -346,6 +346,16 @@ def metrics(server) -> dict[str, float]:
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
 
 
+def settled(read):
+    """What `read` returns once the values of former requests, written in turns, have arrived."""
+    for _ in range(60):
+        found = read()
+        time.sleep(1)
+        if read() == found:
+            return found
+    raise AssertionError("values change for longer than a minute")
+
+
 def test_metrics_tell_how_requests_ended_and_how_many_live(server):
     def live(model):
         return metrics(server)[f'twinbrush_requests_live{{model="{model}"}}']
@@ -367,7 +377,7 @@ def test_metrics_tell_how_requests_ended_and_how_many_live(server):
         return [live(UNARY), live(STREAM)]
 
     assert becomes([0, 0], both_live)
-    before = ended()
+    before = settled(ended)
     infer(server)
     stream(server)
     stream(server)
@@ -404,7 +414,7 @@ def test_metrics_of_the_engine_and_errors_with_their_request_id(server):
             time.sleep(0.05)
         assert counted() == expected
 
-    before = counted()
+    before = settled(counted)
     infer(server, steps=2)
     wait_until_counted([then + more for then, more in zip(before, [1, 0, 2, 2, 1], strict=True)])
     assert stream(server, request_id="mine", steps=0)[1].endswith("(request id mine)")
