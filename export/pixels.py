@@ -46,4 +46,5 @@ def add_pixels(file: Path) -> None:
     end = parser.parse_model(END.format(ir_version=model.ir_version, opset=opset))
     whole = compose.merge_models(model, end, [(image.name, "image")])
     whole.graph.output.insert(0, image)
+    del whole.opset_import[len(model.opset_import) :]  # the same again, which tools refuse
     onnx.save(whole, file)

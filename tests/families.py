@@ -169,12 +169,20 @@ class Family:
 
 
 def shallow(family: Family) -> Family:
-    """The family with one layer a block, which exports sooner; Segmind's depths need all layers."""
+    """The family with its outermost and innermost blocks, of one layer, which exports sooner.
+
+    Segmind's depths need all blocks and layers.
+    """
     unet = family.unet
     if "reverse_transformer_layers_per_block" in unet:
         return family
+    levels = len(unet["down_block_types"])
+    unet = {
+        name: (value[0], value[-1]) if isinstance(value, tuple) and len(value) == levels else value
+        for name, value in unet.items()
+    }
     if family.xl:
-        unet = unet | {"transformer_layers_per_block": (1, 2, 1)}
+        unet["transformer_layers_per_block"] = (1, 2)
     return replace(family, unet=unet, layers=1)
 
 

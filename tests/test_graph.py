@@ -14,6 +14,12 @@ from export.repository import MODELS
 
 
 @pytest.mark.parametrize("model", MODELS)
+def test_a_file_names_a_set_of_operators_once(repository, model):
+    sets = onnx.load(str(repository / model / "1" / "model.onnx")).opset_import
+    assert [entry.domain for entry in sets] == [""]
+
+
+@pytest.mark.parametrize("model", MODELS)
 def test_attention_takes_tokens_without_transposes(repository, model):
     graph = onnx.load(str(repository / model / "1" / "model.onnx")).graph
     attention = [node for node in graph.node if node.op_type == "Attention"]
