@@ -223,6 +223,9 @@ def _check_tower(checkpoint: Checkpoint, part: str) -> CLIPTextConfig:
         if name in TYPES and not isinstance(value, str | NoneType):
             text = f"{_file(checkpoint, part)}: {name}={shown(value)} is invalid"
             raise CheckpointError(f"{text}: must be a text, as float16")
+    if given.get("use_attention_mask"):  # diffusers then hides the padding from the tower
+        text = f"{_file(checkpoint, part)}: use_attention_mask=true is not served"
+        raise CheckpointError(f"{text}: must be false")
     tower = without_weights(checkpoint, part).config
     left = tower.num_hidden_layers - checkpoint.clip_skip
     if left < 2:

@@ -63,6 +63,12 @@ FAMILIES = (
 )  # fmt: skip
 REFINER = "conditioner.embedders.0.model."  # its only text encoder, which is the base's second
 XL_SECOND = "conditioner.embedders.1.model."
+# Beginnings of names of what is beside a UNet in files of other pipelines.
+OTHERS = {
+    "edm_": "is of a UNet that was trained on the noise of EDM (Playground 2.5, CosXL)",
+    "control_model.": "holds a ControlNet",
+}
+END = 49407  # the id of CLIP's end mark, its last
 
 
 def unpack(
@@ -144,6 +150,9 @@ def _family(file: Path, header: Mapping[str, Any], without: Container[str]) -> F
     if has(REFINER):
         text = f"{file} is SDXL's refiner, which paints over pictures and is not served"
         raise CheckpointError(f"{text}; give the base checkpoint")
+    for prefix, kind in OTHERS.items():
+        if has(prefix):
+            raise CheckpointError(f"{file} {kind}, which is not served")
     first = header.get(f"{UNET}input_blocks.0.0.weight", {}).get("shape", [0, 4])
     last = header.get(f"{UNET}out.2.weight", {}).get("shape", [first[1]])
     if first[1] != last[0]:
@@ -182,13 +191,13 @@ def _unet(tensors: Mapping[str, Tensor], family: Family) -> Part:
         else:
             levels[-1].append(block)
     widths = [len(own[f"input_blocks.{level[0]}.0.out_layers.3.weight"]) for level in levels]
-    depths = [
-        _count(own, rf"input_blocks\.{level[0]}\.1\.transformer_blocks\.(\d+)\.")
-        for level in levels
-    ]
-    middle = _count(own, r"middle_block\.1\.transformer_blocks\.(\d+)\.")
-    projection = own["middle_block.1.proj_in.weight"]
-    linear = projection.ndim == 2
+    layers = len(levels[0])
+    down = [[_depth(own, f"input_blocks.{block}") for block in level] for level in levels]
+    outputs = [_depth(own, f"output_blocks.{i}") for i in range((layers + 1) * len(levels))]
+    up = [outputs[i : i + layers + 1] for i in range(0, len(outputs), layers + 1)]
+    end = ".1.transformer_blocks.0.attn2.to_k.weight"
+    inner = next((name for name in own if name.endswith(end)), f"middle_block{end}")
+    linear = own[inner.partition(".transformer_blocks.")[0] + ".proj_in.weight"].ndim == 2
     label = own.get("label_emb.0.0.weight")
     config = {
         "_class_name": "UNet2DConditionModel",
@@ -196,18 +205,14 @@ def _unet(tensors: Mapping[str, Tensor], family: Family) -> Part:
         "in_channels": own["input_blocks.0.0.weight"].shape[1],
         "out_channels": len(own["out.2.weight"]),
         "block_out_channels": widths,
-        "layers_per_block": len(levels[0]),
-        "down_block_types": ["CrossAttnDownBlock2D" if d else "DownBlock2D" for d in depths],
-        "up_block_types": [
-            "CrossAttnUpBlock2D" if d else "UpBlock2D" for d in reversed(depths)
-        ],
-        "transformer_layers_per_block": [d or 1 for d in depths[:-1]] + [middle],
-        "cross_attention_dim": own[
-            "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
-        ].shape[1],
+        "layers_per_block": layers,
+        "down_block_types": ["CrossAttnDownBlock2D" if any(d) else "DownBlock2D" for d in down],
+        "up_block_types": ["CrossAttnUpBlock2D" if any(d) else "UpBlock2D" for d in up],
+        "cross_attention_dim": own[inner].shape[1],
         "attention_head_dim": [w // HEAD_WIDTH or 1 for w in widths] if linear else UNET_HEADS,
         "use_linear_projection": linear,
-    }  # fmt: skip
+        **_depths(down, up, _middle(own)),
+    }
     if (guidance := own.get("time_embed.cond_proj.weight")) is not None:
         config["time_cond_proj_dim"] = guidance.shape[1]
     if label is not None:
@@ -218,6 +223,35 @@ def _unet(tensors: Mapping[str, Tensor], family: Family) -> Part:
         }
     weights = convert_ldm_unet_checkpoint(dict(tensors), config)
     return "diffusers", "UNet2DConditionModel", config, weights
+
+
+def _depth(own: Mapping[str, Tensor], block: str) -> int:
+    """Transformer layers in a block; 0 where it has no attention."""
+    return _count(own, rf"{block}\.1\.transformer_blocks\.(\d+)\.")
+
+
+def _middle(own: Mapping[str, Tensor]) -> int | None:
+    """Transformer layers in the middle; None where there is no middle."""
+    there = any(name.startswith("middle_block.") for name in own)
+    return _depth(own, "middle_block") if there else None
+
+
+def _depths(down: list[list[int]], up: list[list[int]], middle: int | None) -> dict[str, Any]:
+    """Settings for the depths of transformers; distilled UNets lack some, or the middle."""
+    levels = [*down[:-1], [depth or middle or 1 for depth in down[-1]]]  # as the middle's
+    pairs = zip(down, reversed(up), strict=True)
+    if all(len({*inward, *outward}) == 1 for inward, outward in pairs):
+        depths = {"transformer_layers_per_block": [level[0] or 1 for level in levels]}
+    else:
+        depths = {
+            "transformer_layers_per_block": [[d or 1 for d in level] for level in levels],
+            "reverse_transformer_layers_per_block": [[d or 1 for d in level] for level in up],
+        }
+    if middle is None:
+        depths["mid_block_type"] = None
+    elif middle == 0:
+        depths["mid_block_type"] = "UNetMidBlock2D"
+    return depths
 
 
 def _vae(tensors: Mapping[str, Tensor], family: Family) -> Part:
@@ -259,7 +293,12 @@ def _clip(tensors: Mapping[str, Tensor], prefix: str, open_clip: bool, class_nam
         weights = convert_open_clip_checkpoint(_Tower(width), own, prefix)
     else:
         weights = {k.removeprefix(prefix): v for k, v in own.items()}
-    weights = {k: v for k, v in weights.items() if not k.endswith("position_ids")}
+    start = "text_model."  # older files are without it
+    weights = {
+        k if k.startswith((start, "text_projection.")) else start + k: v
+        for k, v in weights.items()
+        if not k.endswith("position_ids")
+    }
     positions = weights["text_model.embeddings.position_embedding.weight"]
     layer = "text_model.encoder.layers.0.mlp.fc1.weight"
     config = {
@@ -273,6 +312,7 @@ def _clip(tensors: Mapping[str, Tensor], prefix: str, open_clip: bool, class_nam
         "num_attention_heads": positions.shape[1] // HEAD_WIDTH or 1,
         "hidden_act": "gelu" if open_clip else "quick_gelu",
     }
+    config["eos_token_id"] = min(END, config["vocab_size"] - 1)
     if class_name == "CLIPTextModelWithProjection":
         config["projection_dim"] = len(weights["text_projection.weight"])
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,12 +10,15 @@ from export.checkpoint import Checkpoint
 from networks.loading import CheckpointError
 
 MAX_CELLS = 4096  # a side; a larger one is no size that a network was trained on
+FORMER_SIDE = 64  # of UNets whose files are of `FORMER`, and name a smaller one
+FORMER = re.compile(r"0\.[0-8](\.|$)")  # versions of diffusers
 
 
 def native_size(checkpoint: Checkpoint) -> tuple[int, int]:
     """Height and width of the latents that the UNet was trained on, in cells.
 
-    Where its configuration is silent, the pictures of the autoencoder decide.
+    Where its configuration is silent, the pictures of the autoencoder decide. Files of Stable
+    Diffusion that precede diffusers 0.9 name too small a side, which its pipeline corrects too.
 
     Raises:
         CheckpointError: no configuration has a size, or not one that the UNet can take.
@@ -23,6 +27,8 @@ def native_size(checkpoint: Checkpoint) -> tuple[int, int]:
     given = unet.get("sample_size")
     if given is None:
         given, part, divisor = checkpoint.config("vae").get("sample_size"), "vae", None
+    elif type(given) is int and 0 < given < FORMER_SIDE and _is_former(checkpoint, unet):
+        given = FORMER_SIDE
     file = f"{checkpoint.folders[part]}/config.json"
     if given is None:
         unet_file = f"{checkpoint.folders['unet']}/config.json"
@@ -41,6 +47,11 @@ def native_size(checkpoint: Checkpoint) -> tuple[int, int]:
         text = f"{file}: sample_size={given!r} is invalid"
         raise CheckpointError(f"{text}: latent sides must be multiples of {multiple}")
     return height, width
+
+
+def _is_former(checkpoint: Checkpoint, unet: Mapping[str, Any]) -> bool:
+    plain = checkpoint.index.get("_class_name") == "StableDiffusionPipeline"
+    return plain and FORMER.match(str(unet.get("_diffusers_version"))) is not None
 
 
 def side_multiple(unet: Mapping[str, Any]) -> int:

@@ -1,7 +1,8 @@
-"""Compares every family with diffusers and writes the table: `python tests/family_table.py`.
+"""Compares families with diffusers and writes the table: `python tests/family_table.py [NAME...]`.
 
-Writes `benchmarks/results/families.json` and the table between marks of `docs/checkpoints.md`.
-Families that differ in their scheduler alone share an export.
+Writes `benchmarks/results/families.json` and the table between marks of `docs/checkpoints.md`;
+rows of families that are not named stay. Families that differ in their scheduler alone share an
+export.
 """
 
 from __future__ import annotations
@@ -86,17 +87,17 @@ def markdown(rows: list[dict[str, object]]) -> str:
 
 def main(names: list[str]) -> None:
     warnings.simplefilter("ignore")
-    rows = []
+    rows = {row["family"]: row for row in json.loads(RESULT.read_text())}
     with tempfile.TemporaryDirectory() as kept:
         exports = Exports(Path(kept))
         for name in names or FAMILIES:
             with tempfile.TemporaryDirectory() as folder:
-                rows.append(compare(name, Path(folder), exports))
-            both = f"{rows[-1]['difference']}, exported {rows[-1]['difference_exported']}"
+                rows[name] = row = compare(name, Path(folder), exports)
+            both = f"{row['difference']}, exported {row['difference_exported']}"
             print(f"{name}: {both}", flush=True)
-    if not names:
-        RESULT.write_text(json.dumps(rows, indent=2) + "\n")
-        DOCUMENT.write_text(replaced(DOCUMENT.read_text(), MARKS, markdown(rows)))
+            table = [rows[family] for family in FAMILIES if family in rows]
+            RESULT.write_text(json.dumps(table, indent=2) + "\n")
+            DOCUMENT.write_text(replaced(DOCUMENT.read_text(), MARKS, markdown(table)))
 
 
 if __name__ == "__main__":

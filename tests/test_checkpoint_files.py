@@ -23,6 +23,7 @@ from export.checks import check_values
 from export.macs import native_rows
 from export.pipeline import write
 from export.repository import load_outlines, load_part, load_parts
+from export.single_file import unpack
 from export.sizes import native_size, scale_factor
 from export.source import Source, looks_like_path
 from networks.loading import CheckpointError
@@ -182,8 +183,10 @@ def test_a_single_file_is_what_its_folder_is(tmp_path, bert, monkeypatch, half):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     folder = twin(tmp_path / "folder")
     file = write_single_file(folder, tmp_path / "one.safetensors")
-    if half:
-        save_file({k: v.half() for k, v in load_file(file).items()}, file)
+    if half:  # and with the names of CLIP that older files have
+        save_file(
+            {k.replace(".text_model.", "."): v.half() for k, v in load_file(file).items()}, file
+        )
     parts = {"bert": str(bert), "tokenizer": str(folder)}
     single, whole = Source(str(file), **parts), Source(str(folder), **parts)
     close = {"rtol": 0.05, "atol": 0.02} if half else {"rtol": 1e-5, "atol": 1e-5}
@@ -242,6 +245,8 @@ def of_a_refiner(tensors: dict) -> dict:
     [
         (of_a_refiner, "odd.safetensors is SDXL's refiner, .* give the base checkpoint"),
         (lambda t: t | {FIRST: torch.ones(16, 9, 3, 3)}, "with 9 channels in and 4 out: only"),
+        (lambda t: t | {"edm_mean": torch.ones(4)}, "odd.safetensors is of a UNet .* noise of EDM"),
+        (lambda t: t | {"control_model.a": torch.ones(1)}, "odd.safetensors holds a ControlNet"),
         (lambda t: {k: v for k, v in t.items() if k != LAST}, r"odd\.safetensors lacks out\.2\."),
         (
             lambda t: t,
@@ -434,6 +439,13 @@ def test_a_unet_without_a_size_takes_that_of_its_autoencoder(copied, bert):
         open_checkpoint(copied, bert)
 
 
+def test_a_side_that_former_files_name_too_small_is_that_of_diffusers(copied, bert):
+    file = copied / "unet" / "config.json"
+    for version, side in (("0.8.1", 64), ("0.2.2", 64), ("0.9.0", 8), ("0.42.1", 8)):
+        change(file, _diffusers_version=version)
+        assert native_size(open_checkpoint(copied, bert)) == (side, side)
+
+
 def test_former_names_of_bert_are_read_and_those_of_clip_left_alone(tiny, tmp_path):
     former = Path(shutil.copytree(tiny, tmp_path / "former"))
     (former / "bert").rename(former / "text_encoder_2")
@@ -561,6 +573,7 @@ def config_of(part: str, **fields: object):
         ),
         (config_of("vae", block_out_channels=[10**9]), "block_out_channels=1000000000 is invalid"),
         (config_of("text_encoder", num_hidden_layers=None), "num_hidden_layers=None is invalid"),
+        (config_of("text_encoder", use_attention_mask=True), "use_attention_mask=true is not se"),
         (index_of(latent_to_rgb="words"), "latent_to_rgb in model_index.json must be 37 rows"),
         (index_of(scheduler=[None, None]), "lacks its part scheduler/"),
     ],
@@ -745,15 +758,17 @@ def test_a_single_file_of_another_family_is_named_before_it_is_read(plain, tmp_p
         open_checkpoint(source)
 
 
+TWO_LEVELS = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "block_out_channels": (32, 64),
+    "attention_head_dim": (1, 1), "transformer_layers_per_block": (1, 2),
+    "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 24 + 6 * 256,
+    "norm_num_groups": 32,
+}  # fmt: skip
+
+
 def test_a_single_file_of_sdxl_has_the_parts_of_its_folder(tmp_path):
-    two_levels = {
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "block_out_channels": (32, 64),
-        "attention_head_dim": (1, 1), "transformer_layers_per_block": (1, 2),
-        "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 24 + 6 * 256,
-        "norm_num_groups": 32,
-    }  # fmt: skip
-    family = Family(XL_UNET | two_levels, EULER, xl=True, layers=1)
+    family = Family(XL_UNET | TWO_LEVELS, EULER, xl=True, layers=1)
     folder = write_family(tmp_path / "xl", family)
     vae_of_32_groups(folder / "vae")
     file = write_xl_single_file(folder, tmp_path / "xl.safetensors")
@@ -768,9 +783,36 @@ def test_a_single_file_of_sdxl_has_the_parts_of_its_folder(tmp_path):
         assert ours.keys() == theirs.keys()
         for name, tensor in theirs.items():
             assert torch.equal(ours[name], tensor), (part, name)
+    tower = opened.config("text_encoder_2")  # its pooled text is that of the end mark
+    assert tower["eos_token_id"] == tower["vocab_size"] - 1
     fields = ("block_out_channels", "down_block_types", "up_block_types", "cross_attention_dim",
               "projection_class_embeddings_input_dim", "use_linear_projection")  # fmt: skip
     given, made = whole.config("unet"), opened.config("unet")
     assert {name: made[name] for name in fields} == {name: given[name] for name in fields}
     bare = open_checkpoint(Source(str(file), tokenizer=str(folder / "tokenizer")))
     assert bare.folders["tokenizer_2"] == bare.folders["tokenizer"]
+
+
+# As SSD-1B leaves transformers out, and with them the middle's; as BK-SDM, the middle.
+DISTILLED = {
+    "ssd-1b": {
+        "transformer_layers_per_block": ((1,), (2,)), "mid_block_type": "UNetMidBlock2D",
+        "reverse_transformer_layers_per_block": ((2, 3), (1, 1)),
+    },
+    "bk-sdm": {"mid_block_type": None},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DISTILLED)
+def test_a_single_file_tells_what_its_unet_lacks(tmp_path, name):
+    family = Family(XL_UNET | TWO_LEVELS | DISTILLED[name], EULER, xl=True, layers=1)
+    folder = write_family(tmp_path / "xl", family)
+    file = write_xl_single_file(folder, tmp_path / "xl.safetensors")
+    unpack(file, tmp_path / "parts", ["StableDiffusionXLPipeline"])
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(
+            UNet2DConditionModel.load_config(tmp_path / "parts" / "unet")
+        )
+    ours, theirs = (load_file(weights_of(place / "unet")) for place in (tmp_path / "parts", folder))
+    assert unet.state_dict().keys() == ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], tensor) for key, tensor in theirs.items())

@@ -66,6 +66,15 @@ def test_an_option_that_no_row_expresses_is_refused_by_name(class_name, option, 
         read_schedule(class_name, {option: value})
 
 
+def test_clipping_that_no_file_turns_off_is_refused():
+    """As a pipeline of SDXL would clip; one of Stable Diffusion turns it off by itself."""
+    unsaid = {name: value for name, value in SD15.items() if name != "clip_sample"}
+    for class_name in ("DDIMScheduler", "DDPMScheduler"):
+        with pytest.raises(CheckpointError, match="has no clip_sample, which is True by default"):
+            read_schedule(class_name, unsaid)
+    assert read_schedule("EulerDiscreteScheduler", unsaid, "ddim")
+
+
 def test_algorithm_type_chooses_the_sampler():
     name = "DPMSolverMultistepScheduler"
     assert choose_sampler(name, {}) == "dpmpp_2m"
