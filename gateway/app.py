@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -29,7 +30,10 @@ from gateway.painting import Studio
 from gateway.pool import Pool
 from gateway.validation import error_of
 
-NOT_JSON = "The body cannot be read: it must be JSON in UTF-8."
+NOT_JSON = (
+    "The body cannot be read: it must be JSON in UTF-8, without numbers of thousands of digits "
+    "and without hundreds of nested brackets."
+)
 CODES = {
     400: "invalid_body", 404: "not_found", 405: "method_not_allowed", 408: "body_too_slow",
     413: "body_too_large",
@@ -152,7 +156,12 @@ def _add_error_handlers(app: FastAPI) -> None:
         if error.status_code == 400:
             text = NOT_JSON
         elif error.status_code == 404:
-            text = f"{request.method} {path} is not served; /docs lists what is."
+            text = (
+                f"{request.method} {path} is not served; OpenAI's API is under /v1, A1111's under "
+                "/sdapi/v1, and /docs lists both."
+            )
+        elif allowed := Headers(error.headers).get("allow"):
+            text = f"{request.method} {path} is not allowed: use {allowed}."
         response = ApiError(error.status_code, text, code=CODES.get(error.status_code)).response(
             path
         )

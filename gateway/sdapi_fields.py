@@ -91,6 +91,12 @@ class TextToImage(BaseModel):
         check_settings(self.override_settings or {}, "override_settings.")
 
     @property
+    def overrides(self) -> dict[str, Any]:
+        """The settings of this request alone."""
+        given = self.override_settings or {}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
     def images(self) -> int:
         return (self.batch_size or 1) * (self.n_iter or 1)
 
@@ -140,6 +146,13 @@ def image_format(name: object) -> str:
     if not isinstance(name, str) or name not in FORMATS:
         raise invalid("samples_format", name, f"must be one of {', '.join(FORMATS)}")
     return FORMATS[name]
+
+
+def checked_model(name: object) -> str | None:
+    """The checkpoint that A1111's `sd_model_checkpoint` names; None is the first."""
+    if not isinstance(name, str | None):
+        raise invalid(CHECKPOINT, name, "must be a title of /sdapi/v1/sd-models")
+    return name
 
 
 def check_settings(settings: Mapping[str, Any], prefix: str = "") -> None:

@@ -20,7 +20,7 @@ from gateway.pool import Job
 from gateway.sampler_names import TITLES
 from gateway.sdapi_fields import TextToImage
 from twinbrush_client import Picture, Preview, Progress
-from twinbrush_client.story import parameters_of
+from twinbrush_client.story import texts_of
 from twinbrush_client.wire import Event
 
 IDLE = {"skipped": False, "interrupted": False, "stopping_generation": False, "job": "",
@@ -78,7 +78,8 @@ class SdJob:
         pictures = [self.pictures[index] for index in sorted(self.pictures)]
         seeds = [picture.seed for picture in pictures]
         negative = body.negative_prompt or ""
-        story = json.loads(pictures[0].image.info.get("twinbrush", "{}")) if pictures else {}
+        texts = [texts_of(picture.image) for picture in pictures]
+        story = json.loads(texts[0][0] or "{}") if texts else {}
         sampler = fields["sampler"] or story.get("sampler", "")
         warnings = {picture.warning for picture in pictures} - {""}
         if body.ignored:
@@ -92,7 +93,7 @@ class SdJob:
             "cfg_scale": story.get("guidance_scale", fields["guidance_scale"]),
             "batch_size": body.batch_size or 1, "sd_model_name": checkpoint,
             "sd_model_hash": story.get("checkpoint_hash", ""), "index_of_first_image": 0,
-            "infotexts": [parameters_of(picture.image) for picture in pictures],
+            "infotexts": [infotext for _, infotext in texts],
             "job_timestamp": _timestamp(self.started), "clip_skip": 1, "styles": [],
             "extra_generation_params": {}, "warnings": sorted(warnings),
         })  # fmt: skip

@@ -186,17 +186,25 @@ def test_every_answer_has_its_request_id(gateway):
 
 
 def test_errors_of_routes_and_bodies_have_openais_form(gateway):
-    for path, method, status in (("/v1/none", "GET", 404), ("/v1/models", "PUT", 405)):
+    wrong = [
+        ("/v1/none", "GET", 404, "is not served"),
+        ("/images/generations", "POST", 404, "OpenAI's API is under /v1"),
+        ("/v1/models", "PUT", 405, "PUT /v1/models is not allowed: use GET."),
+    ]
+    for path, method, status, text in wrong:
         answer = gateway.call(path, method=method)
         assert (answer.status, set(answer.json()["error"])) == (
             status, {"message", "type", "param", "code"},
         )  # fmt: skip
+        assert text in answer.json()["error"]["message"]
     answer = gateway.call(GENERATIONS, {"prompt": "x"}, content_type="text/plain")
     assert "content-type: application/json" in answer.json()["error"]["message"]
     answer = gateway.call(GENERATIONS, {"prompt": "x"}, content_encoding="gzip")
     assert (answer.status, answer.json()["error"]["code"]) == (415, "unsupported_encoding")
     answer = gateway.call(GENERATIONS, b'{"prompt": ' + b"[" * 50_000)
     assert (answer.status, answer.json()["error"]["code"]) == (400, "invalid_body")
+    answer = gateway.call(GENERATIONS, b'{"seed": ' + b"9" * 5000 + b"}")
+    assert "without numbers of thousands of digits" in answer.json()["error"]["message"]
     answer = gateway.call(GENERATIONS, b'{"prompt": "\xff"}')
     assert (answer.status, answer.json()["error"]["code"]) == (400, "invalid_body")
     assert "must be JSON in UTF-8" in answer.json()["error"]["message"]

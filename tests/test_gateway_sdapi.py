@@ -61,6 +61,7 @@ def test_webuiapi_finds_what_it_asks_for_at_its_start(api, gateway, server):
     assert gateway.call("/internal/ping").json() == {}
     assert api.get_progress()["progress"] == 0
     api.refresh_checkpoints()
+    assert gateway.call("/sdapi/v1/refresh-embeddings", {}).status == 200
 
 
 @pytest.mark.parametrize(
@@ -126,8 +127,10 @@ def test_options_are_kept_and_checked(api, gateway):
     (model,) = api.util_get_model_names()
     api.set_options({"sd_model_checkpoint": model, "samples_format": "jpg"})
     assert api.get_options()["samples_format"] == "jpg"
-    assert api.txt2img(prompt="a ring", width=32, height=32).image.format == "JPEG"
-    settings = {"samples_format": "png"}
+    result = api.txt2img(prompt="a ring", width=32, height=32)
+    assert result.image.format == "JPEG"
+    assert all(result.info[name] for name in ("sampler_name", "cfg_scale", "sd_model_hash"))
+    settings = {"samples_format": "png", "sd_model_checkpoint": None}
     image = api.txt2img(prompt="a ring", width=32, height=32, override_settings=settings).image
     assert image.format == "PNG"
     api.set_options({"samples_format": "png"})
@@ -169,6 +172,7 @@ REFUSED = [
     ({"denoising_strength": float("nan")}, "NaN"),
     ({"alwayson_scripts": {"ADetailer": {"args": [{"ad_model": "x"}]}}}, "alwayson_scripts"),
     ({"override_settings": {"sd_vae": "x"}}, "override_settings.sd_vae"),
+    ({"override_settings": {"sd_model_checkpoint": ["x"]}}, "sd_model_checkpoint=['x']"),
     ({"prompt": "a ring <lora:ink:0.8>"}, "lora"),
     ({"sampler_name": "Restart"}, "sampler_name"),
     ({"scheduler": "Align"}, "scheduler"),
@@ -220,6 +224,7 @@ def test_fields_that_ask_for_nothing_are_taken(gateway):
         (None, None, (None, None)),
         ("Euler a", "Automatic", ("euler_a", "default")),
         ("k_euler_a", "karras", ("euler_a", "karras")),
+        ("euler_ancestral", None, ("euler_a", None)),
         ("dpmpp_2m", "sgm_uniform", ("dpmpp_2m", "sgm_uniform")),
         ("DPM++ 2M Karras", None, ("dpmpp_2m", "karras")),
         ("DPM++ 2M SDE Exponential", "automatic", ("dpmpp_2m_sde", "exponential")),
