@@ -172,7 +172,10 @@ class Handlers:
             fields = fields_of(read_story(file))
             info = await self._studio.pool.info()
         except (TwinbrushError, OSError) as error:
-            return {layout.status: html.status(_without_path(error), "error")}
+            return {
+                layout.status: html.status(_without_path(error), "error"),
+                layout.file: None,
+            }
         others = form.without_control(fields)
         values = form.control_values(fields, info)
         told = html.status("The settings of the picture are in the form; Paint repeats it.")
