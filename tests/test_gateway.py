@@ -17,10 +17,15 @@ import urllib.request
 
 import openai
 import pytest
+from fastapi.testclient import TestClient
+from openai._streaming import SSEDecoder
 from PIL import Image
 from test_wire import unet_calls, wait_for_a_call, work_stops
 
+from gateway.app import Settings, create_app
+from gateway.gate import Gate
 from gateway.keys import digest
+from gateway.pool import Pool
 from twinbrush_client import Client
 
 GENERATIONS = "/v1/images/generations"
@@ -67,6 +72,17 @@ def test_a_picture_streams_with_partial_images(client):
     assert completed[0].usage.output_tokens > 0
     whole = client.images.generate(prompt="a red circle", n=2, size="64x32", extra_body=own)
     assert {e.b64_json for e in completed} == {d.b64_json for d in whole.data}
+
+
+def test_a_stream_that_lasts_sends_comments_that_clients_skip(server, monkeypatch):
+    monkeypatch.setattr("gateway.openai.QUIET_SECONDS", 0.0)
+    with TestClient(create_app(Pool([server.address], 60), Settings(page=False), Gate())) as web:
+        body = {"prompt": "a ring", "steps": 3, "stream": True}
+        text = web.post(GENERATIONS, json=body).text
+    events = [line for line in text.split("\n\n") if line]
+    assert events[0] == ": painting"
+    sent = list(SSEDecoder().iter_bytes(iter([text.encode()])))
+    assert [event.event for event in sent] == ["image_generation.completed"]
 
 
 def test_no_partial_images_is_one_event_a_picture(client):
