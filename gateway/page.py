@@ -96,7 +96,7 @@ class Handlers:
         try:
             info = await self._studio.pool.info()
         except TwinbrushError as error:
-            return {layout.server: html.unreachable(str(error))}
+            return {layout.server: html.unreachable(sentence(str(error)))}
         found: dict[Any, Any] = {
             layout.controls[name]: gr.update(**properties)
             for name, properties in updates(info).items()
