@@ -18,7 +18,8 @@ SCHEDULERS = {
     "default": "Automatic", "normal": "Normal", "karras": "Karras", "exponential": "Exponential",
     "beta": "Beta", "sgm_uniform": "SGM Uniform",
 }  # fmt: skip
-SCHEDULER_ALIASES = {"uniform": "default"}  # A1111's default of most samplers
+# A1111's default of most samplers, and what Twinbrush's pictures say.
+SCHEDULER_ALIASES = {"uniform": "default", "default": "default"}
 COMBINED = ("karras", "exponential")  # that older tools write behind a sampler's name
 
 

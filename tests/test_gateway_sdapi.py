@@ -231,6 +231,7 @@ def test_fields_that_ask_for_nothing_are_taken(gateway):
         ("DPM++ 2M Karras", "SGM Uniform", ("dpmpp_2m", "sgm_uniform")),
         ("PLMS", "Uniform", ("pndm", "default")),
         ("ddim", None, ("ddim", None)),
+        ("ddim", "default", ("ddim", "default")),
     ],
 )
 def test_names_of_samplers_are_a1111s(sampler, scheduler, wanted):
