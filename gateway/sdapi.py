@@ -225,5 +225,5 @@ async def _paint(studio: Studio, jobs: Jobs, job: SdJob, request: Request) -> di
     return {
         "images": [base64_of(file) for file in files],
         "parameters": job.body.model_dump(),
-        "info": job.info(info.checkpoint),
+        "info": job.info(info),
     }

@@ -19,7 +19,7 @@ from gateway.painting import enlarged
 from gateway.pool import Job
 from gateway.sampler_names import TITLES
 from gateway.sdapi_fields import TextToImage
-from twinbrush_client import Picture, Preview, Progress
+from twinbrush_client import Picture, Preview, Progress, ServerInfo
 from twinbrush_client.story import texts_of
 from twinbrush_client.wire import Event
 
@@ -72,15 +72,14 @@ class SdJob:
             found[index] = await enlarged(preview, size, self.image_format)
         return [found[index] for index in sorted(found)]
 
-    def info(self, checkpoint: str) -> str:
-        """A1111's JSON about the images."""
+    def info(self, server: ServerInfo) -> str:
+        """A1111's JSON about the images, which a server has painted."""
         body, fields = self.body, self.fields
         pictures = [self.pictures[index] for index in sorted(self.pictures)]
         seeds = [picture.seed for picture in pictures]
         negative = body.negative_prompt or ""
-        texts = [texts_of(picture.image) for picture in pictures]
-        story = json.loads(texts[0][0] or "{}") if texts else {}
-        sampler = fields["sampler"] or story.get("sampler", "")
+        chosen = server.defaults | {name: v for name, v in fields.items() if v is not None}
+        sampler = chosen["sampler"]
         warnings = {picture.warning for picture in pictures} - {""}
         if body.ignored:
             warnings.add(f"ignored: {', '.join(map(shown, body.ignored))}")
@@ -90,10 +89,10 @@ class SdJob:
             "seed": seeds[0] if seeds else -1, "all_seeds": seeds,
             "width": fields["width"], "height": fields["height"],
             "sampler_name": TITLES.get(sampler, sampler), "steps": fields["steps"],
-            "cfg_scale": story.get("guidance_scale", fields["guidance_scale"]),
-            "batch_size": body.batch_size or 1, "sd_model_name": checkpoint,
-            "sd_model_hash": story.get("checkpoint_hash", ""), "index_of_first_image": 0,
-            "infotexts": [infotext for _, infotext in texts],
+            "cfg_scale": chosen["guidance_scale"],
+            "batch_size": body.batch_size or 1, "sd_model_name": server.checkpoint,
+            "sd_model_hash": server.checkpoint_hash[:10], "index_of_first_image": 0,
+            "infotexts": [texts_of(picture.image)[1] for picture in pictures],
             "job_timestamp": _timestamp(self.started), "clip_skip": 1, "styles": [],
             "extra_generation_params": {}, "warnings": sorted(warnings),
         })  # fmt: skip

@@ -161,6 +161,7 @@ def test_progress_shows_a_preview_and_interrupt_ends_it(api, server, end):
     assert unet_calls(server) - before < 8 * 50 / 2
     assert all(image.size == (128, 128) for image in results[0].images)
     assert results[0].info["all_seeds"] == []
+    assert results[0].info["sampler_name"]
     assert api.get_progress()["progress"] == 0
 
 
