@@ -17,17 +17,18 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from gateway import front_page, openai, sdapi
-from gateway.errors import ApiError
+from gateway.errors import A1111, ApiError
 from gateway.files import Files
 from gateway.gate import Gate
 from gateway.guard import Guard
 from gateway.keys import KeyRing, Limits
 from gateway.limits import RATE_HEADERS, Meter
 from gateway.metrics import Metrics
-from gateway.openai_fields import check_not_served
+from gateway.openai_fields import GenerationBody, check_not_served
 from gateway.openapi import describe
 from gateway.painting import Studio
 from gateway.pool import Pool
+from gateway.sdapi_fields import TextToImage
 from gateway.validation import error_of
 
 NOT_JSON = (
@@ -141,13 +142,15 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid(request: Request, error: RequestValidationError) -> Response:
+        path = request.url.path
+        body = TextToImage if path.startswith(A1111) else GenerationBody
         try:
             if isinstance(error.body, dict):
                 check_not_served(error.body)
-            found = error_of(error.errors(), error.body)
+            found = error_of(error.errors(), error.body, body.model_fields)
         except ApiError as refused:
             found = refused
-        return found.response(request.url.path)
+        return found.response(path)
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> Response:

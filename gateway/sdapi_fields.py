@@ -59,7 +59,7 @@ class TextToImage(BaseModel):
 
     prompt: str = Field("", max_length=8000, description="What to paint.", examples=["a red ring"])
     negative_prompt: str | None = Field(None, max_length=8000)
-    seed: int | None = Field(None, ge=-1, lt=2**63, description="-1 is random.")
+    seed: int | None = Field(None, ge=-1, le=2**63 - 1, description="-1 is random.")
     steps: int | None = Field(None, ge=1, le=50)
     cfg_scale: float | None = Field(None, ge=0, le=50, allow_inf_nan=False)
     width: int | None = Field(None, ge=1, le=2**20)

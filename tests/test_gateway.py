@@ -148,6 +148,7 @@ REFUSED = [
     ({"prompt": ""}, "prompt", "invalid_value"),
     ({"n": 0}, "n", "invalid_value"),
     ({"n": "2"}, "n", "invalid_type"),
+    ({"seed": 2**63}, "seed", "invalid_value"),
     ({"size": "33x32"}, "size", "invalid_value"),
     ({"size": "big"}, "size", "invalid_value"),
     ({"sampler": "magic"}, "sampler", "invalid_value"),

@@ -180,6 +180,8 @@ REFUSED = [
     ({"width": 33}, "width"),
     ({"batch_size": 16, "n_iter": 2}, "n_iter"),
     ({"steps": "many"}, "steps"),
+    ({"steps": 0}, "steps=0 is invalid: must be between 1 and 50."),
+    ({"seed": 2**63}, "must be between -1 and 9223372036854775807"),
     ({"prompt": ""}, "prompt"),
 ]
 
