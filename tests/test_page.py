@@ -214,7 +214,7 @@ def test_the_settings_of_a_picture_come_back(tab, server, tmp_path):
     expect(page.locator("#tb-prompt textarea")).to_have_value(PROMPT)
 
 
-@pytest.mark.parametrize("path", ["/v1/none", "/sdapi/v1/none", "/internal/none"])
+@pytest.mark.parametrize("path", ["/v1/none", "/sdapi/v1/none", "/internal/none", "/models"])
 def test_the_page_leaves_the_doors_their_paths(gateway, path):
     answer = gateway.call(path)
     assert answer.status == 404
