@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 import ssl
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +24,8 @@ from twinbrush_client.options import PANEL, Access, with_options_of
 
 KEYS_VARIABLE = "TWINBRUSH_API_KEYS"
 MEGABYTE = 1 << 20
+ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/?#\s]+")
+ADDRESS = re.compile(r"https?://[^?#\s]+")
 app = typer.Typer(add_completion=False)
 
 
@@ -91,6 +95,7 @@ def serve(
         found += keys.read_keys(keys_file, limits) if keys_file else []
         keys.check_distinct(found)
         _check_certificate(ssl_certfile, ssl_keyfile)
+        _check_urls(cors_origin or (), public_url)
         connection = _connection(access)
     except ValueError as error:
         raise _refused(str(error)) from None
@@ -158,6 +163,16 @@ def _check_certificate(certificate: Path | None, key: Path | None) -> None:
     except OSError as error:  # of the files, or of what is in them
         files = f"--ssl-certfile {certificate}" + (f", --ssl-keyfile {key}" if key else "")
         raise ValueError(f"{files}: {error.strerror or error}") from None
+
+
+def _check_urls(origins: Iterable[str], public_url: str | None) -> None:
+    """Raises ValueError where no browser would name such an origin, or no client find the URL."""
+    for origin in origins:
+        if not ORIGIN.fullmatch(origin):
+            allowed = "such as https://app.example, without a path, or *"
+            raise ValueError(f"--cors-origin {origin} must be an origin {allowed}")
+    if public_url is not None and not ADDRESS.fullmatch(public_url):
+        raise ValueError(f"--public-url {public_url} must be a URL such as https://paint.example")
 
 
 def _refused(text: str) -> typer.Exit:

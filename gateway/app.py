@@ -12,24 +12,29 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from gateway import front_page, openai, sdapi
-from gateway.errors import ApiError
+from gateway.errors import A1111, ApiError
 from gateway.files import Files
 from gateway.gate import Gate
 from gateway.guard import Guard
 from gateway.keys import KeyRing, Limits
 from gateway.limits import RATE_HEADERS, Meter
 from gateway.metrics import Metrics
-from gateway.openai_fields import check_not_served
+from gateway.openai_fields import GenerationBody, check_not_served
 from gateway.openapi import describe
 from gateway.painting import Studio
 from gateway.pool import Pool
+from gateway.sdapi_fields import TextToImage
 from gateway.validation import error_of
 
-NOT_JSON = "The body cannot be read: it must be JSON in UTF-8."
+NOT_JSON = (
+    "The body cannot be read: it must be JSON in UTF-8, without numbers of thousands of digits "
+    "and without hundreds of nested brackets."
+)
 CODES = {
     400: "invalid_body", 404: "not_found", 405: "method_not_allowed", 408: "body_too_slow",
     413: "body_too_large",
@@ -137,13 +142,15 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid(request: Request, error: RequestValidationError) -> Response:
+        path = request.url.path
+        body = TextToImage if path.startswith(A1111) else GenerationBody
         try:
             if isinstance(error.body, dict):
                 check_not_served(error.body)
-            found = error_of(error.errors(), error.body)
+            found = error_of(error.errors(), error.body, body.model_fields)
         except ApiError as refused:
             found = refused
-        return found.response(request.url.path)
+        return found.response(path)
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> Response:
@@ -152,7 +159,12 @@ def _add_error_handlers(app: FastAPI) -> None:
         if error.status_code == 400:
             text = NOT_JSON
         elif error.status_code == 404:
-            text = f"{request.method} {path} is not served; /docs lists what is."
+            text = (
+                f"{request.method} {path} is not served; OpenAI's API is under /v1, A1111's under "
+                "/sdapi/v1, and /docs lists both."
+            )
+        elif allowed := Headers(error.headers).get("allow"):
+            text = f"{request.method} {path} is not allowed: use {allowed}."
         response = ApiError(error.status_code, text, code=CODES.get(error.status_code)).response(
             path
         )

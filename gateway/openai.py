@@ -25,6 +25,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": description}
     for status, description in STATUSES.items()
 }
+QUIET_SECONDS = 15.0  # after which a stream sends a comment: proxies close connections that rest
 SSE_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 
 
@@ -88,6 +89,7 @@ class _Generation:
         self._studio, self._body, self._info, self._request = studio, body, info, request
         self._fields = body.fields(info)
         self._previews: dict[int, int] = {}  # sent, of each image
+        self._quiet_until = time.monotonic() + QUIET_SECONDS
 
     def _painting(self) -> Any:
         body = self._body
@@ -138,7 +140,10 @@ class _Generation:
             self._studio.metrics.pictures.inc()
             more = {"usage": self._body.usage(self._info, 1), "image_index": event.index}
             return [self._event("image_generation.completed", event.data, more | _seed(event))]
-        return []
+        if time.monotonic() < self._quiet_until:
+            return []
+        self._quiet_until = time.monotonic() + QUIET_SECONDS
+        return [": painting\n\n"]
 
     def _event(self, kind: str, data: bytes, more: dict[str, Any]) -> str:
         common = {"type": kind, "b64_json": base64_of(data), "created_at": _now()}

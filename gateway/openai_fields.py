@@ -74,7 +74,7 @@ class GenerationBody(BaseModel):
     )
     # Twinbrush's own; the openai package sends them by `extra_body`.
     seed: int | None = Field(
-        None, ge=0, lt=2**63, description="Image k is drawn from seed + k; random by default."
+        None, ge=0, le=2**63 - 1, description="Image k is drawn from seed + k; random by default."
     )
     steps: int | None = Field(None, ge=1, le=MAX_STEPS, description="Denoising steps.")
     guidance_scale: float | None = Field(

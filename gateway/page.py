@@ -21,7 +21,7 @@ from starlette.types import Scope
 
 from gateway import page_form as form
 from gateway import page_html as html
-from gateway.errors import A1111, ApiError
+from gateway.errors import ApiError
 from gateway.keys import Key, KeyRing
 from gateway.page_layout import SCRIPT, Layout, lay_out, theme, updates
 from gateway.page_tabs import Tab, View, sentence, words
@@ -30,7 +30,6 @@ from gateway.pool import work_of
 from twinbrush_client import InvalidRequest, TwinbrushError
 from twinbrush_client.story import fields_of, read_story
 
-DOORS = ("/v1/", *A1111, "/health/", "/metrics")
 MOST_UPLOADED = "64mb"
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 # Between two looks of Gradio's queue at what waits, and at progress bars of its own, which the page
@@ -65,10 +64,10 @@ def mount(app: FastAPI, studio: Studio, keys: KeyRing) -> None:
 
 
 class _BehindTheDoors(Mount):
-    """The page's place: what the doors do not know under their own paths is their error."""
+    """The page's own paths; what it does not know either is an error in the doors' form."""
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        if scope["path"].startswith(DOORS):
+        if all(route.matches(scope)[0] is Match.NONE for route in self.routes):
             return Match.NONE, {}
         return super().matches(scope)
 
@@ -97,7 +96,7 @@ class Handlers:
         try:
             info = await self._studio.pool.info()
         except TwinbrushError as error:
-            return {layout.server: html.unreachable(str(error))}
+            return {layout.server: html.unreachable(sentence(str(error)))}
         found: dict[Any, Any] = {
             layout.controls[name]: gr.update(**properties)
             for name, properties in updates(info).items()
@@ -173,7 +172,10 @@ class Handlers:
             fields = fields_of(read_story(file))
             info = await self._studio.pool.info()
         except (TwinbrushError, OSError) as error:
-            return {layout.status: html.status(_without_path(error), "error")}
+            return {
+                layout.status: html.status(_without_path(error), "error"),
+                layout.file: None,
+            }
         others = form.without_control(fields)
         values = form.control_values(fields, info)
         told = html.status("The settings of the picture are in the form; Paint repeats it.")

@@ -95,7 +95,7 @@ def served(info: ServerInfo) -> str:
 
 def unreachable(text: str) -> str:
     """In place of `served` where no server answers."""
-    return head(f"No server answers: {escape(text)}", "error")
+    return head(f"{escape(text)} Start one, then load this page again.", "error")
 
 
 def others(fields: dict[str, object]) -> str:

@@ -24,6 +24,7 @@ from twinbrush_client import (
     ServerUnavailable,
     TwinbrushError,
 )
+from twinbrush_client.errors import shown
 from twinbrush_client.fields import STREAM_ONLY, RequestFields
 from twinbrush_client.wire import Event
 
@@ -284,7 +285,7 @@ def work_of(fields: Mapping[str, Any], info: ServerInfo) -> float:
 
 def unknown_model(name: str, served: Iterable[str]) -> UnknownModel:
     """The error of a request for a checkpoint that no server has."""
-    text = f"The model {name!r} does not exist; served are {', '.join(served) or 'none'}."
+    text = f"The model {shown(name)} does not exist; served are {', '.join(served) or 'none'}."
     return UnknownModel("NOT_FOUND", text)
 
 

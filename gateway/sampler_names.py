@@ -12,12 +12,14 @@ TITLES = {
     "dpmpp_2m": "DPM++ 2M", "dpmpp_2m_sde": "DPM++ 2M SDE", "ddim": "DDIM", "ddpm": "DDPM",
     "pndm": "PLMS", "unipc": "UniPC", "deis": "DEIS", "lcm": "LCM", "tcd": "TCD",
 }  # fmt: skip
-ALIASES = {"pndm": ["k_pndm", "PNDM"]}  # besides `k_` and the names themselves
+# Besides the names themselves, also behind `k_`; tools of ComfyUI say `euler_ancestral`.
+ALIASES = {"pndm": ["PNDM"], "euler_a": ["euler_ancestral", "k_euler_ancestral"]}
 SCHEDULERS = {
     "default": "Automatic", "normal": "Normal", "karras": "Karras", "exponential": "Exponential",
     "beta": "Beta", "sgm_uniform": "SGM Uniform",
 }  # fmt: skip
-SCHEDULER_ALIASES = {"uniform": "default"}  # A1111's default of most samplers
+# A1111's default of most samplers, and what Twinbrush's pictures say.
+SCHEDULER_ALIASES = {"uniform": "default", "default": "default"}
 COMBINED = ("karras", "exponential")  # that older tools write behind a sampler's name
 
 

@@ -19,6 +19,7 @@ from gateway.sdapi_fields import (
     NAMES,
     TextToImage,
     check_settings,
+    checked_model,
     image_format,
 )
 from gateway.sdapi_jobs import Jobs, SdJob
@@ -98,8 +99,9 @@ def _add_painting(routes: APIRouter, studio: Studio, options: CallersOptions) ->
     async def txt2img(body: TextToImage, request: Request) -> Response:
         """Paints images of a prompt."""
         body.check()
-        settings = options.of(request) | (body.override_settings or {})
-        job = SdJob(body, settings.get(CHECKPOINT), image_format(settings.get(FORMAT, "png")))
+        settings = {CHECKPOINT: None, FORMAT: "png"} | options.of(request) | body.overrides
+        model = checked_model(settings[CHECKPOINT])
+        job = SdJob(body, model, image_format(settings[FORMAT]))
         return JSONResponse(await _paint(studio, jobs, job, request))
 
     @routes.post("/interrogate")
@@ -186,6 +188,7 @@ def _add_lists(routes: APIRouter, studio: Studio) -> None:
 
     @routes.post("/refresh-vae")
     @routes.post("/refresh-loras")
+    @routes.post("/refresh-embeddings")
     @routes.post("/refresh-checkpoints")
     async def refresh() -> Response:
         """Asks the servers anew what they serve."""
@@ -222,5 +225,5 @@ async def _paint(studio: Studio, jobs: Jobs, job: SdJob, request: Request) -> di
     return {
         "images": [base64_of(file) for file in files],
         "parameters": job.body.model_dump(),
-        "info": job.info(info.checkpoint),
+        "info": job.info(info),
     }

@@ -59,7 +59,7 @@ class TextToImage(BaseModel):
 
     prompt: str = Field("", max_length=8000, description="What to paint.", examples=["a red ring"])
     negative_prompt: str | None = Field(None, max_length=8000)
-    seed: int | None = Field(None, ge=-1, lt=2**63, description="-1 is random.")
+    seed: int | None = Field(None, ge=-1, le=2**63 - 1, description="-1 is random.")
     steps: int | None = Field(None, ge=1, le=50)
     cfg_scale: float | None = Field(None, ge=0, le=50, allow_inf_nan=False)
     width: int | None = Field(None, ge=1, le=2**20)
@@ -89,6 +89,12 @@ class TextToImage(BaseModel):
             if _is_on(script):
                 raise _not_served(f"alwayson_scripts.{name}", script)
         check_settings(self.override_settings or {}, "override_settings.")
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """The settings of this request alone."""
+        given = self.override_settings or {}
+        return {name: value for name, value in given.items() if value is not None}
 
     @property
     def images(self) -> int:
@@ -140,6 +146,13 @@ def image_format(name: object) -> str:
     if not isinstance(name, str) or name not in FORMATS:
         raise invalid("samples_format", name, f"must be one of {', '.join(FORMATS)}")
     return FORMATS[name]
+
+
+def checked_model(name: object) -> str | None:
+    """The checkpoint that A1111's `sd_model_checkpoint` names; None is the first."""
+    if not isinstance(name, str | None):
+        raise invalid(CHECKPOINT, name, "must be a title of /sdapi/v1/sd-models")
+    return name
 
 
 def check_settings(settings: Mapping[str, Any], prefix: str = "") -> None:

@@ -19,8 +19,8 @@ from gateway.painting import enlarged
 from gateway.pool import Job
 from gateway.sampler_names import TITLES
 from gateway.sdapi_fields import TextToImage
-from twinbrush_client import Picture, Preview, Progress
-from twinbrush_client.story import parameters_of
+from twinbrush_client import Picture, Preview, Progress, ServerInfo
+from twinbrush_client.story import texts_of
 from twinbrush_client.wire import Event
 
 IDLE = {"skipped": False, "interrupted": False, "stopping_generation": False, "job": "",
@@ -72,14 +72,14 @@ class SdJob:
             found[index] = await enlarged(preview, size, self.image_format)
         return [found[index] for index in sorted(found)]
 
-    def info(self, checkpoint: str) -> str:
-        """A1111's JSON about the images."""
+    def info(self, server: ServerInfo) -> str:
+        """A1111's JSON about the images, which a server has painted."""
         body, fields = self.body, self.fields
         pictures = [self.pictures[index] for index in sorted(self.pictures)]
         seeds = [picture.seed for picture in pictures]
         negative = body.negative_prompt or ""
-        story = json.loads(pictures[0].image.info.get("twinbrush", "{}")) if pictures else {}
-        sampler = fields["sampler"] or story.get("sampler", "")
+        chosen = server.defaults | {name: v for name, v in fields.items() if v is not None}
+        sampler = chosen["sampler"]
         warnings = {picture.warning for picture in pictures} - {""}
         if body.ignored:
             warnings.add(f"ignored: {', '.join(map(shown, body.ignored))}")
@@ -89,10 +89,10 @@ class SdJob:
             "seed": seeds[0] if seeds else -1, "all_seeds": seeds,
             "width": fields["width"], "height": fields["height"],
             "sampler_name": TITLES.get(sampler, sampler), "steps": fields["steps"],
-            "cfg_scale": story.get("guidance_scale", fields["guidance_scale"]),
-            "batch_size": body.batch_size or 1, "sd_model_name": checkpoint,
-            "sd_model_hash": story.get("checkpoint_hash", ""), "index_of_first_image": 0,
-            "infotexts": [parameters_of(picture.image) for picture in pictures],
+            "cfg_scale": chosen["guidance_scale"],
+            "batch_size": body.batch_size or 1, "sd_model_name": server.checkpoint,
+            "sd_model_hash": server.checkpoint_hash[:10], "index_of_first_image": 0,
+            "infotexts": [texts_of(picture.image)[1] for picture in pictures],
             "job_timestamp": _timestamp(self.started), "clip_skip": 1, "styles": [],
             "extra_generation_params": {}, "warnings": sorted(warnings),
         })  # fmt: skip

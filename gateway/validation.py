@@ -5,14 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from annotated_types import Ge, Le
+from pydantic.fields import FieldInfo
+
 from gateway.errors import ApiError, invalid, shown, unknown
 
+OUT_OF_RANGE = ("greater_than_equal", "less_than_equal")
 WRONG_TYPE = ("_type", "_parsing", "_unicode")
 FORMS = {"size": "must be WIDTHxHEIGHT in pixels, such as 512x512, or auto"}  # of patterns
 
 
-def error_of(problems: Sequence[Mapping[str, Any]], body: object) -> ApiError:
-    """The first problem, an unknown field before others: it is often a misspelt one."""
+def error_of(
+    problems: Sequence[Mapping[str, Any]], body: object, fields: Mapping[str, FieldInfo]
+) -> ApiError:
+    """The first problem, an unknown field before others: it is often a misspelt one.
+
+    Args:
+        fields: of the body, for their ranges.
+    """
     problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     kind, place = problem["type"], problem["loc"]
     if kind == "json_invalid":
@@ -35,7 +45,15 @@ def error_of(problems: Sequence[Mapping[str, Any]], body: object) -> ApiError:
         return ApiError(400, text, param=param, code="invalid_type")
     if kind == "string_pattern_mismatch":
         return invalid(param, value, FORMS[param])
+    if kind in OUT_OF_RANGE:
+        return invalid(param, value, _range(fields[param]))
     return invalid(param, value, _lowered(problem["msg"]))
+
+
+def _range(field: FieldInfo) -> str:
+    low = next(each.ge for each in field.metadata if isinstance(each, Ge))
+    high = next(each.le for each in field.metadata if isinstance(each, Le))
+    return f"must be between {low} and {high}"
 
 
 def _lowered(message: str) -> str:

@@ -130,6 +130,28 @@ def test_diffusers_names_are_accepted(client):
     assert pictures[0].tobytes() == client.generate("a ring", steps=2, seed=1)[0].tobytes()
 
 
+@pytest.mark.parametrize("names", [("steps", "num_inference_steps")[::way] for way in (1, -1)])
+def test_a_field_that_is_given_by_both_its_names_is_refused(client, names):
+    message = "num_inference_steps=4 is invalid: is another name of steps"
+    with pytest.raises(InvalidRequest, match=message):
+        client.generate("a ring", **dict.fromkeys(names, 4))
+
+
+def test_a_client_that_is_closed_says_so(server):
+    async def use(aio):
+        await aio.close()
+        await aio.generate("a ring")
+
+    client = Client(server.address)
+    client.close()
+    for ask in (
+        client.info, client.ready, lambda: client.generate("a ring"),
+        lambda: client.stream("a ring"), lambda: with_async_client(server, use),
+    ):  # fmt: skip
+        with pytest.raises(TwinbrushError, match="the client is closed"):
+            ask()
+
+
 def test_a_list_of_prompts_gives_their_pictures_in_order(client):
     prompts = [f"{number} rings" for number in range(20)]  # more than are sent at once
     pictures = client.generate(prompts, seed=5, steps=2, deterministic=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import io
 import json
 import os
@@ -16,11 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 from harness import heard
-from PIL import Image
+from PIL import ExifTags, Image
 from test_wire import wait_for_a_call, work_stops
 
 from twinbrush_client import Client, InvalidRequest, terminal
+from twinbrush_client.cli import _errors
 from twinbrush_client.fields import DATA_TYPES, STREAM_ONLY
 from twinbrush_client.output import Output
 from twinbrush_client.story import fields_of, read_story
@@ -56,6 +59,8 @@ def test_the_command_says_plainly_what_is_wrong(server, tmp_path):
     assert done.stderr.startswith("steps=0 is invalid: must be between 1 and 50")
     assert not done.stdout
     assert not list(tmp_path.iterdir())
+    late = run(server, "a red circle", "--deadline-ms", "1", "--out", str(tmp_path))
+    assert late.stderr.startswith("deadline_ms")
 
 
 def test_the_command_without_a_server_says_so(tmp_path):
@@ -127,7 +132,7 @@ def test_a_file_of_its_own_name_is_never_overwritten_silently(server, tmp_path):
         (["--prompts", sys.executable], "must be text in UTF-8"),
         (["a ring", "-o", "x.png", "--grid", "./x.png"], "is the file of --output"),
         (["a ring", "--grid", "x.gif"], "--grid='x.gif' is invalid: must end in one of png"),
-        (["a ring", "-o", "/dev/null/x.png"], "cannot use /dev/null: "),
+        (["a ring", "-o", "/dev/null/x.png"], "cannot use /dev/null: Not a directory"),
     ],
 )
 def test_options_that_do_not_fit_are_named(server, options, message, tmp_path):
@@ -207,8 +212,28 @@ def test_a_story_with_values_of_other_types_is_refused():
     assert fields_of(story) == {"prompt": "a ring", "seed": 7}
     with pytest.raises(InvalidRequest, match="seed='7' is invalid"):
         fields_of(story | {"seed": "7"})
-    with pytest.raises(InvalidRequest, match="was not made by Twinbrush"):
-        fields_of(story | {"prompt": ["a ring"]})
+    with pytest.raises(InvalidRequest, match="'a' is invalid: was not made by Twinbrush"):
+        fields_of(story | {"prompt": ["a ring"]}, "a")
+
+
+@pytest.mark.parametrize(
+    ("code", "encoding"),
+    [("UNICODE\0", "utf-16-be"), ("UNICODE\0", "utf-16-le"), ("ASCII\0\0\0", "ascii")],
+)
+def test_a_jpeg_of_another_tool_tells_its_settings(code, encoding, tmp_path):
+    text = ("a ring" if encoding == "ascii" else "一 ring") + "\nSteps: 20, Sampler: Euler a"
+    exif = Image.Exif()
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = code.encode() + text.encode(
+        encoding
+    )
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", exif=exif)
+    assert read_story(tmp_path / "a.jpg") == {"parameters": text}
+
+
+def test_an_output_that_is_full_is_named_in_words(capsys):
+    with pytest.raises(typer.Exit), _errors():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert capsys.readouterr().err == "cannot use the output: No space left on device\n"
 
 
 @pytest.mark.parametrize("name", [b"a [red] :cat: \\[.png", b"\xff\n.png"], ids=["marks", "bytes"])

@@ -17,10 +17,15 @@ import urllib.request
 
 import openai
 import pytest
+from fastapi.testclient import TestClient
+from openai._streaming import SSEDecoder
 from PIL import Image
 from test_wire import unet_calls, wait_for_a_call, work_stops
 
+from gateway.app import Settings, create_app
+from gateway.gate import Gate
 from gateway.keys import digest
+from gateway.pool import Pool
 from twinbrush_client import Client
 
 GENERATIONS = "/v1/images/generations"
@@ -67,6 +72,17 @@ def test_a_picture_streams_with_partial_images(client):
     assert completed[0].usage.output_tokens > 0
     whole = client.images.generate(prompt="a red circle", n=2, size="64x32", extra_body=own)
     assert {e.b64_json for e in completed} == {d.b64_json for d in whole.data}
+
+
+def test_a_stream_that_lasts_sends_comments_that_clients_skip(server, monkeypatch):
+    monkeypatch.setattr("gateway.openai.QUIET_SECONDS", 0.0)
+    with TestClient(create_app(Pool([server.address], 60), Settings(page=False), Gate())) as web:
+        body = {"prompt": "a ring", "steps": 3, "stream": True}
+        text = web.post(GENERATIONS, json=body).text
+    events = [line for line in text.split("\n\n") if line]
+    assert events[0] == ": painting"
+    sent = list(SSEDecoder().iter_bytes(iter([text.encode()])))
+    assert [event.event for event in sent] == ["image_generation.completed"]
 
 
 def test_no_partial_images_is_one_event_a_picture(client):
@@ -132,6 +148,7 @@ REFUSED = [
     ({"prompt": ""}, "prompt", "invalid_value"),
     ({"n": 0}, "n", "invalid_value"),
     ({"n": "2"}, "n", "invalid_type"),
+    ({"seed": 2**63}, "seed", "invalid_value"),
     ({"size": "33x32"}, "size", "invalid_value"),
     ({"size": "big"}, "size", "invalid_value"),
     ({"sampler": "magic"}, "sampler", "invalid_value"),
@@ -186,17 +203,25 @@ def test_every_answer_has_its_request_id(gateway):
 
 
 def test_errors_of_routes_and_bodies_have_openais_form(gateway):
-    for path, method, status in (("/v1/none", "GET", 404), ("/v1/models", "PUT", 405)):
+    wrong = [
+        ("/v1/none", "GET", 404, "is not served"),
+        ("/images/generations", "POST", 404, "OpenAI's API is under /v1"),
+        ("/v1/models", "PUT", 405, "PUT /v1/models is not allowed: use GET."),
+    ]
+    for path, method, status, text in wrong:
         answer = gateway.call(path, method=method)
         assert (answer.status, set(answer.json()["error"])) == (
             status, {"message", "type", "param", "code"},
         )  # fmt: skip
+        assert text in answer.json()["error"]["message"]
     answer = gateway.call(GENERATIONS, {"prompt": "x"}, content_type="text/plain")
     assert "content-type: application/json" in answer.json()["error"]["message"]
     answer = gateway.call(GENERATIONS, {"prompt": "x"}, content_encoding="gzip")
     assert (answer.status, answer.json()["error"]["code"]) == (415, "unsupported_encoding")
     answer = gateway.call(GENERATIONS, b'{"prompt": ' + b"[" * 50_000)
     assert (answer.status, answer.json()["error"]["code"]) == (400, "invalid_body")
+    answer = gateway.call(GENERATIONS, b'{"seed": ' + b"9" * 5000 + b"}")
+    assert "without numbers of thousands of digits" in answer.json()["error"]["message"]
     answer = gateway.call(GENERATIONS, b'{"prompt": "\xff"}')
     assert (answer.status, answer.json()["error"]["code"]) == (400, "invalid_body")
     assert "must be JSON in UTF-8" in answer.json()["error"]["message"]

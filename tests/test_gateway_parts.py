@@ -275,6 +275,9 @@ def test_a_made_key_opens_what_its_entry_locks(tmp_path):
         (["--tls", "--cert", "cert.pem"], "needs key"),
         (["--cert", "cert.pem", "--key", "key.pem"], "needs tls"),
         (["--header", "secret"], "must be NAME:VALUE"),
+        (["--cors-origin", "https://app.example/"], "https://app.example/ must be an origin"),
+        (["--cors-origin", "app.example"], "app.example must be an origin such as https://"),
+        (["--public-url", "app.example"], "app.example must be a URL such as https://"),
     ],
 )
 def test_a_gateway_that_would_be_wrong_does_not_start(options, error):

@@ -61,6 +61,7 @@ def test_webuiapi_finds_what_it_asks_for_at_its_start(api, gateway, server):
     assert gateway.call("/internal/ping").json() == {}
     assert api.get_progress()["progress"] == 0
     api.refresh_checkpoints()
+    assert gateway.call("/sdapi/v1/refresh-embeddings", {}).status == 200
 
 
 @pytest.mark.parametrize(
@@ -126,8 +127,10 @@ def test_options_are_kept_and_checked(api, gateway):
     (model,) = api.util_get_model_names()
     api.set_options({"sd_model_checkpoint": model, "samples_format": "jpg"})
     assert api.get_options()["samples_format"] == "jpg"
-    assert api.txt2img(prompt="a ring", width=32, height=32).image.format == "JPEG"
-    settings = {"samples_format": "png"}
+    result = api.txt2img(prompt="a ring", width=32, height=32)
+    assert result.image.format == "JPEG"
+    assert all(result.info[name] for name in ("sampler_name", "cfg_scale", "sd_model_hash"))
+    settings = {"samples_format": "png", "sd_model_checkpoint": None}
     image = api.txt2img(prompt="a ring", width=32, height=32, override_settings=settings).image
     assert image.format == "PNG"
     api.set_options({"samples_format": "png"})
@@ -158,6 +161,7 @@ def test_progress_shows_a_preview_and_interrupt_ends_it(api, server, end):
     assert unet_calls(server) - before < 8 * 50 / 2
     assert all(image.size == (128, 128) for image in results[0].images)
     assert results[0].info["all_seeds"] == []
+    assert results[0].info["sampler_name"]
     assert api.get_progress()["progress"] == 0
 
 
@@ -169,12 +173,15 @@ REFUSED = [
     ({"denoising_strength": float("nan")}, "NaN"),
     ({"alwayson_scripts": {"ADetailer": {"args": [{"ad_model": "x"}]}}}, "alwayson_scripts"),
     ({"override_settings": {"sd_vae": "x"}}, "override_settings.sd_vae"),
+    ({"override_settings": {"sd_model_checkpoint": ["x"]}}, "sd_model_checkpoint=['x']"),
     ({"prompt": "a ring <lora:ink:0.8>"}, "lora"),
     ({"sampler_name": "Restart"}, "sampler_name"),
     ({"scheduler": "Align"}, "scheduler"),
     ({"width": 33}, "width"),
     ({"batch_size": 16, "n_iter": 2}, "n_iter"),
     ({"steps": "many"}, "steps"),
+    ({"steps": 0}, "steps=0 is invalid: must be between 1 and 50."),
+    ({"seed": 2**63}, "must be between -1 and 9223372036854775807"),
     ({"prompt": ""}, "prompt"),
 ]
 
@@ -220,12 +227,14 @@ def test_fields_that_ask_for_nothing_are_taken(gateway):
         (None, None, (None, None)),
         ("Euler a", "Automatic", ("euler_a", "default")),
         ("k_euler_a", "karras", ("euler_a", "karras")),
+        ("euler_ancestral", None, ("euler_a", None)),
         ("dpmpp_2m", "sgm_uniform", ("dpmpp_2m", "sgm_uniform")),
         ("DPM++ 2M Karras", None, ("dpmpp_2m", "karras")),
         ("DPM++ 2M SDE Exponential", "automatic", ("dpmpp_2m_sde", "exponential")),
         ("DPM++ 2M Karras", "SGM Uniform", ("dpmpp_2m", "sgm_uniform")),
         ("PLMS", "Uniform", ("pndm", "default")),
         ("ddim", None, ("ddim", None)),
+        ("ddim", "default", ("ddim", "default")),
     ],
 )
 def test_names_of_samplers_are_a1111s(sampler, scheduler, wanted):

@@ -103,6 +103,11 @@ def test_the_longest_prompts_fit_and_none_leaves_nothing(image_format):
     assert not Image.open(io.BytesIO(bare)).getexif()
 
 
+def test_a_setting_of_nought_is_written():
+    text = images.parameters_text({"guidance_scale": 0.0, "seed": 0, "checkpoint_hash": ""})
+    assert text == "\nCFG scale: 0, Seed: 0"
+
+
 def test_text_that_would_break_a_list_of_settings_is_quoted():
     assert 'Model: "a, b: c\\n"' in images.parameters_text({"checkpoint": "a, b: c\n"})
 

@@ -178,6 +178,7 @@ def test_a_file_that_is_no_picture_is_named_without_a_path(tab, tmp_path):
     page.click("#tb-from button")
     page.set_input_files("#tb-file input[type=file]", file)
     expect(page.get_by_role("alert")).to_contain_text("The file is no picture")
+    expect(page.locator("#tb-file input[type=file]")).to_be_attached()  # for another file
 
 
 def test_the_settings_of_a_picture_come_back(tab, server, tmp_path):
@@ -213,7 +214,7 @@ def test_the_settings_of_a_picture_come_back(tab, server, tmp_path):
     expect(page.locator("#tb-prompt textarea")).to_have_value(PROMPT)
 
 
-@pytest.mark.parametrize("path", ["/v1/none", "/sdapi/v1/none", "/internal/none"])
+@pytest.mark.parametrize("path", ["/v1/none", "/sdapi/v1/none", "/internal/none", "/models"])
 def test_the_page_leaves_the_doors_their_paths(gateway, path):
     answer = gateway.call(path)
     assert answer.status == 404
@@ -246,6 +247,10 @@ def test_a_phone_scrolls_down_only(browser, gateway, scheme):
     for opened in ("#tb-more button", "#tb-from button"):
         page.locator(opened).first.click()
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    for control in ("#tb-prompt textarea", "#tb-steps input[type=range]"):
+        page.press(control, "End")
+        style = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+        assert style == "solid"  # where the keyboard is, one sees
     dark = page.evaluate("document.body.classList.contains('dark')")
     assert dark == (scheme == "dark")
     context.close()

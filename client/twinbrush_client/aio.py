@@ -109,14 +109,15 @@ class AsyncClient:
     async def ready(self) -> bool:
         """Whether the server takes requests."""
         request = service_pb2.ServerReadyRequest()  # pyright: ignore[reportAttributeAccessIssue]
-        metadata, timeout = self._connection.metadata, self._connection.timeout
+        left, metadata = self._connection.deadline(None).left, self._connection.metadata
         try:
-            answer = await self._stub.ServerReady(request, timeout=timeout, metadata=metadata)
+            answer = await self._stub.ServerReady(request, timeout=left, metadata=metadata)
         except grpc.RpcError:
             return False
         return bool(answer.ready)
 
     async def close(self) -> None:
+        self._connection.closed.set()
         await self._channel.close()
 
     async def __aenter__(self) -> AsyncClient:

@@ -225,7 +225,7 @@ def _errors(timeout: float = TIMEOUT) -> Iterator[None]:
         yield
     except TwinbrushError as error:
         text = str(error)
-        if isinstance(error, DeadlineExceeded):
+        if isinstance(error, DeadlineExceeded) and "deadline_ms" not in text:
             text = f"not finished after the {timeout:g} s of --timeout; the server ends its work"
         elif isinstance(error, NothingListens):
             text += "; `twinbrush serve` starts a server"
@@ -234,7 +234,7 @@ def _errors(timeout: float = TIMEOUT) -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from None
     except OSError as error:
-        raise _failed(f"cannot use {error.filename}: {error.strerror}") from None
+        raise _failed(f"cannot use {error.filename or 'the output'}: {error.strerror}") from None
     except KeyboardInterrupt:
         raise _failed("cancelled; the server has stopped working on it", INTERRUPTED) from None
 
@@ -273,7 +273,7 @@ def _jobs(texts: list[str], like: Path | None, fields: dict[str, Any]) -> list[J
     """
     given = {name: value for name, value in fields.items() if value is not None}
     if like is not None:
-        taken = fields_of(read_story(like))
+        taken = fields_of(read_story(like), str(like))
         prompt = taken.pop("prompt")
         given, texts = taken | given, texts or [prompt]
     if not texts:

@@ -117,16 +117,15 @@ class Client:
     def ready(self) -> bool:
         """Whether the server takes requests."""
         request = service_pb2.ServerReadyRequest()  # pyright: ignore[reportAttributeAccessIssue]
+        left, metadata = self._connection.deadline(None).left, self._connection.metadata
         try:
-            metadata = self._connection.metadata
-            answer = self._stub.ServerReady(
-                request, timeout=self._connection.timeout, metadata=metadata
-            )
+            answer = self._stub.ServerReady(request, timeout=left, metadata=metadata)
         except grpc.RpcError:
             return False
         return bool(answer.ready)
 
     def close(self) -> None:
+        self._connection.closed.set()
         self._channel.close()
 
     def __enter__(self) -> Client:

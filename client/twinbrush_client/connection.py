@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 from types import NoneType
 from typing import Any
 
@@ -43,7 +44,8 @@ TLS_FAULTS = {
     "the file of its authority",
     "Hostname Verification": "its certificate is of another name: use the name that it has",
     "WRONG_VERSION_NUMBER": "it does not use TLS",
-    "Socket closed": "it closed the connection: it may need TLS, or a certificate of the client",
+    "Socket closed": "it closed the connection: it may need TLS, or a certificate of the client; "
+    "or the port is not that of gRPC, 8001 by default",
 }
 REFUSED = "Connection refused"  # in gRPC's words where nothing listens
 FILE = (str, Path)
@@ -89,6 +91,7 @@ class Connection:
     key: str | Path | None = None
     credentials: grpc.ChannelCredentials | None = None
     server_name: str | None = None
+    closed: Event = field(default_factory=Event, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Raises InvalidRequest where an option has the wrong type, or gRPC would not take it."""
@@ -165,7 +168,14 @@ class Connection:
         return "" if self.is_loopback or not names else f" through the proxy of {names[0]}"
 
     def deadline(self, timeout: float | None) -> Deadline:
-        """When a call must be finished. Raises InvalidRequest where `timeout` is no time."""
+        """When a call must be finished.
+
+        Raises:
+            InvalidRequest: `timeout` is no time.
+            TwinbrushError: the client is closed.
+        """
+        if self.closed.is_set():
+            raise TwinbrushError("FAILED_PRECONDITION", "the client is closed: make another one")
         if timeout is not None:
             check_timeout(timeout)
         return Deadline(time.monotonic() + (self.timeout if timeout is None else timeout))

@@ -47,7 +47,7 @@ def read_texts(file: Path | IO[bytes]) -> tuple[str, str]:
     """
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(file, formats=FORMATS) as image:
-            return _texts(image)
+            return texts_of(image)
     except UnidentifiedImageError:
         allowed = f"is no picture; {', '.join(IMAGE_FORMATS)} can be read"
         raise invalid("file", _name(file), allowed) from None
@@ -58,20 +58,18 @@ def read_texts(file: Path | IO[bytes]) -> tuple[str, str]:
         raise invalid("file", _name(file), allowed) from None
 
 
-def fields_of(story: dict[str, Any]) -> dict[str, Any]:
+def fields_of(story: dict[str, Any], file: str = "picture") -> dict[str, Any]:
     """The request fields of a story; sending them again paints the picture again.
+
+    Args:
+        file: whose story it is, for errors.
 
     Raises:
         InvalidRequest: the story has no prompt, or a value has the wrong type.
     """
     if not isinstance(story.get("prompt"), str):
-        raise invalid("file", "parameters", "was not made by Twinbrush, so it cannot be repeated")
+        raise invalid("file", file, "was not made by Twinbrush, so it cannot be repeated")
     return {name: typed(name, value) for name, value in story.items() if name in DATA_TYPES}
-
-
-def parameters_of(image: Image.Image) -> str:
-    """A1111's text in a picture; empty where it has none."""
-    return _texts(image)[1]
 
 
 def _name(file: Path | IO[bytes]) -> str:
@@ -85,8 +83,8 @@ def _shortest(name: str, value: Any) -> Any:
     return value
 
 
-def _texts(image: Image.Image) -> tuple[str, str]:
-    """Twinbrush's JSON and A1111's text, from PNG's chunks or from EXIF."""
+def texts_of(image: Image.Image) -> tuple[str, str]:
+    """As `read_texts`, of an opened picture: from PNG's chunks or from EXIF."""
     settings, text = image.info.get("twinbrush"), image.info.get("parameters")
     if settings or text:
         return str(settings or ""), str(text or "")
@@ -94,5 +92,14 @@ def _texts(image: Image.Image) -> tuple[str, str]:
     tags = ExifTags.Base.MakerNote, ExifTags.Base.UserComment
     # Other programs may write numbers or text there.
     note, comment = (v if isinstance(v := exif.get(tag), bytes) else b"" for tag in tags)
-    decoded = comment[8:].decode("utf-16-be", "replace") if comment[:7] == b"UNICODE" else ""
-    return note.decode("utf-8", "replace"), decoded
+    return note.decode("utf-8", "replace"), _comment(comment[:8], comment[8:])
+
+
+def _comment(code: bytes, text: bytes) -> str:
+    """EXIF's UserComment: A1111 writes UTF-16 from the high byte, others from the low, or ASCII."""
+    if code == b"ASCII\0\0\0":
+        return text.decode("ascii", "replace")
+    if code[:7] != b"UNICODE":
+        return ""
+    low_first = text[::2].count(0) < text[1::2].count(0)  # most characters are below 256
+    return text.decode("utf-16-le" if low_first else "utf-16-be", "replace")

@@ -180,7 +180,8 @@ def checked(given: Mapping[str, Any]) -> dict[str, Any]:
             allowed = f"is no field; the fields are {', '.join(DATA_TYPES)}"
             raise invalid(alias, value, allowed)
         if name in values:
-            raise invalid(alias, value, f"is another name of {name}, which is given too")
+            other = next(a for a in ALIASES if a in given and ALIASES[a] == name)
+            raise invalid(other, given[other], f"is another name of {name}, which is given too")
         values[name] = typed(name, value)
     wanted = values.setdefault("image_format", IMAGE_FORMATS[0])
     if wanted not in IMAGE_FORMATS:

@@ -110,7 +110,7 @@ def parameters_text(metadata: Mapping[str, Any]) -> str:
     if "width" in values and "height" in values:
         values["size"] = f"{values['width']}x{values['height']}"
     pairs = ((label, values.get(name)) for name, label in _LABELS.items())
-    lines.append(", ".join(f"{label}: {_quoted(value)}" for label, value in pairs if value))
+    lines.append(", ".join(f"{label}: {_quoted(v)}" for label, v in pairs if v not in (None, "")))
     return "\n".join(lines)
 
 
