@@ -23,7 +23,7 @@ from twinbrush.cpus import available_cpus
 from twinbrush.server import addresses, checks, processes, scratch
 from twinbrush.server.errors import ServerError
 from twinbrush.server.health import Health
-from twinbrush.server.log import Log, parse
+from twinbrush.server.log import Log, is_warning, parse
 from twinbrush.server.stubs import STUB, Stubs
 from twinbrush.server.waits import Signals, Stopped
 
@@ -326,6 +326,16 @@ def test_a_tmp_that_cannot_be_written_is_named(repository, tmp_path):
     assert "--tmpfs /tmp" in text
 
 
+def test_a_name_that_no_configuration_has_is_refused(tmp_path):
+    (tmp_path / "unet" / "configs").mkdir(parents=True)
+    (tmp_path / "unet" / "configs" / "small.pbtxt").touch()
+    checks.check_config_name(tmp_path, "small")
+    checks.check_config_name(tmp_path, None)
+    for name in ("smal", "*", "", "../small"):
+        with pytest.raises(ServerError, match=r"--config-name .*: no model of"):
+            checks.check_config_name(tmp_path, name)
+
+
 def test_a_python_without_its_shared_library_is_named(tmp_path, monkeypatch):
     def missing(name):
         raise OSError(name)
@@ -353,6 +363,12 @@ def test_a_python_without_its_shared_library_is_named(tmp_path, monkeypatch):
 )  # fmt: skip
 def test_a_line_of_the_server_has_a_level_and_a_source(line, parsed):
     assert parse(line) == parsed
+
+
+def test_warnings_of_models_are_shown_while_they_load():
+    assert is_warning("text_to_image_stream: WARNING there is little memory")
+    assert not is_warning("text_to_image_stream: INFO calls are bounded by memory")
+    assert not is_warning("W1129 06:59:27.296306 17383 http.cc:12] no quotes")
 
 
 @pytest.mark.parametrize("form", ["text", "json"])

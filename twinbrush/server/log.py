@@ -88,6 +88,12 @@ def parse(line: str) -> tuple[str, str, str]:
     return "info", "triton", line
 
 
+def is_warning(line: str) -> bool:
+    """Whether a line is a model's, of a warning or worse."""
+    match = MODEL.match(line)
+    return match is not None and match[2] not in ("DEBUG", "INFO")
+
+
 class ServerOutput:
     """The last lines of a server's output, and what they say of its models.
 

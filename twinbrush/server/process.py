@@ -23,7 +23,7 @@ from twinbrush.server import checks, scratch
 from twinbrush.server.addresses import check_ports, for_grpc, for_http, host_port, local
 from twinbrush.server.errors import ServerError
 from twinbrush.server.install import Triton
-from twinbrush.server.log import CHATTER, Log, ServerOutput
+from twinbrush.server.log import CHATTER, Log, ServerOutput, is_warning
 from twinbrush.server.processes import end_with_parent
 from twinbrush.server.stubs import STUB, Stubs
 
@@ -275,6 +275,7 @@ class TritonProcess:
         if not models:
             text = f"{options.repository} holds no models: run `python -m export CHECKPOINT`"
             raise ServerError(text, worth_another_try=False)
+        checks.check_config_name(options.repository, options.config_name)
         self._runtime = checks.check_runtime(
             options.repository, options.config_name, options.runtime, options.expose_networks
         )
@@ -326,7 +327,7 @@ class TritonProcess:
         assert self._process.stdout is not None
         for raw in self._process.stdout:
             line = self._output.add(raw)
-            worth_showing = self._was_ready and not CHATTER.match(line)
+            worth_showing = not CHATTER.match(line) and (self._was_ready or is_warning(line))
             if self._options.verbose or worth_showing:
                 self._log.relay(line)
 
