@@ -24,7 +24,8 @@ from twinbrush.server import addresses, checks, processes, scratch
 from twinbrush.server.errors import ServerError
 from twinbrush.server.health import Health
 from twinbrush.server.log import Log, is_warning, parse
-from twinbrush.server.stubs import STUB, Stubs
+from twinbrush.server.processes import STUB
+from twinbrush.server.stubs import Stubs
 from twinbrush.server.waits import Signals, Stopped
 
 LAUNCHER = [sys.executable, "-m", "twinbrush.server"]
@@ -62,6 +63,32 @@ def test_only_what_dead_launchers_left_is_swept(tmp_path, monkeypatch):
     (tmp_path / dead_memory).touch()
     assert {path.name for path in scratch.sweep()} == {*dead, dead_memory}
     assert {path.name for path in tmp_path.iterdir()} == set(kept)
+
+
+def test_stubs_without_a_server_whose_launcher_is_gone_are_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(scratch, "FALLBACKS", ())
+    monkeypatch.setattr(scratch, "SHARED_MEMORY", tmp_path)
+    me, start = os.getpid(), processes.start_time(os.getpid())
+    here = f"ns{os.stat('/proc/self/ns/pid').st_ino}"
+    assert start is not None
+
+    def stub(launcher_start: int) -> subprocess.Popen:
+        name = f"/tmp/twinbrush-{here}-{me}-{launcher_start}-abc/backends/python/{STUB}"
+        return subprocess.Popen([name, "60"], executable=shutil.which("sleep"))
+
+    orphan, living = stub(int(start) - 1), stub(int(start))
+    try:
+        monkeypatch.setattr(scratch, "SERVER", "")  # as if the server were there
+        scratch.sweep()
+        assert orphan.poll() is None
+        monkeypatch.setattr(scratch, "SERVER", "tritonserver")
+        scratch.sweep()
+        assert orphan.wait(5) == -signal.SIGKILL
+        assert living.poll() is None
+    finally:
+        for process in (orphan, living):
+            process.kill()
+            process.wait()
 
 
 def test_a_folder_of_this_launcher_names_its_process(tmp_path, monkeypatch):

@@ -72,6 +72,28 @@ def test_a_server_that_answers_no_more_is_ended_only_if_it_stays_mute(ready, mon
     assert ended.value.worth_another_try
 
 
+STUB = """
+import threading
+from twinbrush import orphans
+orphans.PERIOD = 0.05
+orphans.end_with_server()
+print("watching", flush=True)
+threading.Event().wait()
+"""
+SERVER = """
+import subprocess, sys
+stub = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=subprocess.PIPE)
+print(stub.stdout.readline().decode(), flush=True)
+"""
+
+
+def test_a_stub_that_waits_for_ever_ends_with_its_server():
+    command = [sys.executable, "-c", SERVER, STUB]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=30, cwd=ROOT)
+    assert done.returncode == 0
+    assert done.stderr == ""  # whose end is that of the stub
+
+
 # The start -------------------------------------------------------------------------------------
 
 

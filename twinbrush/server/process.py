@@ -24,8 +24,8 @@ from twinbrush.server.addresses import check_ports, for_grpc, for_http, host_por
 from twinbrush.server.errors import ServerError
 from twinbrush.server.install import Triton
 from twinbrush.server.log import CHATTER, Log, ServerOutput, is_warning
-from twinbrush.server.processes import end_with_parent
-from twinbrush.server.stubs import STUB, Stubs
+from twinbrush.server.processes import STUB, end_with_parent
+from twinbrush.server.stubs import Stubs
 
 NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 # A stub that ends while models load may have been ended by the server, whose reason follows.

@@ -37,6 +37,7 @@ from twinbrush.engine.request_ids import LineFormatter
 from twinbrush.engine.threads import Pulse
 from twinbrush.engine.tracing import Origin
 from twinbrush.memory import device_memory
+from twinbrush.orphans import end_with_server
 from twinbrush.triton import incoming
 from twinbrush.triton.answer import Answer, RequestMetrics
 from twinbrush.triton.cancel_watch import CancelWatch
@@ -53,6 +54,7 @@ class StreamModel:
     """`text_to_image_stream`: decoupled, every event of a request is a response of its own."""
 
     def initialize(self, args: dict[str, str]) -> None:
+        end_with_server()
         _log_to_the_server(args["model_name"])
         self._observer = TritonMetrics(METRICS, _end_process)
         self._metrics = RequestMetrics(self._observer, args["model_name"])
@@ -152,6 +154,7 @@ class UnaryModel:
     """`text_to_image`: one response with all images, which `text_to_image_stream` makes."""
 
     def initialize(self, args: dict[str, str]) -> None:
+        end_with_server()
         _log_to_the_server(args["model_name"])
         self._observer = TritonMetrics(UNARY_METRICS, _end_process)
         self._metrics = RequestMetrics(self._observer, args["model_name"])
