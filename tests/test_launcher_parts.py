@@ -23,8 +23,9 @@ from twinbrush.cpus import available_cpus
 from twinbrush.server import addresses, checks, processes, scratch
 from twinbrush.server.errors import ServerError
 from twinbrush.server.health import Health
-from twinbrush.server.log import Log, parse
-from twinbrush.server.stubs import STUB, Stubs
+from twinbrush.server.log import Log, is_warning, parse
+from twinbrush.server.processes import STUB
+from twinbrush.server.stubs import Stubs
 from twinbrush.server.waits import Signals, Stopped
 
 LAUNCHER = [sys.executable, "-m", "twinbrush.server"]
@@ -62,6 +63,32 @@ def test_only_what_dead_launchers_left_is_swept(tmp_path, monkeypatch):
     (tmp_path / dead_memory).touch()
     assert {path.name for path in scratch.sweep()} == {*dead, dead_memory}
     assert {path.name for path in tmp_path.iterdir()} == set(kept)
+
+
+def test_stubs_without_a_server_whose_launcher_is_gone_are_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(scratch, "FALLBACKS", ())
+    monkeypatch.setattr(scratch, "SHARED_MEMORY", tmp_path)
+    me, start = os.getpid(), processes.start_time(os.getpid())
+    here = f"ns{os.stat('/proc/self/ns/pid').st_ino}"
+    assert start is not None
+
+    def stub(launcher_start: int) -> subprocess.Popen:
+        name = f"/tmp/twinbrush-{here}-{me}-{launcher_start}-abc/backends/python/{STUB}"
+        return subprocess.Popen([name, "60"], executable=shutil.which("sleep"))
+
+    orphan, living = stub(int(start) - 1), stub(int(start))
+    try:
+        monkeypatch.setattr(scratch, "SERVER", "")  # as if the server were there
+        scratch.sweep()
+        assert orphan.poll() is None
+        monkeypatch.setattr(scratch, "SERVER", "tritonserver")
+        scratch.sweep()
+        assert orphan.wait(5) == -signal.SIGKILL
+        assert living.poll() is None
+    finally:
+        for process in (orphan, living):
+            process.kill()
+            process.wait()
 
 
 def test_a_folder_of_this_launcher_names_its_process(tmp_path, monkeypatch):
@@ -326,6 +353,16 @@ def test_a_tmp_that_cannot_be_written_is_named(repository, tmp_path):
     assert "--tmpfs /tmp" in text
 
 
+def test_a_name_that_no_configuration_has_is_refused(tmp_path):
+    (tmp_path / "unet" / "configs").mkdir(parents=True)
+    (tmp_path / "unet" / "configs" / "small.pbtxt").touch()
+    checks.check_config_name(tmp_path, "small")
+    checks.check_config_name(tmp_path, None)
+    for name in ("smal", "*", "", "../small"):
+        with pytest.raises(ServerError, match=r"--config-name .*: no model of"):
+            checks.check_config_name(tmp_path, name)
+
+
 def test_a_python_without_its_shared_library_is_named(tmp_path, monkeypatch):
     def missing(name):
         raise OSError(name)
@@ -353,6 +390,12 @@ def test_a_python_without_its_shared_library_is_named(tmp_path, monkeypatch):
 )  # fmt: skip
 def test_a_line_of_the_server_has_a_level_and_a_source(line, parsed):
     assert parse(line) == parsed
+
+
+def test_warnings_of_models_are_shown_while_they_load():
+    assert is_warning("text_to_image_stream: WARNING there is little memory")
+    assert not is_warning("text_to_image_stream: INFO calls are bounded by memory")
+    assert not is_warning("W1129 06:59:27.296306 17383 http.cc:12] no quotes")
 
 
 @pytest.mark.parametrize("form", ["text", "json"])

@@ -15,8 +15,9 @@ import pytest
 from harness import ROOT, free_ports
 
 from twinbrush.control import Control
+from twinbrush.server import install
 from twinbrush.server.errors import ServerError
-from twinbrush.server.process import ServerOptions, TritonProcess
+from twinbrush.server.process import ServerOptions, TritonProcess, check_flags
 
 # Signs of life ---------------------------------------------------------------------------------
 
@@ -72,7 +73,62 @@ def test_a_server_that_answers_no_more_is_ended_only_if_it_stays_mute(ready, mon
     assert ended.value.worth_another_try
 
 
+STUB = """
+import threading
+from twinbrush import orphans
+orphans.PERIOD = 0.05
+orphans.end_with_server()
+print("watching", flush=True)
+threading.Event().wait()
+"""
+SERVER = """
+import subprocess, sys
+stub = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=subprocess.PIPE)
+print(stub.stdout.readline().decode(), flush=True)
+"""
+
+
+def test_a_stub_that_waits_for_ever_ends_with_its_server():
+    command = [sys.executable, "-c", SERVER, STUB]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=30, cwd=ROOT)
+    assert done.returncode == 0
+    assert done.stderr == ""  # whose end is that of the stub
+
+
 # The start -------------------------------------------------------------------------------------
+
+
+def test_a_server_without_path_finds_the_shell_of_its_stubs(monkeypatch, tmp_path):
+    monkeypatch.setattr(install, "OPT", tmp_path)
+    monkeypatch.delenv("PATH")
+    assert install.find_triton().environment["PATH"].endswith(f":{os.defpath}")
+
+
+@pytest.mark.parametrize(
+    ("flag", "reason"),
+    [
+        ("--allow-http=false", "the launcher asks"),
+        ("--http-restricted-api=metadata,health:key=a", "the launcher asks"),
+        ("--grpc-server-key=/nowhere", "--grpc-server-key=/nowhere: there is no such file"),
+    ],
+)
+def test_flags_of_triton_that_cannot_work_are_refused(flag, reason):
+    with pytest.raises(ServerError, match=reason):
+        check_flags((flag,), ["tritonserver"])
+    good = ("--allow-http=true", "--http-restricted-api=metadata:key=health", "--grpc-use-ssl=true")
+    check_flags((*good, f"--grpc-server-cert={__file__}"), ["tritonserver"])
+
+
+@pytest.mark.parametrize(
+    "line", ["/opt/tritonserver: unrecognized option '--nonsense=4'", 'Bad option: "--rate-limit".']
+)
+def test_what_triton_says_of_a_flag_is_found_before_its_list_of_all(tmp_path, line):
+    process = TritonProcess(None, ServerOptions(tmp_path))
+    for text in (line, *["  --help"] * 500):
+        process._output.add(text.encode())
+    assert process._load_failure(None) == (
+        f"Triton does not take its flags: {line.removeprefix('/opt/tritonserver: ')}"
+    )
 
 
 def test_a_disk_that_is_full_at_the_start_is_a_sentence(monkeypatch, tmp_path):

@@ -19,9 +19,9 @@ from export.memory import Growth, MeasureError, fit, measure
 from export.repository import growth_of, load_parts
 from export.unet import MAX_CHUNKS
 from twinbrush import memory
-from twinbrush.engine.config import PipelineConfig
+from twinbrush.engine.config import PipelineConfig, check_names
 from twinbrush.engine.fields import InvalidArgument
-from twinbrush.engine.limits import Limits
+from twinbrush.engine.limits import PARAMETERS, Limits
 from twinbrush.engine.memory import CallMemory, DeviceMemory, MemoryBudget, NetworkMemory
 from twinbrush.engine.plan import Planner
 from twinbrush.runtimes.attention import MOST_PAIRS, is_whole, with_blocks
@@ -168,6 +168,34 @@ def test_parameters_that_are_missing_or_empty_bound_nothing():
     config["parameters"]["max_side"] = {"string_value": "wide"}
     with pytest.raises(ValueError, match="max_side"):
         Limits.of_config(config)
+
+
+@pytest.mark.parametrize("name", sorted(set(PARAMETERS) - {"row_buckets"}))
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "1e3", "9" * 400, "9" * 5000, "\u0663", "1,2"])
+def test_a_wrong_number_of_a_parameter_is_refused_in_one_sentence(name, value):
+    numbers = dict.fromkeys(PARAMETERS, "64") | {name: value}
+    config = {"parameters": {key: {"string_value": text} for key, text in numbers.items()}}
+    with pytest.raises(ValueError, match=f"^parameter {name} of config.pbtxt is .*whole") as caught:
+        Limits.of_config(config)
+    assert len(str(caught.value)) < 200
+
+
+def test_a_clients_share_is_at_most_the_whole():
+    numbers = dict.fromkeys(PARAMETERS, "64") | {"client_work": "101"}
+    config = {"parameters": {key: {"string_value": text} for key, text in numbers.items()}}
+    with pytest.raises(ValueError, match=r"client_work=101 .* must be at most 100"):
+        Limits.of_config(config)
+
+
+def test_a_parameter_that_is_unknown_is_named():
+    check_names({"parameters": {"max_rows": {}, "EXECUTION_ENV_PATH": {}}}, PARAMETERS)
+    with pytest.raises(ValueError, match=r"memory of config.pbtxt is unknown: .*memory_mb"):
+        check_names({"parameters": {"memory": {"string_value": "9"}}}, PARAMETERS)
+
+
+def test_a_budget_without_room_for_any_picture_is_logged(repository, caplog):
+    open_engine(repository, limits=Limits(memory=DeviceMemory(1.0))).close()
+    assert "memory_mb leaves no room" in caplog.text
 
 
 # The machine -----------------------------------------------------------------------------------

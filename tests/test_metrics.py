@@ -83,6 +83,7 @@ def test_rows_of_shared_calls_and_their_share_of_the_capacity(repository, record
     assert recorded.values[metrics.CALL_ROWS, "native"] == watched.calls == [8, 8, 8]
     assert recorded.values[metrics.CALL_FILL, "native"] == [1.0] * 3
     assert len(recorded.values[metrics.MODEL_SECONDS, "unet"]) == 3
+    assert recorded.values[metrics.MODEL_FAILURES, "unet"] == [0, 0, 0]  # alerts need the first
     assert len(recorded.values[(metrics.TICK_SECONDS,)]) == 3
 
 

@@ -109,6 +109,12 @@ def test_tracing_is_off_unless_an_endpoint_is_given(monkeypatch):
     assert otlp.open_tracer({}) is None
 
 
+@pytest.mark.parametrize("endpoint", ["127.0.0.1:4318", "http://", "ftp://a", "http://a b"])
+def test_an_endpoint_that_is_no_url_is_refused(endpoint):
+    with pytest.raises(ValueError, match=r"otlp_endpoint of config.pbtxt is .*: must be a URL"):
+        otlp.open_tracer({"parameters": {"otlp_endpoint": {"string_value": endpoint}}})
+
+
 def test_a_missing_library_is_named_with_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     monkeypatch.setenv(otlp.VARIABLE, "http://127.0.0.1:4318")

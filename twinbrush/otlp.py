@@ -7,6 +7,7 @@ own environment variables (headers, timeouts, sampling, resource) apply. Knows n
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from twinbrush.engine.tracing import Marks, RequestTrace, Tracer
 
 VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT"
 PARAMETER = "otlp_endpoint"
+URL = re.compile(r"https?://[^/\s]+\S*$")
 MOST_LINKS = 128  # of a span
 
 
@@ -23,11 +25,17 @@ def open_tracer(config: Mapping[str, Any]) -> OtlpTracer | None:
     """The tracer that a `config.pbtxt` in Triton's JSON form, or the environment, asks for.
 
     Raises:
-        ValueError: OpenTelemetry is not installed; the message says how to get it.
+        ValueError: the endpoint is no URL, or OpenTelemetry is not installed; the message says how
+            to get it.
     """
     parameter = config.get("parameters", {}).get(PARAMETER, {}).get("string_value", "")
     endpoint = parameter or os.environ.get(VARIABLE, "")
-    return OtlpTracer(endpoint) if endpoint else None
+    if not endpoint:
+        return None
+    if not URL.match(endpoint):
+        text = f"{PARAMETER} of config.pbtxt" if parameter else VARIABLE
+        raise ValueError(f"{text} is {endpoint!r}: must be a URL, such as http://127.0.0.1:4318")
+    return OtlpTracer(endpoint)
 
 
 class OtlpTracer(Tracer):

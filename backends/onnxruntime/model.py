@@ -13,6 +13,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from twinbrush import doors
+from twinbrush.orphans import end_with_server
 from twinbrush.runtimes.onnx_runtime import open_session
 
 
@@ -20,6 +21,7 @@ class TritonPythonModel:
     """Serves one ONNX file."""
 
     def initialize(self, args):
+        end_with_server()
         logging.basicConfig(stream=sys.stderr, format=f"{args['model_name']}: %(message)s")
         config = json.loads(args["model_config"])
         on_gpu = args["model_instance_kind"] == "GPU"

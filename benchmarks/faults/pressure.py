@@ -91,7 +91,8 @@ def overload(repository: Path, turns: int = 3, seconds: float = 15.0) -> dict:
     """Requests arrive at random, at twice and five times what the server can do.
 
     What it can do is measured before and after each turn, because machines change their pace;
-    shares are medians over the turns. The sender runs on the same cores.
+    shares are medians over the turns. The sender runs on the same cores, and takes `sender_cores`
+    of them while requests arrive, which the server then lacks.
     """
     with serving(repository) as server:
         capacities, found = [_capacity(server)], []
@@ -131,7 +132,7 @@ def _over_turns(points: list[dict]) -> dict:
 def _arrivals(server: Serving, rate: float, seconds: float) -> dict:
     rng, seen, sent = random.Random(1), Crowd(), 0
     with grpc.InferenceServerClient(server.address) as client:
-        began = time.monotonic()
+        began, used = time.monotonic(), time.process_time()
         due = began
         while (now := time.monotonic()) < began + seconds:
             if now < due:
@@ -139,7 +140,7 @@ def _arrivals(server: Serving, rate: float, seconds: float) -> dict:
             due += rng.expovariate(rate)
             _send(client, seen, sent)
             sent += 1
-        stopped = time.monotonic()
+        stopped, used = time.monotonic(), time.process_time() - used
         while len(seen.outcomes) < sent and time.monotonic() < stopped + 60:
             time.sleep(0.05)
     accepted = [o for o in seen.outcomes if o.error is None]
@@ -149,6 +150,7 @@ def _arrivals(server: Serving, rate: float, seconds: float) -> dict:
         print("other errors:", dict(others), file=sys.stderr)
     return {
         "sent_per_second": round(sent / (stopped - began), 1),
+        "sender_cores": used / (stopped - began),
         "accepted_per_second": len(settled) / (stopped - began - seconds / 5),
         "accepted_p50_ms": seen.percentile_ms(50),
         "accepted_p99_ms": seen.percentile_ms(99),

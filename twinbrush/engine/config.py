@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ LORA_SCALE = "lora_scale"  # input of the UNet and of text encoders: a scale for
 TIME_IDS = "time_ids"  # UNet input: original size, top and left of the crop, target size
 ENGINE = Path("text_to_image_stream/1")  # of a repository: where pipeline.json and tokenizers are
 MAX_SIDE_FACTOR = 4  # a side may be this many times the side that the model was trained on
+LONGEST_SHOWN = 60  # characters of a parameter in a message
 MAX_SIDE = 2048  # pixels; past 2,896 a decoder of 256 channels has tensors that cuDNN does not take
 
 
@@ -162,6 +163,7 @@ class PipelineConfig:
 
 
 COMMENT = re.compile(r"""("[^"\n]*"|'[^'\n]*')|#.*""")  # and strings, in which # is a character
+WHOLE = re.compile(r"[0-9]{1,9}")
 PARAMETER = re.compile(
     r"""key\s*:\s*["']([^"']+)["'][\s,;]*value\s*:?\s*\{\s*string_value\s*:\s*["']([^"']*)["']"""
 )
@@ -199,9 +201,23 @@ def whole_numbers(config: Mapping[str, Any], name: str, count: int | None = None
     entry = config.get("parameters", {}).get(name)
     text = None if entry is None else entry.get("string_value", "")
     words = [word.strip() for word in (text or "").split(",") if word.strip()]
-    whole = text is not None and all(word.isdecimal() and int(word) for word in words)
+    whole = text is not None and all(WHOLE.fullmatch(word) and int(word) for word in words)
     if not whole or count not in (None, len(words)):
         allowed = "whole numbers over 0, with commas" if count is None else "a whole number over 0"
-        found = "not there" if text is None else f"{text!r}, which is not allowed"
-        raise ValueError(f"parameter {name} of config.pbtxt is {found}: {allowed}")
+        found = "not there" if text is None else f"{text[:LONGEST_SHOWN]!r}, which is not allowed"
+        text = f"parameter {name} of config.pbtxt is {found}: {allowed}"
+        raise ValueError(f"{text}, of at most 9 digits")
     return [int(word) for word in words]
+
+
+def check_names(config: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Refuses a parameter that would change nothing. Triton's own are in capitals.
+
+    Raises:
+        ValueError: a parameter of `config.pbtxt` is none of `known`.
+    """
+    known = sorted(known)
+    for name in config.get("parameters", {}):
+        if name not in known and not name.isupper():
+            text = f"parameter {name[:LONGEST_SHOWN]} of config.pbtxt is unknown"
+            raise ValueError(f"{text}: must be one of {', '.join(known)}")

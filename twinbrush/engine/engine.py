@@ -89,6 +89,10 @@ class Engine:
         self._plan = Planner(config, limits.max_rows, limits.memory)
         if (memory := self._plan.memory) is not None:
             log.info("calls are bounded by memory: %s", memory.describe())
+            if memory.largest < config.cells(config.native_width, config.native_height):
+                log.warning(
+                    "pictures of the native size are refused: memory_mb leaves no room for them"
+                )
         self._fail = fail or self._give_up
         self._latent_to_rgb = np.array(config.latent_to_rgb, np.float32)
         self._costs = Costs()

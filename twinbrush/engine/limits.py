@@ -9,6 +9,11 @@ from typing import Any
 from twinbrush.engine.config import PipelineConfig, optional_number, whole_numbers
 from twinbrush.engine.memory import DeviceMemory
 
+PARAMETERS = (
+    "max_rows", "row_buckets", "queue_size", "queue_work", "client_work", "max_side", "max_pixels",
+    "memory_mb", "prompt_cache_mb", "image_cache_mb", "call_seconds",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -53,11 +58,15 @@ class Limits:
         """
         names = ("max_rows", "queue_size", "queue_work", "call_seconds")
         single = {name: whole_numbers(config, name, 1)[0] for name in names}
+        client_work = optional_number(config, "client_work") or cls.client_work
+        if client_work > 100:
+            text = f"parameter client_work={client_work} of config.pbtxt is not allowed"
+            raise ValueError(f"{text}: must be at most 100 percent")
         if megabytes := optional_number(config, "memory_mb"):
             device = replace(device or DeviceMemory(0), budget=megabytes * 1e6, chosen=True)
         return cls(
             row_buckets=tuple(whole_numbers(config, "row_buckets")),
-            client_work=min(100, optional_number(config, "client_work") or cls.client_work),
+            client_work=client_work,
             max_side=optional_number(config, "max_side"),
             max_pixels=optional_number(config, "max_pixels"),
             memory=device,

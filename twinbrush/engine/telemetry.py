@@ -105,8 +105,7 @@ class Telemetry:
 
     def model_called(self, model: str, seconds: float, failed: bool) -> None:
         self._record(metrics.MODEL_SECONDS, seconds, model)
-        if failed:
-            self._record(metrics.MODEL_FAILURES, 1, model)
+        self._record(metrics.MODEL_FAILURES, int(failed), model)
 
 
 class ObservedModels:

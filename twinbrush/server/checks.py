@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import glob
 import os
 import shutil
 import sys
@@ -60,6 +61,13 @@ def check_runtime(
             text += " loads no networks then; the engine reads their config.pbtxt and ONNX files"
             raise ServerError(text, worth_another_try=False)
     return runtime
+
+
+def check_config_name(repository: Path, name: str | None) -> None:
+    """Raises ServerError where no model has a configuration of that name."""
+    if name is not None and not any(repository.glob(f"*/configs/{glob.escape(name)}.pbtxt")):
+        text = f"--config-name {name}: no model of {repository} has configs/{name}.pbtxt"
+        raise ServerError(text, worth_another_try=False)
 
 
 def check_temporary_folder(folder: Path = TMP) -> None:

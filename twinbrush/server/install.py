@@ -80,7 +80,7 @@ def find_triton() -> Triton:
     wheel = Path(spec.submodule_search_locations[0])
     root = wheel / "tritonserver"
     # The server's embedded interpreter takes its packages from the first python3 on PATH.
-    path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
+    path = f"{Path(sys.executable).parent}:{os.environ.get('PATH') or os.defpath}"
     libraries = [sysconfig.get_config_var("LIBDIR"), str(wheel.parent / "nvidia_pytriton.libs")]
     if existing := os.environ.get("LD_LIBRARY_PATH"):
         libraries.append(existing)

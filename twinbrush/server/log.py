@@ -19,6 +19,7 @@ LOAD_FAILURE = re.compile(
     r"(.*?)(\\n\\nAt:|\"?$)"
 )
 SYNTAX_ERROR = re.compile(r"\[libprotobuf ERROR .*?\] (.*)")  # a line before its poll failure
+WRONG_FLAG = re.compile(r"(unrecognized option|option .* requires an argument|Bad option:) .*")
 INSTANCE = re.compile(r"TRITONBACKEND_ModelInstanceInitialize: (\w+)_\d+_\d+ ")
 TABLE = re.compile(r"[+|]|$")
 CHATTER = re.compile(r"[IW]\d{4} |Signal \(|[+|]|$")
@@ -88,6 +89,12 @@ def parse(line: str) -> tuple[str, str, str]:
     return "info", "triton", line
 
 
+def is_warning(line: str) -> bool:
+    """Whether a line is a model's, of a warning or worse."""
+    match = MODEL.match(line)
+    return match is not None and match[2] not in ("DEBUG", "INFO")
+
+
 class ServerOutput:
     """The last lines of a server's output, and what they say of its models.
 
@@ -99,12 +106,15 @@ class ServerOutput:
         self._rename = rename
         self.lines: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
         self.started_models: set[str] = set()  # for which the server has started a stub
+        self.wrong_flag = ""  # what the server says of a flag, before its long list of all
 
     def add(self, raw: bytes) -> str:
         line = self._rename(raw.decode("utf-8", "replace").rstrip())
         self.lines.append(line)
         if match := INSTANCE.search(line):
             self.started_models = self.started_models | {match[1]}
+        elif match := WRONG_FLAG.search(line):
+            self.wrong_flag = match[0]
         return line
 
     def load_failures(self) -> dict[str, str]:

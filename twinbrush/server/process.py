@@ -23,15 +23,16 @@ from twinbrush.server import checks, scratch
 from twinbrush.server.addresses import check_ports, for_grpc, for_http, host_port, local
 from twinbrush.server.errors import ServerError
 from twinbrush.server.install import Triton
-from twinbrush.server.log import CHATTER, Log, ServerOutput
-from twinbrush.server.processes import end_with_parent
-from twinbrush.server.stubs import STUB, Stubs
+from twinbrush.server.log import CHATTER, Log, ServerOutput, is_warning
+from twinbrush.server.processes import STUB, end_with_parent
+from twinbrush.server.stubs import Stubs
 
 NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 # A stub that ends while models load may have been ended by the server, whose reason follows.
 REASON_SECONDS = 1.5
 # Triton's protocols that change the server or map memory of its machine.
 CLOSED = ("shared-memory", "model-repository", "trace", "logging")
+TLS_FILES = ("--grpc-server-cert", "--grpc-server-key", "--grpc-root-cert")
 FRONT_DOORS = ("text_to_image", "text_to_image_stream")
 PORT_TAKEN = "already in use"  # in the last words of a server that found its port taken
 LIVE_SECONDS = 5.0  # between two questions to a ready server whether it lives
@@ -265,6 +266,8 @@ class TritonProcess:
     def _load_failure(self, dead: str | None) -> str:
         if failures := self._output.load_failures():
             return "\n".join(f"{model} cannot be loaded: {r}" for model, r in failures.items())
+        if self._output.wrong_flag:
+            return f"Triton does not take its flags: {self._output.wrong_flag}"
         return f"{dead or 'the server ended while it loaded'}\n{self._output.tail()}"
 
     # The start -------------------------------------------------------------------------------
@@ -275,6 +278,7 @@ class TritonProcess:
         if not models:
             text = f"{options.repository} holds no models: run `python -m export CHECKPOINT`"
             raise ServerError(text, worth_another_try=False)
+        checks.check_config_name(options.repository, options.config_name)
         self._runtime = checks.check_runtime(
             options.repository, options.config_name, options.runtime, options.expose_networks
         )
@@ -317,7 +321,7 @@ class TritonProcess:
             command.append("--allow-gpu-metrics=false")
         if options.config_name:
             command.append(f"--model-config-name={options.config_name}")
-        _check_flags(options.flags, command)
+        check_flags(options.flags, command)
         if not options.expose_networks:
             command += _restrictions(options.flags)
         return command + list(options.flags)
@@ -326,7 +330,7 @@ class TritonProcess:
         assert self._process.stdout is not None
         for raw in self._process.stdout:
             line = self._output.add(raw)
-            worth_showing = self._was_ready and not CHATTER.match(line)
+            worth_showing = not CHATTER.match(line) and (self._was_ready or is_warning(line))
             if self._options.verbose or worth_showing:
                 self._log.relay(line)
 
@@ -335,17 +339,24 @@ class TritonProcess:
         return line.replace(str(self._served), str(self._options.repository))
 
 
-def _check_flags(flags: tuple[str, ...], own: list[str]) -> None:
+def check_flags(flags: tuple[str, ...], own: list[str]) -> None:
     """Raises ServerError where a flag for Triton is none, or is the launcher's to set."""
     taken = {flag.partition("=")[0] for flag in own[1:]} - {"--backend-config"}
     for flag in flags:
-        name = flag.partition("=")[0]
+        name, _, value = flag.partition("=")
+        closes_http = name == "--allow-http" and value.lower() not in ("true", "1", "on")
+        closed = value.partition(":")[0].split(",") if name == "--http-restricted-api" else []
         if not flag.startswith("--") or "=" not in flag:
             text = f"{flag!r} is no flag of Triton: write --name=value after `--`"
-            raise ServerError(text, worth_another_try=False)
-        if name in taken:
+        elif name in taken:
             text = f"{name} is set by the launcher and cannot be passed on to Triton"
-            raise ServerError(text, worth_another_try=False)
+        elif name in TLS_FILES and not os.access(value, os.R_OK):
+            text = f"{flag}: there is no such file, or it cannot be read"
+        elif closes_http or "health" in closed:
+            text = f"{flag} cannot be used: the launcher asks /v2/health whether the server lives"
+        else:
+            continue
+        raise ServerError(text, worth_another_try=False)
 
 
 def _restrictions(flags: tuple[str, ...]) -> list[str]:

@@ -10,6 +10,7 @@ import signal
 from pathlib import Path
 
 PROC = Path("/proc")
+STUB = "triton_python_backend_stub"  # the program of Triton's Python models
 PARENT_DEATH_SIGNAL = 1  # of prctl
 MOST_FILES = 1 << 16
 
@@ -51,6 +52,15 @@ def stat(pid: int) -> list[str] | None:
         return (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
+
+
+def program(pid: int) -> str:
+    """The program on the command line of a process, "" where it cannot be read."""
+    try:
+        line = (PROC / str(pid) / "cmdline").read_bytes()
+    except OSError:
+        return ""
+    return line.partition(b"\0")[0].decode("utf-8", "replace")
 
 
 def start_time(pid: int) -> str | None:

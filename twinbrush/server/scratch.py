@@ -8,20 +8,24 @@ cannot see which processes live.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
+import signal
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from twinbrush.server import processes
 from twinbrush.server.errors import ServerError
-from twinbrush.server.processes import start_time
+from twinbrush.server.processes import STUB
 
 SHARED_MEMORY = Path("/dev/shm")
 FALLBACKS = (Path("/tmp"), Path("/var/tmp"), Path("/run"), SHARED_MEMORY)
 NAMESPACE = Path("/proc/self/ns/pid")
+SERVER = "tritonserver"
 OWNER = re.compile(r"twinbrush[-_]ns(\d+)[-_](\d+)[-_](\d+)[-_]")
 # Triton 24.10 starts its Python stubs by an unquoted shell line, in the C locale.
 SAFE_PATH = re.compile(r"[A-Za-z0-9/._+,@%=-]+")
@@ -81,11 +85,16 @@ def remove(folder: Path, region: str) -> None:
 
 
 def sweep() -> list[Path]:
-    """Removes what launchers that are gone have left; returns it."""
+    """Removes what launchers that are gone have left; returns it.
+
+    Ends their stubs too: one that waits for its server without Python's lock never ends by itself.
+    """
+    for pid in _orphans():
+        with contextlib.suppress(OSError):  # it ended, or is another user's
+            os.kill(pid, signal.SIGKILL)
     swept = []
     for path in {p for parent in {*_parents(), SHARED_MEMORY} for p in parent.glob("*twinbrush*")}:
-        owner = OWNER.search(path.name)
-        if owner is None or owner[1] != _namespace() or start_time(int(owner[2])) == owner[3]:
+        if not _is_left(path.name):
             continue
         try:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -95,9 +104,29 @@ def sweep() -> list[Path]:
     return swept
 
 
+def _orphans() -> Iterator[int]:
+    """Stubs without a server whose launcher is gone."""
+    for folder in processes.PROC.glob("[0-9]*"):
+        pid = int(folder.name)
+        program = processes.program(pid)
+        if program.endswith(STUB) and _is_left(program):
+            fields = processes.stat(pid)
+            if fields is not None and not processes.program(int(fields[1])).endswith(SERVER):
+                yield pid
+
+
+def _is_left(name: str) -> bool:
+    """Whether a name is of a launcher that is gone, as far as this process can see."""
+    owner = OWNER.search(name)
+    if owner is None or owner[1] != _namespace():
+        return False
+    return processes.start_time(int(owner[2])) != owner[3]
+
+
 def _this_process() -> tuple[str, str, str]:
     """Namespace, process id and start time."""
-    return f"ns{_namespace()}", str(os.getpid()), start_time(os.getpid()) or ""
+    me = os.getpid()
+    return f"ns{_namespace()}", str(me), processes.start_time(me) or ""
 
 
 def _namespace() -> str:

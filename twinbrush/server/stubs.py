@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from twinbrush.server import processes
-
-STUB = "triton_python_backend_stub"
+from twinbrush.server.processes import STUB
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from twinbrush import otlp, runtime_choice
 from twinbrush.control import Beat, Control
+from twinbrush.engine import limits
+from twinbrush.engine.config import check_names
 from twinbrush.engine.engine import Engine
 from twinbrush.engine.fields import InvalidArgument
 from twinbrush.engine.generation import End, EngineError, Event, Finished, Generation, Progress
@@ -34,7 +37,7 @@ from twinbrush.engine.request_ids import LineFormatter
 from twinbrush.engine.threads import Pulse
 from twinbrush.engine.tracing import Origin
 from twinbrush.memory import device_memory
-from twinbrush.otlp import open_tracer
+from twinbrush.orphans import end_with_server
 from twinbrush.triton import incoming
 from twinbrush.triton.answer import Answer, RequestMetrics
 from twinbrush.triton.cancel_watch import CancelWatch
@@ -43,6 +46,7 @@ from twinbrush.triton.networks import open_models
 from twinbrush.triton.relay import RelayClient, RelayServer, relay_address
 
 log = logging.getLogger(__name__)
+PARAMETERS = (*limits.PARAMETERS, runtime_choice.PARAMETER, otlp.PARAMETER)
 UNARY_METRICS = (REQUESTS_LIVE, REQUESTS_ENDED, REFUSALS)
 
 
@@ -50,15 +54,17 @@ class StreamModel:
     """`text_to_image_stream`: decoupled, every event of a request is a response of its own."""
 
     def initialize(self, args: dict[str, str]) -> None:
+        end_with_server()
         _log_to_the_server(args["model_name"])
         self._observer = TritonMetrics(METRICS, _end_process)
         self._metrics = RequestMetrics(self._observer, args["model_name"])
         folder = Path(args["model_repository"]) / args["model_version"]
         config = json.loads(args["model_config"])
+        check_names(config, PARAMETERS)
         self._inputs = _input_names(config)
         control = Control.from_environment()
         beat = Beat(control, args["model_name"], lambda: self._engine.drain(0))
-        self._tracer = open_tracer(config)
+        self._tracer = otlp.open_tracer(config)
         models = self.open_models(folder, config)
         self._engine = Engine.of_model(
             folder, config, models, device_memory(),
@@ -148,6 +154,7 @@ class UnaryModel:
     """`text_to_image`: one response with all images, which `text_to_image_stream` makes."""
 
     def initialize(self, args: dict[str, str]) -> None:
+        end_with_server()
         _log_to_the_server(args["model_name"])
         self._observer = TritonMetrics(UNARY_METRICS, _end_process)
         self._metrics = RequestMetrics(self._observer, args["model_name"])
