@@ -14,6 +14,7 @@ from export.checkpoint import Checkpoint
 from export.part import Part
 from export.scheduler import (
     PIPELINE_OPTIONS,
+    check_clipping,
     check_defaults,
     choose_sampler,
     family_defaults,
@@ -201,9 +202,13 @@ def _encoder(checkpoint: Checkpoint, part: Part, source: str, folder: Path) -> d
 
 
 def _schedule(checkpoint: Checkpoint) -> dict[str, Any]:
-    config = checkpoint.config("scheduler")
-    config |= PIPELINE_OPTIONS.get(checkpoint.index.get("_class_name", ""), {})
-    return read_schedule(checkpoint.classes["scheduler"], config, checkpoint.serving.sampler)
+    pipeline = checkpoint.index.get("_class_name")
+    config = checkpoint.config("scheduler") | PIPELINE_OPTIONS.get(pipeline, {})
+    class_name, replacement = checkpoint.classes["scheduler"], checkpoint.serving.sampler
+    schedule = read_schedule(class_name, config, replacement)
+    if replacement is None and pipeline is not None:
+        check_clipping(class_name, config)
+    return schedule
 
 
 def defaults(checkpoint: Checkpoint) -> dict[str, Any]:

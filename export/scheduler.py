@@ -47,7 +47,8 @@ SAME_NAME = (
     "final_sigmas_type", "solver_order", "solver_type", "lower_order_final", "euler_at_final",
     "skip_prk_steps", "variance_type",
 )  # fmt: skip
-# Options served with these values alone, the first of which says what is served.
+# Options served with these values alone, the first of which says what is served. Where clip_sample
+# is left out it is off: `check_clipping` refuses a checkpoint whose pipeline would clip.
 ONLY = {
     "clip_sample": (False,),
     "thresholding": (False,),
@@ -136,10 +137,19 @@ def read_schedule(
     if merged.get("solver_type") not in (None, "midpoint", "heun", "bh1", "bh2", "logrho"):
         raise CheckpointError(_refusal("solver_type", merged["solver_type"], "midpoint or heun"))
     _check_schedule(sampler, fields)
-    if "clip_sample" not in config and "clip_sample" in known and known["clip_sample"].default:
+    return fields
+
+
+def check_clipping(class_name: str, config: dict[str, Any]) -> None:
+    """Refuses a scheduler whose class clips where its file is silent, as a pipeline would clip.
+
+    Raises:
+        CheckpointError: `config` has no `clip_sample`, which is on by default.
+    """
+    option = inspect.signature(getattr(diffusers, class_name)).parameters.get("clip_sample")
+    if option is not None and option.default and "clip_sample" not in config:
         text = "the scheduler has no clip_sample, which is True by default and is not served"
         raise CheckpointError(f"{text}: must be False.")
-    return fields
 
 
 def unused_options(class_name: str, config: dict[str, Any], replacement: str) -> dict[str, Any]:
@@ -168,7 +178,6 @@ def _shared_options(class_name: str, config: dict[str, Any], replacement: str) -
     config = {name: former[name].default for name in TRAINED if name in former} | config
     if "skip_prk_steps" not in former:
         config = {"skip_prk_steps": True} | config  # see _shared_fields
-    config = {"clip_sample": False} | config  # latents are no pixels, whatever the class says
     if config.get("beta_start") is None and config.get("trained_betas") is None:
         raise CheckpointError(
             f"--sampler {replacement} cannot replace {class_name}: its configuration has no"

@@ -10,6 +10,7 @@ import pytest
 from export.scheduler import (
     SAMPLER_OF,
     SERVED,
+    check_clipping,
     check_defaults,
     choose_sampler,
     family_defaults,
@@ -71,8 +72,9 @@ def test_clipping_that_no_file_turns_off_is_refused():
     unsaid = {name: value for name, value in SD15.items() if name != "clip_sample"}
     for class_name in ("DDIMScheduler", "DDPMScheduler"):
         with pytest.raises(CheckpointError, match="has no clip_sample, which is True by default"):
-            read_schedule(class_name, unsaid)
-    assert read_schedule("EulerDiscreteScheduler", unsaid, "ddim")
+            check_clipping(class_name, unsaid)
+        check_clipping(class_name, SD15)
+    check_clipping("EulerDiscreteScheduler", unsaid)
 
 
 def test_algorithm_type_chooses_the_sampler():
