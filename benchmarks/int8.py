@@ -11,7 +11,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -93,7 +93,7 @@ def compared(model: Path, inputs: Mapping[str, np.ndarray], turns: int) -> dict[
             quantise(file, made, operators)
             sessions[name] = open_session(made, config)
     seconds: dict[str, list[float]] = {name: [] for name in sessions}
-    returned: dict[str, list[np.ndarray]] = {}
+    returned: dict[str, Sequence[Any]] = {}
     for turn in range(turns + 1):
         for name, session in sessions.items():
             started = time.perf_counter()
