@@ -23,7 +23,7 @@ from rich.progress import track
 
 from benchmarks.local_engine import local_engine
 from benchmarks.machine import write_result
-from export.cpu_runtime import GAIN, TOLERANCE
+from export.cpu_runtime import GAIN, TOLERANCE, output_error
 from export.painting import paint
 from twinbrush.runtimes.onnx_runtime import LocalModels, open_session, read_config
 
@@ -104,7 +104,7 @@ def compared(model: Path, inputs: Mapping[str, np.ndarray], turns: int) -> dict[
     for name in OPERATORS:
         pairs = zip(seconds["fp32"], seconds[name], strict=True)
         speed = statistics.median(plain / quantised for plain, quantised in pairs)
-        worst = max(map(error, returned[name], returned["fp32"]))
+        worst = max(map(output_error, returned[name], returned["fp32"]))
         forms[name] = {"speed": round(speed, 2), "error": round(worst, 4)}
         if speed * GAIN > 1 and worst <= TOLERANCE["bf16"]:
             forms["worth_serving"].append(name)
@@ -117,12 +117,6 @@ def quantise(file: Path, made: Path, operators: tuple[str, ...]) -> None:
         file, made, op_types_to_quantize=list(operators), per_channel=True,
         weight_type=QuantType.QInt8, extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
     )  # fmt: skip
-
-
-def error(got: np.ndarray, wanted: np.ndarray) -> float:
-    """The largest difference, as a share of the largest number that is wanted."""
-    got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
-    return float(np.abs(got - wanted).max() / np.abs(wanted).max())
 
 
 if __name__ == "__main__":

@@ -139,7 +139,13 @@ class _Reference:
         if not self.outputs:
             self.outputs = outputs
         pairs = zip(outputs, self.outputs, strict=True)
-        return float(max(np.abs(a - b).max() / np.abs(b).max() for a, b in pairs))
+        return max(output_error(got, wanted) for got, wanted in pairs)
+
+
+def output_error(got: np.ndarray, wanted: np.ndarray) -> float:
+    """The largest difference, as a share of the largest number that is wanted."""
+    got, wanted = np.asarray(got, np.float32), np.asarray(wanted, np.float32)
+    return float(np.abs(got - wanted).max() / np.abs(wanted).max())
 
 
 def _measured(part: Part, file: Path, config: str, reference: _Reference) -> tuple[float, float]:
@@ -156,7 +162,7 @@ def _measured(part: Part, file: Path, config: str, reference: _Reference) -> tup
 
     examples = [part.example(batch, size) for batch, size in ((1, 2), (3, 3))]
     outputs = [output for example in examples for output in run(example)]
-    error = reference.error([np.asarray(output, np.float32) for output in outputs])
+    error = reference.error(outputs)
     taken = []
     for count in ROWS:
         rows = native_rows(part, count)

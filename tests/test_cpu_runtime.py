@@ -13,6 +13,7 @@ from export.cpu_runtime import (
     CpuRuntime,
     CpuRuntimeError,
     _choice,
+    output_error,
     with_accelerator,
     without_accelerator,
 )
@@ -122,3 +123,8 @@ def test_an_export_for_openvino_says_what_it_measured_and_paints(tiny, tmp_path)
 def test_a_choice_without_openvino_says_so():
     choice = Choice("onnxruntime", "fp32", {}, {"openvino": "it is not installed"})
     assert choice.describe("unet").endswith("; not openvino: it is not installed")
+
+
+def test_an_error_is_a_share_of_the_largest_output():
+    assert output_error(np.array([1.0, -4.0]), np.array([1.0, -5.0])) == pytest.approx(0.2)
+    assert output_error(np.uint8([3]), np.uint8([4])) == 0.25  # bytes do not wrap
