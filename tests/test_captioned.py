@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gc
 import io
@@ -11,7 +12,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
@@ -172,21 +172,23 @@ class Web(BaseHTTPRequestHandler):
 
     live = most = 0
     lock = threading.Lock()
+    three = threading.Barrier(3)
 
     def do_GET(self) -> None:
+        kind = self.path.split("/")[1]
         with Web.lock:
             Web.live += 1
             Web.most = max(Web.most, Web.live)
-        try:
-            self.answer(self.path.split("/")[1])
-        except OSError:
-            pass  # the client hung up, as it should
-        finally:
-            with Web.lock:
-                Web.live -= 1
+        if kind == "three-good":  # answered once three are asked for
+            Web.three.wait(60)
+            time.sleep(0.02)  # for a fourth
+        with Web.lock:  # before the answer, after which the client may ask for the next
+            Web.live -= 1
+        with contextlib.suppress(OSError):  # the client hung up, as it should
+            self.answer(kind)
 
     def answer(self, kind: str) -> None:
-        time.sleep({"slow-good": 0.05, "silent": 1.5}.get(kind, 0))
+        time.sleep({"silent": 1.5}.get(kind, 0))
         if kind in ("404", "500"):
             self.send_error(int(kind))
             return
@@ -206,23 +208,25 @@ class Web(BaseHTTPRequestHandler):
             for _ in range(600):
                 yield b"x"
                 time.sleep(0.1)
-        elif kind in ("good", "slow-good"):
+        elif kind in ("good", "three-good"):
             yield encoded()
 
     def log_message(self, *_) -> None:
         """Quiet."""
 
 
-@contextmanager
+@contextlib.contextmanager
 def web():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Web)
     Web.live = Web.most = 0
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 def test_rows_are_filtered_by_the_columns_of_coyo(tmp_path):
@@ -262,7 +266,7 @@ def test_the_web_answers_in_every_way(tmp_path):
 
 def test_downloads_run_side_by_side_and_never_more_than_allowed(tmp_path):
     with web() as url:
-        rows = [{"url": f"{url}/slow-good/{i}"} for i in range(48)]
+        rows = [{"url": f"{url}/three-good/{i}"} for i in range(48)]
         one_epoch(Captioned(coyo(tmp_path / "c", url, rows), Preparation(fetchers=3)))
     assert Web.most == 3
 
