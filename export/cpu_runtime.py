@@ -31,7 +31,8 @@ TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
 GAIN = 0.95  # of ONNX Runtime's time that another runtime may take at most, to be worth a change
 ROWS = (1, 4)
 LONG_CALL = 2.0  # seconds; larger calls are not timed after such a one
-CALLS = 3
+CALLS = 3  # at least, after the first, which warms up
+SECONDS = 0.3  # that calls of one size are timed at least: short ones need many for a quiet one
 COMMENT = "# The CPU's runtime: written by `python -m export --cpu-runtime`.\n"
 BLOCK = re.compile(re.escape(COMMENT) + r"optimization .*\n")
 
@@ -166,12 +167,12 @@ def _measured(part: Part, file: Path, config: str, reference: _Reference) -> tup
     taken = []
     for count in ROWS:
         rows = native_rows(part, count)
-        seconds = []
-        for call in range(CALLS + 1):
+        run(rows)
+        seconds: list[float] = []
+        while len(seconds) < CALLS or sum(seconds) < SECONDS:
             started = time.perf_counter()
             run(rows)
-            if call:  # the first is warm-up
-                seconds.append(time.perf_counter() - started)
+            seconds.append(time.perf_counter() - started)
         taken.append(min(seconds) / count)
         if min(seconds) > LONG_CALL:
             break

@@ -154,6 +154,8 @@ def test_an_operator_bounds_sides_and_pixels(repository):
     for bad in (Limits(max_side=16), Limits(max_pixels=1000)):
         with pytest.raises(ValueError, match="for the native size"):
             open_engine(repository, limits=bad)
+    with pytest.raises(ValueError, match=r"max_side=129.*at most 128, the checkpoint's own bound"):
+        open_engine(repository, limits=Limits(max_side=129))
 
 
 def test_parameters_that_are_missing_or_empty_bound_nothing():

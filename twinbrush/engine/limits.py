@@ -79,7 +79,8 @@ class Limits:
         """The checkpoint's settings with this server's bounds on sizes.
 
         Raises:
-            ValueError: a bound forbids the native size, which requests default to.
+            ValueError: a bound forbids the native size, which requests default to, or allows
+                sides that the checkpoint does not.
         """
         pixels = config.native_width * config.native_height
         for name, value, least in (
@@ -89,4 +90,7 @@ class Limits:
             if value is not None and value < least:
                 text = f"parameter {name}={value} of config.pbtxt is not allowed"
                 raise ValueError(f"{text}: must be at least {least}, for the native size")
+        if self.max_side is not None and self.max_side > config.max_side:
+            text = f"parameter max_side={self.max_side} of config.pbtxt is not allowed"
+            raise ValueError(f"{text}: must be at most {config.max_side}, the checkpoint's own bound")
         return replace(config, side_limit=self.max_side, max_pixels=self.max_pixels)
