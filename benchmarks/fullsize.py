@@ -65,7 +65,7 @@ def main(
             summary, stages_used, models = run_xl(Path(scratch))
         write_result(
             out or Path("benchmarks/results/fullsize_sdxl.json"),
-            "python -m benchmarks.fullsize --family sdxl", note=note, goals=fullsize_xl.GOALS,
+            "python -m benchmarks.fullsize", note=note, goals=fullsize_xl.GOALS,
             summary=summary, stages=stages_used, models=models,
         )  # fmt: skip
         print(json.dumps(summary))

@@ -16,6 +16,7 @@ TOOLS = (
     "numpy", "torch", "diffusers", "transformers", "onnxruntime", "nvidia-pytriton",
     "tritonclient", "tokenizers", "pillow",
 )  # fmt: skip
+PLACES = ("--out", "--folder", "--repository")  # options that name a path of this machine
 
 
 def describe() -> dict[str, object]:
@@ -41,7 +42,15 @@ def _version(name: str) -> str | None:
 
 
 def write_result(out: Path, command: str, **parts: object) -> None:
-    """Writes a result file that names the command, with its options, and the machine."""
-    result = {"command": " ".join([command, *sys.argv[1:]]), "machine": describe(), **parts}
+    """Writes a result file that names the command, with its options, and the machine.
+
+    Options that name places on this machine are left out.
+    """
+    options, place = [], False
+    for word in sys.argv[1:]:
+        if not place and word.partition("=")[0] not in PLACES:
+            options.append(word)
+        place = word in PLACES
+    result = {"command": " ".join([command, *options]), "machine": describe(), **parts}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
