@@ -20,13 +20,13 @@ from gateway.gate import Gate
 from gateway.pool import Pool
 from gateway.server import run
 from twinbrush_client.connection import Connection
-from twinbrush_client.options import PANEL, Access, with_options_of
+from twinbrush_client.options import PANEL, Access, Group, with_options_of
 
 KEYS_VARIABLE = "TWINBRUSH_API_KEYS"
 MEGABYTE = 1 << 20
 ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/?#\s]+")
 ADDRESS = re.compile(r"https?://[^?#\s]+")
-app = typer.Typer(add_completion=False)
+app = typer.Typer(cls=Group, add_completion=False)
 
 
 @app.callback(invoke_without_command=True)

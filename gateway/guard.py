@@ -44,6 +44,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        scope = _as_get(scope)
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         request_id = given if REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
@@ -109,7 +110,8 @@ class Guard:
                 "You didn't provide an API key. Send it as `Authorization: Bearer KEY`."
             )  # fmt: skip
             return ApiError(401, text, code="invalid_api_key")
-        if (encoding := headers.get("content-encoding", "identity")) != "identity":
+        encoding = headers.get("content-encoding", "")
+        if encoding.lower() not in ("", "identity"):
             text = f"content-encoding: {encoding} is not supported: send the body as it is."
             return ApiError(415, text, code="unsupported_encoding")
         length = headers.get("content-length", "")
@@ -127,3 +129,8 @@ class Guard:
             "%s %s %d %.0f ms %s", scope["method"], scope["path"], status, 1000 * seconds,
             scope["state"]["request_id"],
         )  # fmt: skip
+
+
+def _as_get(scope: Scope) -> Scope:
+    """HEAD is answered as GET; uvicorn leaves the body out."""
+    return {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope

@@ -255,10 +255,24 @@ def test_a_connection_outlives_what_is_refused(gateway):
     connection.close()
 
 
-@pytest.mark.parametrize("path", ["/health/live", "/health/ready"])
-def test_probes_may_ask_without_a_body(gateway, path):
+@pytest.mark.parametrize(
+    "path",
+    ["/health/live", "/health/ready", "/v1/models", "/sdapi/v1/options", "/metrics", "/docs"],
+)
+def test_whatever_is_read_may_be_asked_without_a_body(gateway, path):
     answer = gateway.call(path, method="HEAD")
     assert (answer.status, answer.data) == (200, b"")
+    assert answer.headers["content-type"] == gateway.call(path).headers["content-type"]
+
+
+def test_what_is_not_read_has_no_head(gateway):
+    answer = gateway.call(GENERATIONS, method="HEAD")
+    assert (answer.status, answer.headers["allow"], answer.data) == (405, "POST", b"")
+
+
+@pytest.mark.parametrize("encoding", ["identity", "Identity", ""])
+def test_a_body_as_it_is_has_the_encoding_identity(gateway, encoding):
+    assert gateway.call(GENERATIONS, {"prompt": "x"}, content_encoding=encoding).status == 200
 
 
 def post_and_leave(gateway, body, wait):
@@ -404,6 +418,8 @@ def test_bodies_are_bounded_and_other_origins_are_let_in_by_name(locked, gateway
     assert locked.call("/health/live", **asked).headers[allowed] == "https://a.example"
     assert locked.call("/health/live", origin="https://b.example").headers[allowed] is None
     assert gateway.call("/health/live", **asked).headers[allowed] is None
+    shown = locked.call("/health/live", **asked).headers["access-control-expose-headers"]
+    assert {"x-request-id", "retry-after", "retry-after-ms"} <= set(shown.split(", "))
 
 
 def test_a_body_of_unknown_length_is_bounded_too(locked):

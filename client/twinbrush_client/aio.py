@@ -22,16 +22,27 @@ from twinbrush_client.wire import Event, Picture, ServerInfo
 
 
 class AsyncClient:
-    """A Twinbrush server's client for one event loop; see `Client` for arguments and fields.
+    """A Twinbrush server's client for asyncio; see `Client` for arguments and fields.
 
-    Cancelling a task that awaits it stops the work on the server.
+    It connects in the event loop that first uses it, and anew in a later loop. Cancelling a task
+    that awaits it stops the work on the server.
     """
 
     def __init__(self, address: str = Connection.address, timeout: float = Connection.timeout,
                  **options: Any):  # fmt: skip
         self._connection = Connection(address, timeout, **options)
-        self._channel = self._connection.channel(grpc.aio)
-        self._stub: Any = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._credentials = self._connection.channel_credentials()
+        self._loop: asyncio.AbstractEventLoop | None = None  # that the channel belongs to
+
+    @property
+    def _stub(self) -> Any:
+        """The server's calls, over a channel of the running event loop."""
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            self._loop = loop
+            self._channel = self._connection.channel(grpc.aio, self._credentials)
+            self._made_stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        return self._made_stub
 
     @with_fields
     async def generate(
@@ -118,7 +129,8 @@ class AsyncClient:
 
     async def close(self) -> None:
         self._connection.closed.set()
-        await self._channel.close()
+        if self._loop is asyncio.get_running_loop():
+            await self._channel.close()
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -156,6 +168,10 @@ class AsyncClient:
                 )
             except grpc.RpcError as error:
                 failure = self._connection.error(error)
+            except asyncio.CancelledError:
+                if _leaves():
+                    raise
+                raise Cancelled("CANCELLED", "the request was cancelled") from None
             if (pause := self._connection.pause(failure, attempt, deadline)) is None:
                 raise failure
             await asyncio.sleep(pause)
@@ -204,8 +220,8 @@ class AsyncStream:
                     return
             except grpc.RpcError as error:
                 failure = self._connection.error(error)
-            except asyncio.CancelledError:  # grpc's answer to `cancel`, or the task's own
-                if not self._cancelled:
+            except asyncio.CancelledError:
+                if _leaves():
                     raise
                 raise Cancelled("CANCELLED", "the request was cancelled") from None
             pause = self._connection.pause(failure, attempt, self._deadline)
@@ -230,3 +246,9 @@ class AsyncStream:
 
     async def __aexit__(self, *exc: object) -> None:
         self.cancel()
+
+
+def _leaves() -> bool:
+    """Whether a `CancelledError` is the task's own; else a request or the client was ended."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

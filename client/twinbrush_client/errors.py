@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 SHOWN = 60  # characters of a value in a message
 RETRY_AFTER = re.compile(r"(?:try again|retry) (?:in|after) ([0-9]+(?:\.[0-9]+)?) ?(ms|s)\b")
@@ -26,6 +27,10 @@ class TwinbrushError(Exception):
         self.code, self.retry_after = code, retry_after
         named = REQUEST_ID.search(message)
         self.request_id = named[1] if named else None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copies and for other processes, which make it anew of its arguments."""
+        return type(self), (self.code, str(self), self.retry_after), vars(self)
 
 
 class InvalidRequest(TwinbrushError, ValueError):
