@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import re
 import ssl
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -89,6 +90,7 @@ def serve(
     limits = keys.Limits(requests_per_minute, concurrent, work)
     servers = server or ["127.0.0.1:8001"]
     try:
+        _check_finite(context.params)
         for each in servers:
             addresses.split(each)
         found = keys.plain_keys(os.environ.get(KEYS_VARIABLE, ""), limits)
@@ -150,6 +152,13 @@ def _connection(access: Access) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"{error.filename}: {error.strerror}") from None
     return {"credentials": credentials, "headers": connection.headers}
+
+
+def _check_finite(options: Mapping[str, Any]) -> None:
+    """Raises ValueError where an option is infinite: clocks and counts end before."""
+    for name, value in options.items():
+        if value == math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be a finite number")
 
 
 def _check_certificate(certificate: Path | None, key: Path | None) -> None:
