@@ -490,6 +490,20 @@ def test_a_status_before_a_message_is_the_code():
     assert (error.code, str(error)) == ("DEADLINE_EXCEEDED", "deadline_ms=5 has passed")
 
 
+@pytest.mark.parametrize("code", ["NOT_FOUND", "UNAVAILABLE", ""])
+@pytest.mark.parametrize(
+    "words",
+    ["Request for unknown model: 'text_to_image' has no available versions", "Server is stopping"],
+)
+def test_a_server_whose_models_are_not_there_yet_or_no_more_is_unavailable(code, words):
+    error = error_of(code, words)
+    assert isinstance(error, ServerUnavailable)
+    assert error.code == "UNAVAILABLE"
+    assert str(error) == f"the server is starting or shutting down ({words})"
+    assert not isinstance(error_of("NOT_FOUND", "Request for unknown model: 'x' is not found"),
+                          ServerUnavailable)  # fmt: skip
+
+
 def with_async_client(server, use):
     async def run():
         async with AsyncClient(server.address) as client:
