@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.errors import CLIENT_LEFT, ApiError
 from gateway.gate import Gate
-from gateway.keys import KeyRing
+from gateway.keys import SCHEMES, KeyRing
 from gateway.metrics import NO_ROUTE, Metrics
 
 log = logging.getLogger(__name__)
@@ -106,7 +106,8 @@ class Guard:
         key = self._keys.find(headers.get("authorization"))
         scope["state"]["key"] = key
         if key is None and path.startswith(LOCKED) and not path.startswith(FILES):
-            text = "Incorrect API key provided." if "authorization" in headers else (
+            shown = headers.get("authorization", "").partition(" ")[0].lower() in SCHEMES
+            text = "Incorrect API key provided." if shown else (
                 "You didn't provide an API key. Send it as `Authorization: Bearer KEY`."
             )  # fmt: skip
             return ApiError(401, text, code="invalid_api_key")

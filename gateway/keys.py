@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 PREFIX = "tb-"
+SCHEMES = ("bearer", "basic")  # of an `Authorization` header
 SHORTEST = 16  # characters: a hash without a salt needs keys that nobody can guess
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # the servers know callers by it too
 NUMBER, WHOLE = ((int, float), "a number"), ((int,), "an integer")  # kinds of limits

@@ -409,6 +409,13 @@ def test_openais_package_waits_where_a_limit_is_reached(locked):
     assert answers[0].headers["x-ratelimit-limit-requests"] == "600"
 
 
+@pytest.mark.parametrize("header", [f"Token {KEY}", KEY])
+def test_a_key_of_another_scheme_is_told_which_one_is_read(locked, header):
+    answer = locked.call("/v1/models", authorization=header)
+    assert (answer.status, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+    assert "Send it as `Authorization: Bearer KEY`" in answer.json()["error"]["message"]
+
+
 def test_bodies_are_bounded_and_other_origins_are_let_in_by_name(locked, gateway):
     ann = {"authorization": f"Bearer {KEY}"}
     large = locked.call(GENERATIONS, {"prompt": "x" * 20_000}, **ann)
