@@ -542,9 +542,14 @@ def test_the_async_client_raises_the_same_errors(server):
 
 def test_an_async_client_may_be_made_before_its_loop_and_used_in_several(server):
     client = AsyncClient(server.address)
-    for _ in range(2):
-        (picture,) = asyncio.run(client.pictures("a ring", steps=1, seed=3))
-        assert picture.seed == 3
+
+    def paint(seed):
+        (picture,) = asyncio.run(client.pictures("a ring", steps=20, seed=seed))
+        return picture.seed
+
+    assert [paint(seed) for seed in (1, 2)] == [1, 2]  # one loop after the other
+    with ThreadPoolExecutor(3) as threads:  # at once
+        assert list(threads.map(paint, range(6))) == list(range(6))
     asyncio.run(client.close())
 
 

@@ -24,25 +24,26 @@ from twinbrush_client.wire import Event, Picture, ServerInfo
 class AsyncClient:
     """A Twinbrush server's client for asyncio; see `Client` for arguments and fields.
 
-    It connects in the event loop that first uses it, and anew in a later loop. Cancelling a task
-    that awaits it stops the work on the server.
+    Each event loop that uses it has a connection of its own. Cancelling a task that awaits it stops
+    the work on the server.
     """
 
     def __init__(self, address: str = Connection.address, timeout: float = Connection.timeout,
                  **options: Any):  # fmt: skip
         self._connection = Connection(address, timeout, **options)
         self._credentials = self._connection.channel_credentials()
-        self._loop: asyncio.AbstractEventLoop | None = None  # that the channel belongs to
+        self._ways: dict[asyncio.AbstractEventLoop, tuple[Any, Any]] = {}  # channels and stubs
 
     @property
     def _stub(self) -> Any:
         """The server's calls, over a channel of the running event loop."""
         loop = asyncio.get_running_loop()
-        if self._loop is not loop:
-            self._loop = loop
-            self._channel = self._connection.channel(grpc.aio, self._credentials)
-            self._made_stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
-        return self._made_stub
+        if loop not in self._ways:
+            for ended in [known for known in list(self._ways) if known.is_closed()]:
+                self._ways.pop(ended, None)
+            channel = self._connection.channel(grpc.aio, self._credentials)
+            self._ways[loop] = channel, service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        return self._ways[loop][1]
 
     @with_fields
     async def generate(
@@ -129,8 +130,8 @@ class AsyncClient:
 
     async def close(self) -> None:
         self._connection.closed.set()
-        if self._loop is asyncio.get_running_loop():
-            await self._channel.close()
+        if way := self._ways.get(asyncio.get_running_loop()):
+            await way[0].close()
 
     async def __aenter__(self) -> AsyncClient:
         return self
