@@ -44,7 +44,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        scope = _as_get(scope)
+        scope = _plain(scope)
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         request_id = given if REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
@@ -132,6 +132,13 @@ class Guard:
         )  # fmt: skip
 
 
-def _as_get(scope: Scope) -> Scope:
-    """HEAD is answered as GET; uvicorn leaves the body out."""
-    return {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
+def _plain(scope: Scope) -> Scope:
+    """As the doors read it: HEAD as GET, of which uvicorn leaves the body out, and no slash at the
+    end, which would be redirected to a URL that a proxy in front may not have.
+    """
+    method, path = scope["method"], scope["path"]
+    return {
+        **scope,
+        "method": "GET" if method == "HEAD" else method,
+        "path": path.rstrip("/") if path.startswith(LOCKED) else path,
+    }

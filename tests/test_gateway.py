@@ -265,6 +265,18 @@ def test_whatever_is_read_may_be_asked_without_a_body(gateway, path):
     assert answer.headers["content-type"] == gateway.call(path).headers["content-type"]
 
 
+def test_a_slash_at_the_end_of_a_path_is_no_matter(gateway):
+    class Strict(urllib.request.HTTPRedirectHandler):
+        def redirect_request(self, *_):
+            return None
+
+    opener = urllib.request.build_opener(Strict)
+    for path in ("/v1/models", "/sdapi/v1/options", "/metrics"):
+        with opener.open(f"{gateway.url}{path}/") as answer:
+            assert answer.read()[:20] == gateway.call(path).data[:20]
+    assert gateway.call(f"{GENERATIONS}/", {"prompt": "a ring"}).status == 200
+
+
 def test_what_is_not_read_has_no_head(gateway):
     answer = gateway.call(GENERATIONS, method="HEAD")
     assert (answer.status, answer.headers["allow"], answer.data) == (405, "POST", b"")
