@@ -367,6 +367,7 @@ def locked(server, start_gateway, tmp_path_factory):
 
 def test_keys_open_the_doors(locked):
     assert "Traceback" not in locked.text()
+    assert "serves /v1, /sdapi/v1 and /docs" in locked.text()
     for path in ("/v1/models", "/metrics"):
         assert locked.call(path).status == 401
         assert locked.call(path, authorization=f"Bearer {KEY}x").status == 401
