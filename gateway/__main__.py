@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import re
 import ssl
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,13 +21,13 @@ from gateway.gate import Gate
 from gateway.pool import Pool
 from gateway.server import run
 from twinbrush_client.connection import Connection
-from twinbrush_client.options import PANEL, Access, with_options_of
+from twinbrush_client.options import PANEL, Access, Group, with_options_of
 
 KEYS_VARIABLE = "TWINBRUSH_API_KEYS"
 MEGABYTE = 1 << 20
 ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/?#\s]+")
 ADDRESS = re.compile(r"https?://[^?#\s]+")
-app = typer.Typer(add_completion=False)
+app = typer.Typer(cls=Group, add_completion=False)
 
 
 @app.callback(invoke_without_command=True)
@@ -89,6 +90,7 @@ def serve(
     limits = keys.Limits(requests_per_minute, concurrent, work)
     servers = server or ["127.0.0.1:8001"]
     try:
+        _check_finite(context.params)
         for each in servers:
             addresses.split(each)
         found = keys.plain_keys(os.environ.get(KEYS_VARIABLE, ""), limits)
@@ -150,6 +152,13 @@ def _connection(access: Access) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"{error.filename}: {error.strerror}") from None
     return {"credentials": credentials, "headers": connection.headers}
+
+
+def _check_finite(options: Mapping[str, Any]) -> None:
+    """Raises ValueError where an option is infinite: clocks and counts end before."""
+    for name, value in options.items():
+        if value == math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be a finite number")
 
 
 def _check_certificate(certificate: Path | None, key: Path | None) -> None:

@@ -87,7 +87,7 @@ def create_app(pool: Pool, settings: Settings, gate: Gate) -> FastAPI:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.cors_origins),
             allow_methods=["GET", "POST"], allow_headers=["*"],
-            expose_headers=["x-request-id", "retry-after", *RATE_HEADERS],
+            expose_headers=["x-request-id", "retry-after", "retry-after-ms", *RATE_HEADERS],
         )  # fmt: skip
     app.include_router(openai.router(studio))
     app.include_router(sdapi.router(studio))
@@ -104,13 +104,11 @@ def _add_health(app: FastAPI, pool: Pool, gate: Gate, metrics: Metrics) -> None:
         """How A1111's page asks whether its server lives."""
         return JSONResponse({})
 
-    @app.head("/health/live", include_in_schema=False)
     @app.get("/health/live", tags=["operation"])
     async def live() -> Response:
         """200 while the process answers."""
         return JSONResponse({"state": "draining" if gate.draining else "live"})
 
-    @app.head("/health/ready", include_in_schema=False)
     @app.get("/health/ready", tags=["operation"], responses={503: {}})
     async def ready() -> Response:
         """200 where requests are taken: a server is well, and no drain has begun."""

@@ -34,8 +34,9 @@ SWITCHED_OFF = "The page is switched off."
 
 
 def mount(app: FastAPI, studio: Studio, keys: KeyRing, with_page: bool) -> None:
-    """Puts the page, or a plain one, at `/`."""
-    if with_page and importlib.util.find_spec("gradio"):
+    """Puts the page, or a plain one, at `/`; `app.state.has_page` says which."""
+    app.state.has_page = with_page and importlib.util.find_spec("gradio") is not None
+    if app.state.has_page:
         importlib.import_module(PAGE).mount(app, studio, keys)
         return
 

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.errors import CLIENT_LEFT, ApiError
 from gateway.gate import Gate
-from gateway.keys import KeyRing
+from gateway.keys import SCHEMES, KeyRing
 from gateway.metrics import NO_ROUTE, Metrics
 
 log = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        scope = _plain(scope)
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         request_id = given if REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
@@ -105,11 +106,13 @@ class Guard:
         key = self._keys.find(headers.get("authorization"))
         scope["state"]["key"] = key
         if key is None and path.startswith(LOCKED) and not path.startswith(FILES):
-            text = "Incorrect API key provided." if "authorization" in headers else (
+            shown = headers.get("authorization", "").partition(" ")[0].lower() in SCHEMES
+            text = "Incorrect API key provided." if shown else (
                 "You didn't provide an API key. Send it as `Authorization: Bearer KEY`."
             )  # fmt: skip
             return ApiError(401, text, code="invalid_api_key")
-        if (encoding := headers.get("content-encoding", "identity")) != "identity":
+        encoding = headers.get("content-encoding", "")
+        if encoding.lower() not in ("", "identity"):
             text = f"content-encoding: {encoding} is not supported: send the body as it is."
             return ApiError(415, text, code="unsupported_encoding")
         length = headers.get("content-length", "")
@@ -127,3 +130,15 @@ class Guard:
             "%s %s %d %.0f ms %s", scope["method"], scope["path"], status, 1000 * seconds,
             scope["state"]["request_id"],
         )  # fmt: skip
+
+
+def _plain(scope: Scope) -> Scope:
+    """As the doors read it: HEAD as GET, of which uvicorn leaves the body out, and no slash at the
+    end, which would be redirected to a URL that a proxy in front may not have.
+    """
+    method, path = scope["method"], scope["path"]
+    return {
+        **scope,
+        "method": "GET" if method == "HEAD" else method,
+        "path": path.rstrip("/") if path.startswith(LOCKED) else path,
+    }

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+import math
 import re
 import secrets
 import tomllib
@@ -17,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 PREFIX = "tb-"
+SCHEMES = ("bearer", "basic")  # of an `Authorization` header
 SHORTEST = 16  # characters: a hash without a salt needs keys that nobody can guess
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # the servers know callers by it too
+NUMBER, WHOLE = ((int, float), "a number"), ((int,), "an integer")  # kinds of limits
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -155,8 +158,9 @@ def _key(path: Path, name: str, table: Any, defaults: Limits) -> Key:
             raise KeyFileError(
                 f"{where} has {field}; known are sha256, {', '.join(vars(defaults))}"
             )
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise KeyFileError(f"{where} {field}={value!r} must be a number above 0")
+        kinds, allowed = WHOLE if field == "concurrent" else NUMBER
+        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
+            raise KeyFileError(f"{where} {field}={value!r} must be {allowed} above 0")
     return Key(name, hashed.lower(), replace(defaults, **limits))
 
 

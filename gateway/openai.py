@@ -50,7 +50,6 @@ def router(studio: Studio) -> APIRouter:
         text = "Image inputs are not served; use /v1/images/generations."
         raise ApiError(400, text, param="image", code="unsupported_endpoint")
 
-    @routes.head("/images/files/{name}", include_in_schema=False)
     @routes.get("/images/files/{name}", response_class=Response)
     async def file(name: str, expires: int, signature: str) -> Response:
         """A picture of `response_format: url`. Its signature is the key."""

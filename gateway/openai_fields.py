@@ -24,7 +24,7 @@ NAMES = {"width": "size", "height": "size", "num_images": "n", "image_format": "
          "image_quality": "output_compression", "preview_every": "partial_images"}  # fmt: skip
 NOT_SERVED = ("frame_count", "frame_duration_ms", "svg")
 EXAMPLE = "a large blue ring on a brown background"
-MAX_TEXT = 8000  # characters of a text; a server's limit is below
+MAX_TEXT = 2000  # characters of a text, as of a server's
 
 
 class GenerationBody(BaseModel):

@@ -222,7 +222,6 @@ def _connect(page: gr.Blocks, layout: Layout, do: Handlers) -> None:
     )  # fmt: skip
     layout.cancel.click(do.cancel, queue=False, **QUIET)
     layout.dice.click(do.roll, None, [seed, layout.keep], queue=False, **QUIET)
-    seed.input(lambda: True, None, layout.keep, queue=False, **QUIET)
     layout.examples.click(
         lambda sample: sample[0], layout.examples, layout.controls["prompt"], queue=False, **QUIET
     )

@@ -98,6 +98,10 @@ document.addEventListener('keydown', (event) => {
   const button = id && document.getElementById(id);
   if (button && !button.disabled) { event.preventDefault(); button.click(); }
 });
+document.addEventListener('input', (event) => {  // whoever writes or pastes a seed wants it
+  const keep = document.querySelector('#tb-keep input');
+  if (event.target.closest('#tb-seed') && !keep.checked) keep.click();
+});
 document.addEventListener('click', (event) => {  // on a phone, pictures stand below the form
   if (event.target.closest('#tb-paint') && window.innerWidth < 700)
     document.getElementById('tb-result').scrollIntoView({behavior: 'smooth'});

@@ -138,7 +138,11 @@ class Tab:
 
     def _keep(self, prompt: str, picture: Picture) -> Shown:
         image_format = (picture.image.format or "PNG").lower()
-        url = FILES.lstrip("/") + self._studio.files.add(picture.data, image_format)
+        try:
+            url = FILES.lstrip("/") + self._studio.files.add(picture.data, image_format)
+        except ValueError as error:
+            text = f"{error}: the gateway's --files-mb is too small for the page"
+            raise InvalidRequest("RESOURCE_EXHAUSTED", text) from None
         name = f"twinbrush-{picture.seed}.{image_format}"
         return Shown(url, name, prompt, picture.seed, *picture.image.size)
 

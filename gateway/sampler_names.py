@@ -20,7 +20,6 @@ SCHEDULERS = {
 }  # fmt: skip
 # A1111's default of most samplers, and what Twinbrush's pictures say.
 SCHEDULER_ALIASES = {"uniform": "default", "default": "default"}
-COMBINED = ("karras", "exponential")  # that older tools write behind a sampler's name
 
 
 def samplers(served: Sequence[str]) -> list[dict[str, Any]]:
@@ -66,9 +65,13 @@ def chosen(
 
 
 def _split(sampler: str) -> tuple[str, str | None]:
-    """`DPM++ 2M Karras` is a sampler and a schedule."""
-    head, _, tail = sampler.strip().rpartition(" ")
-    return (head, tail.lower()) if tail.lower() in COMBINED else (sampler.strip(), None)
+    """`DPM++ 2M Karras` is a sampler and a schedule, of which older tools make one name."""
+    sampler = sampler.strip()
+    for own, label in SCHEDULERS.items():
+        for name in (label, _public(own)):
+            if sampler.lower().endswith(f" {name.lower()}"):
+                return sampler[: -len(name)].strip(), own
+    return sampler, None
 
 
 def _schedule(scheduler: str) -> str:

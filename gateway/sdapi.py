@@ -146,6 +146,8 @@ def _add_options(routes: APIRouter, studio: Studio, options: CallersOptions) -> 
         """Sets options for the caller's later requests; those that change no picture are taken."""
         check_settings(body.model_extra or {})
         given = body.model_dump(exclude_none=True, include={CHECKPOINT, FORMAT})
+        if given.get(CHECKPOINT) == "":  # as some tools say that they want none in particular
+            del given[CHECKPOINT]
         if CHECKPOINT in given:
             await studio.info(given[CHECKPOINT])
         if FORMAT in given:

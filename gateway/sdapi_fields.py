@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from gateway import sampler_names
-from gateway.errors import ApiError, invalid
+from gateway.errors import ApiError, invalid, shown
 from twinbrush_client import ServerInfo
 
 # Fields that are not served, and their values, besides null, that ask for nothing.
@@ -43,7 +43,13 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
     "sd_noise_schedule": ("Default",), "emphasis": ("Original",), "token_merging_ratio": (),
 }  # fmt: skip
 FORMATS = {"png": "png", "jpg": "jpeg", "jpeg": "jpeg", "webp": "webp"}
-WITH_ETA = ("ddim", "tcd")  # samplers that take A1111's eta; others ignore it there too
+ZERO_CHANGES = ("eta_ancestral", "s_noise")  # settings whose 0 changes pictures
+WITH_ETA = ("ddim", "tcd")  # samplers that take A1111's eta
+# Those whose eta is 1 here, and what they are in A1111 at an eta of 0; others have none there.
+WITHOUT_NOISE = {"euler_a": "euler", "dpmpp_2m_sde": "dpmpp_2m"}
+WITH_S_NOISE = "dpmpp_2m_sde"  # the one whose picture A1111's `s_noise` of 0 changes
+# What A1111 reads in prompts beside `prompt_syntax`: [a:b:0.5], [a|b], AND.
+NOT_READ = re.compile(r"\[[^\[\]]*:\s*[\d.]+\s*\]|\[[^\[\]|]*\|[^\[\]]*\]|\bAND\b")
 LORA = re.compile(r"\s*<lora:([^<>]*)>")  # `<lora:NAME>` or `<lora:NAME:SCALE>`
 # What a server calls a field, and what this door does.
 NAMES = {"num_images": "batch_size", "sampler": "sampler_name", "sigma_schedule": "scheduler",
@@ -106,6 +112,15 @@ class TextToImage(BaseModel):
         return LORA.sub("", self.prompt).strip()
 
     @property
+    def warnings(self) -> list[str]:
+        """What is not as A1111 would do it, though it is taken."""
+        found = [f"ignored: {', '.join(map(shown, self.ignored))}"] if self.ignored else []
+        for name in ("prompt", "negative_prompt"):
+            if part := NOT_READ.search(getattr(self, name) or ""):
+                found.append(f"{name}: {shown(part[0])} is read as text")
+        return found
+
+    @property
     def ignored(self) -> list[str]:
         """Fields that neither A1111 nor this door knows."""
         return [
@@ -121,6 +136,7 @@ class TextToImage(BaseModel):
             raise invalid("n_iter", self.n_iter, "batch_size times n_iter must be at most 16")
         name = self.sampler_name or self.sampler_index
         sampler, schedule = sampler_names.chosen(name, self.scheduler, info.samplers)
+        sampler = self._with_noise(sampler or info.defaults["sampler"], info.samplers) or sampler
         takes_eta = (sampler or info.defaults["sampler"]) in WITH_ETA
         steps = self.steps or info.defaults["steps"]
         return {
@@ -140,6 +156,20 @@ class TextToImage(BaseModel):
             "preview_every": max(1, steps // 10),
         }
 
+    def _with_noise(self, sampler: str, served: Sequence[str]) -> str | None:
+        """The sampler that `eta` makes of an ancestral one; None where it stays the same.
+
+        Raises:
+            ApiError: no sampler is served that adds so much noise.
+        """
+        if sampler == WITH_S_NOISE and (self.model_extra or {}).get("s_noise") == 0:
+            raise _not_served("s_noise", 0)
+        if sampler not in WITHOUT_NOISE or self.eta in (None, 1):
+            return None
+        if self.eta == 0 and WITHOUT_NOISE[sampler] in served:
+            return WITHOUT_NOISE[sampler]
+        raise invalid("eta", self.eta, f"{sampler_names.TITLES[sampler]} is served at 1 alone")
+
 
 def image_format(name: object) -> str:
     """The format that A1111's `samples_format` names."""
@@ -152,12 +182,14 @@ def checked_model(name: object) -> str | None:
     """The checkpoint that A1111's `sd_model_checkpoint` names; None is the first."""
     if not isinstance(name, str | None):
         raise invalid(CHECKPOINT, name, "must be a title of /sdapi/v1/sd-models")
-    return name
+    return name or None
 
 
 def check_settings(settings: Mapping[str, Any], prefix: str = "") -> None:
     """Raises ApiError where a setting asks for what is not served."""
     for name, value in settings.items():
+        if name in ZERO_CHANGES and value == 0:
+            raise _not_served(prefix + name, value)
         _check_neutral(name, value, SETTINGS, prefix)
 
 

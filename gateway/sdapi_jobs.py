@@ -14,7 +14,6 @@ from typing import Any
 
 from PIL import Image
 
-from gateway.errors import shown
 from gateway.painting import enlarged
 from gateway.pool import Job
 from gateway.sampler_names import TITLES
@@ -80,9 +79,7 @@ class SdJob:
         negative = body.negative_prompt or ""
         chosen = server.defaults | {name: v for name, v in fields.items() if v is not None}
         sampler = chosen["sampler"]
-        warnings = {picture.warning for picture in pictures} - {""}
-        if body.ignored:
-            warnings.add(f"ignored: {', '.join(map(shown, body.ignored))}")
+        warnings = {picture.warning for picture in pictures} - {""} | set(body.warnings)
         return json.dumps({
             "prompt": body.prompt, "all_prompts": [body.prompt] * len(pictures),
             "negative_prompt": negative, "all_negative_prompts": [negative] * len(pictures),

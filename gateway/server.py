@@ -42,8 +42,10 @@ class DrainingServer(uvicorn.Server):
             host, port = self.servers[0].sockets[0].getsockname()[:2]
             scheme = "https" if self.config.is_ssl else "http"
             host = f"[{host}]" if ":" in host else host
+            app: Any = self.config.app
+            page = "the page, " if app.state.has_page else ""
             print(
-                f"gateway: {scheme}://{host}:{port} serves the page, /v1, /sdapi/v1 and /docs",
+                f"gateway: {scheme}://{host}:{port} serves {page}/v1, /sdapi/v1 and /docs",
                 flush=True,
             )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -58,5 +59,5 @@ def _range(field: FieldInfo) -> str:
 
 def _lowered(message: str) -> str:
     """Pydantic's sentence in the middle of another one, in our words."""
-    message = message.replace("Input should be", "must be").replace("Input should", "must")
+    message = re.sub(r"^(Input|String) should", "must", message)
     return message[:1].lower() + message[1:]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import inspect
+import pickle
 import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +34,7 @@ from twinbrush_client import (
 )
 from twinbrush_client.cli import app
 from twinbrush_client.connection import Connection
-from twinbrush_client.errors import error_of
+from twinbrush_client.errors import NothingListens, error_of
 from twinbrush_client.fields import DATA_TYPES, STREAM_ONLY
 
 
@@ -116,6 +118,31 @@ def test_types_are_checked_and_not_coerced(fields, message):
     assert str(error.value).startswith(message)
     assert len(str(error.value)) < 200
     assert isinstance(error.value, ValueError)
+
+
+@pytest.mark.parametrize("way", ["stream", "pictures"])
+@pytest.mark.parametrize("wrong", [5, b"id", "\ud800", "a" * 257])
+def test_a_request_id_is_text(client, way, wrong):
+    with pytest.raises(InvalidRequest, match=r"request_id=.*must be text of up to 256"):
+        getattr(client, way)("a ring", request_id=wrong)
+
+
+@pytest.mark.parametrize("way", [copy.copy, lambda error: pickle.loads(pickle.dumps(error))])
+@pytest.mark.parametrize("kind", [TwinbrushError, InvalidRequest, QueueFull, NothingListens])
+def test_errors_reach_other_processes(kind, way):
+    error = kind("UNAVAILABLE", "no place (request id a-1)", 2.0)
+    error.add_note("of the third prompt")
+    made = way(error)
+    assert type(made) is kind
+    assert (str(made), made.code, made.retry_after) == (str(error), "UNAVAILABLE", 2.0)
+    assert (made.request_id, made.__notes__) == ("a-1", ["of the third prompt"])
+
+
+def test_times_may_be_of_numpy_and_longer_than_grpc_counts(server):
+    for timeout in (np.int64(60), np.float32(60), 1e12, 10**400):
+        with Client(server.address, timeout, max_retries=np.int64(0)) as client:
+            assert client.ready()
+            assert client.generate("a ring", steps=1, timeout=timeout)
 
 
 def test_numbers_of_numpy_are_numbers(client):
@@ -463,6 +490,20 @@ def test_a_status_before_a_message_is_the_code():
     assert (error.code, str(error)) == ("DEADLINE_EXCEEDED", "deadline_ms=5 has passed")
 
 
+@pytest.mark.parametrize("code", ["NOT_FOUND", "UNAVAILABLE", ""])
+@pytest.mark.parametrize(
+    "words",
+    ["Request for unknown model: 'text_to_image' has no available versions", "Server is stopping"],
+)
+def test_a_server_whose_models_are_not_there_yet_or_no_more_is_unavailable(code, words):
+    error = error_of(code, words)
+    assert isinstance(error, ServerUnavailable)
+    assert error.code == "UNAVAILABLE"
+    assert str(error) == f"the server is starting or shutting down ({words})"
+    assert not isinstance(error_of("NOT_FOUND", "Request for unknown model: 'x' is not found"),
+                          ServerUnavailable)  # fmt: skip
+
+
 def with_async_client(server, use):
     async def run():
         async with AsyncClient(server.address) as client:
@@ -497,6 +538,44 @@ def test_the_async_client_raises_the_same_errors(server):
             await aio.generate("a ring", timeout=0.2, **SLOW)
 
     with_async_client(server, use)
+
+
+def test_an_async_client_may_be_made_before_its_loop_and_used_in_several(server):
+    client = AsyncClient(server.address)
+
+    def paint(seed):
+        (picture,) = asyncio.run(client.pictures("a ring", steps=20, seed=seed))
+        return picture.seed
+
+    assert [paint(seed) for seed in (1, 2)] == [1, 2]  # one loop after the other
+    with ThreadPoolExecutor(3) as threads:  # at once
+        assert list(threads.map(paint, range(6))) == list(range(6))
+    asyncio.run(client.close())
+
+
+@pytest.mark.parametrize("way", ["generate", "stream"])
+def test_closing_the_async_client_cancels_its_requests_but_no_task(server, way):
+    async def use(aio):
+        async def paint():
+            if way == "generate":
+                return await aio.generate("a ring", **SLOW)
+            return [event async for event in aio.stream("a ring", **SLOW)]
+
+        task = asyncio.create_task(paint())
+        await asyncio.sleep(0.3)
+        await aio.close()
+        with pytest.raises(Cancelled, match="the request was cancelled"):
+            await task
+
+    with_async_client(server, use)
+
+
+def test_closing_a_client_cancels_its_streams(server):
+    with Client(server.address) as client:
+        events = iter(client.stream("a ring", **SLOW))
+        next(events)
+    with pytest.raises(Cancelled, match="the request was cancelled"):
+        list(events)
 
 
 @pytest.mark.parametrize("way", ["task", "stream", "break"])

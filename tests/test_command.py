@@ -21,9 +21,10 @@ import typer
 from harness import heard
 from PIL import ExifTags, Image
 from test_wire import wait_for_a_call, work_stops
+from typer.testing import CliRunner
 
 from twinbrush_client import Client, InvalidRequest, terminal
-from twinbrush_client.cli import _errors
+from twinbrush_client.cli import _errors, app
 from twinbrush_client.fields import DATA_TYPES, STREAM_ONLY
 from twinbrush_client.output import Output
 from twinbrush_client.story import fields_of, read_story
@@ -61,6 +62,24 @@ def test_the_command_says_plainly_what_is_wrong(server, tmp_path):
     assert not list(tmp_path.iterdir())
     late = run(server, "a red circle", "--deadline-ms", "1", "--out", str(tmp_path))
     assert late.stderr.startswith("deadline_ms")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--steps 4.5", "'--steps': '4.5' must be an integer, 1 to 50"),
+        ("--seed 1e3", "'--seed': '1e3' must be an integer, 0 to"),
+        ("-g high", "'--guidance-scale': 'high' must be a number, 0 to 50"),
+        ("-n two", "'--num-images': 'two' must be an integer, 1 to 16"),
+        ("--crop-top-left 0 x", "'--crop-top-left': 'x' must be an integer, two of 0 to 1048576"),
+        ("--timeout soon", "'--timeout': 'soon' must be a number"),
+        ("--timeout 0", "'--timeout': '0' must be greater than or equal to 0.1"),
+    ],
+)
+def test_an_option_of_the_wrong_type_is_told_its_value_and_what_is_allowed(options, words):
+    done = CliRunner().invoke(app, ["generate", "x", *options.split()], env={"COLUMNS": "200"})
+    assert done.exit_code == 2
+    assert words in done.output
 
 
 def test_the_command_without_a_server_says_so(tmp_path):

@@ -255,10 +255,36 @@ def test_a_connection_outlives_what_is_refused(gateway):
     connection.close()
 
 
-@pytest.mark.parametrize("path", ["/health/live", "/health/ready"])
-def test_probes_may_ask_without_a_body(gateway, path):
+@pytest.mark.parametrize(
+    "path",
+    ["/health/live", "/health/ready", "/v1/models", "/sdapi/v1/options", "/metrics", "/docs"],
+)
+def test_whatever_is_read_may_be_asked_without_a_body(gateway, path):
     answer = gateway.call(path, method="HEAD")
     assert (answer.status, answer.data) == (200, b"")
+    assert answer.headers["content-type"] == gateway.call(path).headers["content-type"]
+
+
+def test_a_slash_at_the_end_of_a_path_is_no_matter(gateway):
+    class Strict(urllib.request.HTTPRedirectHandler):
+        def redirect_request(self, *_):
+            return None
+
+    opener = urllib.request.build_opener(Strict)
+    for path in ("/v1/models", "/sdapi/v1/options", "/metrics"):
+        with opener.open(f"{gateway.url}{path}/") as answer:
+            assert answer.read()[:20] == gateway.call(path).data[:20]
+    assert gateway.call(f"{GENERATIONS}/", {"prompt": "a ring"}).status == 200
+
+
+def test_what_is_not_read_has_no_head(gateway):
+    answer = gateway.call(GENERATIONS, method="HEAD")
+    assert (answer.status, answer.headers["allow"], answer.data) == (405, "POST", b"")
+
+
+@pytest.mark.parametrize("encoding", ["identity", "Identity", ""])
+def test_a_body_as_it_is_has_the_encoding_identity(gateway, encoding):
+    assert gateway.call(GENERATIONS, {"prompt": "x"}, content_encoding=encoding).status == 200
 
 
 def post_and_leave(gateway, body, wait):
@@ -341,6 +367,7 @@ def locked(server, start_gateway, tmp_path_factory):
 
 def test_keys_open_the_doors(locked):
     assert "Traceback" not in locked.text()
+    assert "serves /v1, /sdapi/v1 and /docs" in locked.text()
     for path in ("/v1/models", "/metrics"):
         assert locked.call(path).status == 401
         assert locked.call(path, authorization=f"Bearer {KEY}x").status == 401
@@ -395,6 +422,13 @@ def test_openais_package_waits_where_a_limit_is_reached(locked):
     assert answers[0].headers["x-ratelimit-limit-requests"] == "600"
 
 
+@pytest.mark.parametrize("header", [f"Token {KEY}", KEY])
+def test_a_key_of_another_scheme_is_told_which_one_is_read(locked, header):
+    answer = locked.call("/v1/models", authorization=header)
+    assert (answer.status, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+    assert "Send it as `Authorization: Bearer KEY`" in answer.json()["error"]["message"]
+
+
 def test_bodies_are_bounded_and_other_origins_are_let_in_by_name(locked, gateway):
     ann = {"authorization": f"Bearer {KEY}"}
     large = locked.call(GENERATIONS, {"prompt": "x" * 20_000}, **ann)
@@ -404,6 +438,8 @@ def test_bodies_are_bounded_and_other_origins_are_let_in_by_name(locked, gateway
     assert locked.call("/health/live", **asked).headers[allowed] == "https://a.example"
     assert locked.call("/health/live", origin="https://b.example").headers[allowed] is None
     assert gateway.call("/health/live", **asked).headers[allowed] is None
+    shown = locked.call("/health/live", **asked).headers["access-control-expose-headers"]
+    assert {"x-request-id", "retry-after", "retry-after-ms"} <= set(shown.split(", "))
 
 
 def test_a_body_of_unknown_length_is_bounded_too(locked):

@@ -226,6 +226,9 @@ def test_a_file_of_keys_has_limits_of_its_own(tmp_path):
         ("[ann]\nsha256 = 'x'", "64 hexadecimal digits"),
         (f"[ann]\nsha256 = '{'0' * 64}'\nrate = 1", "has rate; known are sha256"),
         (f"[ann]\nsha256 = '{'0' * 64}'\nwork = 0", "work=0 must be a number above 0"),
+        (f"[ann]\nsha256 = '{'0' * 64}'\nwork = inf", "work=inf must be a number above 0"),
+        (f"[a]\nsha256 = '{'0' * 64}'\nrequests_per_minute = nan", "nan must be a number above 0"),
+        (f"[a]\nsha256 = '{'0' * 64}'\nconcurrent = 1.5", "1.5 must be an integer above 0"),
     ],
 )
 def test_a_file_of_keys_that_is_wrong_is_refused(tmp_path, text, error):
@@ -277,6 +280,8 @@ def test_a_made_key_opens_what_its_entry_locks(tmp_path):
         (["--header", "secret"], "must be NAME:VALUE"),
         (["--cors-origin", "https://app.example/"], "https://app.example/ must be an origin"),
         (["--cors-origin", "app.example"], "app.example must be an origin such as https://"),
+        (["--timeout", "inf"], "--timeout inf must be a finite number"),
+        (["--files-seconds", "inf"], "--files-seconds inf must be"),
         (["--public-url", "app.example"], "app.example must be a URL such as https://"),
     ],
 )

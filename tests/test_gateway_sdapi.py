@@ -7,6 +7,7 @@ import io
 import json
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import webuiapi
@@ -133,7 +134,7 @@ def test_options_are_kept_and_checked(api, gateway):
     settings = {"samples_format": "png", "sd_model_checkpoint": None}
     image = api.txt2img(prompt="a ring", width=32, height=32, override_settings=settings).image
     assert image.format == "PNG"
-    api.set_options({"samples_format": "png"})
+    api.set_options({"samples_format": "png", "sd_model_checkpoint": ""})
     for wrong in ({"sd_model_checkpoint": "none"}, {"samples_format": "gif"}, {"sd_vae": "x"}):
         answer = gateway.call("/sdapi/v1/options", wrong)
         assert answer.status in (400, 404)
@@ -183,6 +184,11 @@ REFUSED = [
     ({"steps": 0}, "steps=0 is invalid: must be between 1 and 50."),
     ({"seed": 2**63}, "must be between -1 and 9223372036854775807"),
     ({"prompt": ""}, "prompt"),
+    ({"sampler_name": "Euler a", "eta": 0.5}, "eta=0.5 is invalid: Euler a is served at 1 alone."),
+    ({"sampler_name": "DPM++ 2M SDE", "eta": 0.5}, "eta=0.5"),
+    ({"sampler_name": "DPM++ 2M SDE", "s_noise": 0}, "s_noise=0"),
+    ({"override_settings": {"eta_ancestral": 0}}, "override_settings.eta_ancestral"),
+    ({"override_settings": {"s_noise": 0.0}}, "override_settings.s_noise"),
 ]
 
 
@@ -217,7 +223,8 @@ def test_fields_that_ask_for_nothing_are_taken(gateway):
     info = json.loads(body["info"])
     assert info["seed"] >= 0
     assert info["warnings"] == ["ignored: 'url', 'auth', 'distilled_cfg_scale'"]
-    answer = gateway.call(TXT2IMG, {"prompt": "a ring", "send_images": False})
+    none = {"override_settings": {"sd_model_checkpoint": ""}}
+    answer = gateway.call(TXT2IMG, {"prompt": "a ring", "send_images": False} | none)
     assert answer.json()["images"] == []
 
 
@@ -232,6 +239,10 @@ def test_fields_that_ask_for_nothing_are_taken(gateway):
         ("DPM++ 2M Karras", None, ("dpmpp_2m", "karras")),
         ("DPM++ 2M SDE Exponential", "automatic", ("dpmpp_2m_sde", "exponential")),
         ("DPM++ 2M Karras", "SGM Uniform", ("dpmpp_2m", "sgm_uniform")),
+        ("Euler a SGM Uniform", None, ("euler_a", "sgm_uniform")),
+        ("dpmpp_2m beta", "Automatic", ("dpmpp_2m", "beta")),
+        ("Euler a Normal", None, ("euler_a", "normal")),
+        ("Euler a Automatic", None, ("euler_a", "default")),
         ("PLMS", "Uniform", ("pndm", "default")),
         ("ddim", None, ("ddim", None)),
         ("ddim", "default", ("ddim", "default")),
@@ -261,3 +272,28 @@ def test_eta_is_of_the_samplers_that_take_it():
 
     assert eta("DDIM") == 0.5
     assert eta("Euler") is None
+
+
+@pytest.mark.parametrize(
+    ("sampler", "eta", "painted"),
+    [("Euler a", 0, "euler"), ("Euler a", 1, "euler_a"), ("DPM++ 2M SDE", 0, "dpmpp_2m")],
+)
+def test_an_ancestral_sampler_without_noise_is_its_plain_one(sampler, eta, painted):
+    body = TextToImage(prompt="a ring", eta=eta, sampler_name=sampler)
+    served = replace(INFO, samplers=SAMPLERS)
+    assert body.fields(served, "png")["sampler"] == painted
+
+
+@pytest.mark.parametrize(
+    ("prompt", "part"),
+    [
+        ("a [ring:star:0.5]", "[ring:star:0.5]"),
+        ("a [red:3] ring", "[red:3]"),
+        ("a [red|blue] ring", "[red|blue]"),
+        ("a ring AND a star", "AND"),
+        ("a [ring], (red:1.2), [a] | [b] BRAND", None),
+    ],
+)
+def test_what_is_read_as_text_is_a_warning(prompt, part):
+    expected = [f"prompt: {part!r} is read as text"] if part else []
+    assert TextToImage(prompt=prompt).warnings == expected

@@ -18,6 +18,7 @@ import gradio as gr
 import pytest
 from browsers import ANOTHER_NAME
 from gateways import Gateway
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from playwright.sync_api import Browser, BrowserContext, Page, expect
 from starlette.testclient import TestClient
@@ -25,13 +26,15 @@ from starlette.testclient import TestClient
 from gateway import page_form as form
 from gateway import page_html as html
 from gateway.app import Settings, create_app
+from gateway.files import Files
 from gateway.gate import Gate
 from gateway.keys import Key, KeyRing, Limits, digest
 from gateway.limits import Meter
 from gateway.page import QUEUE_SECONDS, Handlers
 from gateway.page_layout import lay_out, updates
+from gateway.page_tabs import Tab
 from gateway.pool import Pool
-from twinbrush_client import Client, InvalidRequest, QueueFull, ServerInfo
+from twinbrush_client import Client, InvalidRequest, Picture, QueueFull, ServerInfo
 from twinbrush_client.story import read_story
 
 PROMPT = "a large red circle left of a small blue square"
@@ -159,6 +162,17 @@ def test_previews_change_and_cancel_stops_the_work_of_its_tab_alone(tab, server)
     says(second, "Painting")
     second.close(run_before_unload=True)
     rises(server, "CANCELLED", before + 1)
+
+
+def test_a_seed_that_is_pasted_is_kept(tab):
+    page = tab()
+    page.click(SEED)
+    page.keyboard.insert_text("42")
+    expect(page.locator("#tb-keep input")).to_be_checked()
+    fill(page)
+    page.click("#tb-paint")
+    says(page, "Finished 1 picture.")
+    assert page.input_value(SEED) == "42"
 
 
 def test_an_error_is_shown_in_the_servers_words(tab):
@@ -313,6 +327,30 @@ def test_the_server_knows_whose_requests_the_page_sends(info):
     assert asked["client"] == "artist"
     assert asked["preview_every"] == 1
     assert "Try again soon" in last[layout.status]
+
+
+def test_a_picture_that_the_gateway_cannot_keep_is_an_error_in_words(info):
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "png")
+
+    class Job:
+        def cancel(self):
+            """It has ended."""
+
+        async def __aiter__(self):
+            yield Picture(0, 7, "", file.getvalue())
+
+    pool: Any = SimpleNamespace(stream=lambda *_, **__: Job())
+    studio: Any = SimpleNamespace(pool=pool, files=Files(0, 60))
+
+    async def paint():
+        fields = form.request_fields(form.defaults(info) | {"seed": "7"}, {}, info)
+        return [view async for view in Tab(studio).paint("a ring", fields, info.defaults)]
+
+    with ThreadPoolExecutor() as thread:  # Playwright has a loop in this one
+        *_, last = thread.submit(asyncio.run, paint()).result()
+    assert (last.kind, last.live) == ("error", False)
+    assert "--files-mb is too small" in last.text
 
 
 def test_loras_are_offered_where_there_are_any(info):

@@ -22,16 +22,28 @@ from twinbrush_client.wire import Event, Picture, ServerInfo
 
 
 class AsyncClient:
-    """A Twinbrush server's client for one event loop; see `Client` for arguments and fields.
+    """A Twinbrush server's client for asyncio; see `Client` for arguments and fields.
 
-    Cancelling a task that awaits it stops the work on the server.
+    Each event loop that uses it has a connection of its own. Cancelling a task that awaits it stops
+    the work on the server.
     """
 
     def __init__(self, address: str = Connection.address, timeout: float = Connection.timeout,
                  **options: Any):  # fmt: skip
         self._connection = Connection(address, timeout, **options)
-        self._channel = self._connection.channel(grpc.aio)
-        self._stub: Any = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._credentials = self._connection.channel_credentials()
+        self._ways: dict[asyncio.AbstractEventLoop, tuple[Any, Any]] = {}  # channels and stubs
+
+    @property
+    def _stub(self) -> Any:
+        """The server's calls, over a channel of the running event loop."""
+        loop = asyncio.get_running_loop()
+        if loop not in self._ways:
+            for ended in [known for known in list(self._ways) if known.is_closed()]:
+                self._ways.pop(ended, None)
+            channel = self._connection.channel(grpc.aio, self._credentials)
+            self._ways[loop] = channel, service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        return self._ways[loop][1]
 
     @with_fields
     async def generate(
@@ -118,7 +130,8 @@ class AsyncClient:
 
     async def close(self) -> None:
         self._connection.closed.set()
-        await self._channel.close()
+        if way := self._ways.get(asyncio.get_running_loop()):
+            await way[0].close()
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -156,6 +169,10 @@ class AsyncClient:
                 )
             except grpc.RpcError as error:
                 failure = self._connection.error(error)
+            except asyncio.CancelledError:
+                if _leaves():
+                    raise
+                raise Cancelled("CANCELLED", "the request was cancelled") from None
             if (pause := self._connection.pause(failure, attempt, deadline)) is None:
                 raise failure
             await asyncio.sleep(pause)
@@ -204,8 +221,8 @@ class AsyncStream:
                     return
             except grpc.RpcError as error:
                 failure = self._connection.error(error)
-            except asyncio.CancelledError:  # grpc's answer to `cancel`, or the task's own
-                if not self._cancelled:
+            except asyncio.CancelledError:
+                if _leaves():
                     raise
                 raise Cancelled("CANCELLED", "the request was cancelled") from None
             pause = self._connection.pause(failure, attempt, self._deadline)
@@ -230,3 +247,9 @@ class AsyncStream:
 
     async def __aexit__(self, *exc: object) -> None:
         self.cancel()
+
+
+def _leaves() -> bool:
+    """Whether a `CancelledError` is the task's own; else a request or the client was ended."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

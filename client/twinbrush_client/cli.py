@@ -27,13 +27,13 @@ from twinbrush_client.errors import (
     TwinbrushError,
     invalid,
 )
-from twinbrush_client.options import Way, with_field_options, with_server_options
+from twinbrush_client.options import Command, Group, Way, with_field_options, with_server_options
 from twinbrush_client.output import Output, format_of, grid, new_file
 from twinbrush_client.painting import Display, Job, events
 from twinbrush_client.story import fields_of, read_story
 from twinbrush_client.wire import Picture, ServerInfo
 
-app = typer.Typer(no_args_is_help=True, add_completion=False)
+app = typer.Typer(cls=Group, no_args_is_help=True, add_completion=False)
 INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended
 STDIN = "-"
 CONTROLS = ("Cc", "Cs")  # Unicode's categories of control characters and lone surrogates
@@ -63,7 +63,7 @@ def twinbrush(
             stream.reconfigure(errors="backslashreplace")
 
 
-@app.command()
+@app.command(cls=Command)
 @with_server_options
 @with_field_options
 def generate(
@@ -134,7 +134,7 @@ def generate(
             ])  # fmt: skip
 
 
-@app.command()
+@app.command(cls=Command)
 @with_server_options
 def status(as_json: AsJson = False, *, way: Way) -> None:
     """Tells what a server serves; exits with 1 where none is ready."""
@@ -164,7 +164,7 @@ def _print_status(info: ServerInfo, server: str) -> None:
         _console().print(_shown(line), soft_wrap=True)
 
 
-@app.command()
+@app.command(cls=Command)
 def inspect(
     files: Annotated[list[Path], typer.Argument(help="Pictures.", metavar="FILE...")],
     as_json: AsJson = False,

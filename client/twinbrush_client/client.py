@@ -40,7 +40,7 @@ class Client:
     def __init__(self, address: str = Connection.address, timeout: float = Connection.timeout,
                  **options: Any):  # fmt: skip
         self._connection = Connection(address, timeout, **options)
-        self._channel = self._connection.channel(grpc)
+        self._channel = self._connection.channel(grpc, self._connection.channel_credentials())
         self._stub: Any = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
     @with_fields

@@ -6,6 +6,7 @@ Shared by `Client` and `AsyncClient`. Knows nothing of requests.
 from __future__ import annotations
 
 import math
+import numbers
 import os
 import random
 import re
@@ -32,6 +33,7 @@ from twinbrush_client.errors import (
 DEFAULT_ADDRESS = "127.0.0.1:8001"
 TIMEOUT = 300.0  # seconds
 MAX_RETRIES = 2
+LONGEST = 1e9  # seconds, which is no limit; gRPC takes much longer ones for none at all
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 10.0  # seconds
 ADDRESS = re.compile(r"[^/\s]+:(\d{1,5})|(?:dns|ipv4|ipv6|unix|vsock|xds):\S+")
 HEADER = re.compile(r"[A-Za-z0-9_-]+")
@@ -47,11 +49,12 @@ TLS_FAULTS = {
     "Socket closed": "it closed the connection: it may need TLS, or a certificate of the client; "
     "or the port is not that of gRPC, 8001 by default",
 }
+CANCELLED_HERE = ("Locally cancelled", "Channel closed")  # in gRPC's words
 REFUSED = "Connection refused"  # in gRPC's words where nothing listens
 FILE = (str, Path)
 # Types of a connection's options, and what is allowed.
 KINDS: dict[str, tuple[Any, str]] = {
-    "max_retries": (int, "must be an integer from 0"),
+    "max_retries": (numbers.Integral, "must be an integer from 0"),
     "headers": (Mapping, "must be a mapping of names to texts"),
     "tls": ((bool, *FILE), "must be True, False, or a file of certificates"),
     "cert": ((*FILE, NoneType), "must be a file"),
@@ -99,7 +102,8 @@ class Connection:
         check_timeout(self.timeout)
         for name, (kinds, allowed) in KINDS.items():
             value = getattr(self, name)
-            if not isinstance(value, kinds) or (kinds is int and isinstance(value, bool)):
+            is_flag = isinstance(value, bool) and name == "max_retries"
+            if not isinstance(value, kinds) or is_flag:
                 raise invalid(name, value, allowed)
         if self.max_retries < 0:
             raise invalid("max_retries", self.max_retries, KINDS["max_retries"][1])
@@ -111,15 +115,9 @@ class Connection:
         if self.cert is not None and not self.tls:
             raise invalid("cert", str(self.cert), "needs tls")
 
-    def channel(self, kind: Any) -> Any:
-        """A channel of `grpc` or of `grpc.aio`.
-
-        Raises:
-            InvalidRequest: a file is not what TLS needs.
-            OSError: a file cannot be read.
-        """
+    def channel(self, kind: Any, chosen: grpc.ChannelCredentials | None) -> Any:
+        """A channel of `grpc` or of `grpc.aio`, with the connection's `channel_credentials`."""
         options = [*OPTIONS, ("grpc.enable_http_proxy", int(not self.is_loopback))]
-        chosen = self.channel_credentials()
         if chosen is None:
             return kind.insecure_channel(self.address, options)
         if self.server_name is not None:
@@ -127,7 +125,12 @@ class Connection:
         return kind.secure_channel(self.address, chosen, options)
 
     def channel_credentials(self) -> grpc.ChannelCredentials | None:
-        """gRPC's credentials; None without TLS. Raises what `channel` raises."""
+        """gRPC's credentials; None without TLS.
+
+        Raises:
+            InvalidRequest: a file is not what TLS needs.
+            OSError: a file cannot be read.
+        """
         if self.credentials is not None or not self.tls:
             return self.credentials
         authorities = None if self.tls is True else str(self.tls)
@@ -157,7 +160,7 @@ class Connection:
             text = f"no server answers at {self.address}{self._proxy()} ({fault or text})"
             if nothing_listens:
                 return NothingListens(code, text, after)
-        elif code == "CANCELLED" and "Locally cancelled" in text:
+        elif code == "CANCELLED" and any(sign in text for sign in CANCELLED_HERE):
             text = "the request was cancelled"
         elif code == "DEADLINE_EXCEEDED":
             text = "the request was not finished within its timeout"
@@ -178,7 +181,8 @@ class Connection:
             raise TwinbrushError("FAILED_PRECONDITION", "the client is closed: make another one")
         if timeout is not None:
             check_timeout(timeout)
-        return Deadline(time.monotonic() + (self.timeout if timeout is None else timeout))
+        seconds = self.timeout if timeout is None else timeout
+        return Deadline(time.monotonic() + min(seconds, LONGEST))
 
     def pause(self, failure: TwinbrushError, attempt: int, deadline: Deadline) -> float | None:
         """Seconds before the next try, or None where there is none.
@@ -195,7 +199,8 @@ class Connection:
 
 def check_timeout(value: object) -> None:
     """Raises InvalidRequest where a value is no time that a call may take."""
-    number = value if isinstance(value, int | float) and not isinstance(value, bool) else -1
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    number: Any = value if is_number else -1
     if not 0 <= number < math.inf:
         raise invalid("timeout", value, "must be a number of seconds")
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 SHOWN = 60  # characters of a value in a message
 RETRY_AFTER = re.compile(r"(?:try again|retry) (?:in|after) ([0-9]+(?:\.[0-9]+)?) ?(ms|s)\b")
 REQUEST_ID = re.compile(r"\(request id ([\w.-]+)\)$")
+# Triton's words while its models are loaded or unloaded, which come with statuses of any kind.
+NOT_READY = ("has no available versions", "Server not ready", "Server is stopping")
 # Triton's streams carry messages without a status, and its models cannot set every status, so a
 # server puts the status before its message.
 PREFIX = re.compile(r"([A-Z]+(?:_[A-Z]+)*): ")
@@ -26,6 +29,10 @@ class TwinbrushError(Exception):
         self.code, self.retry_after = code, retry_after
         named = REQUEST_ID.search(message)
         self.request_id = named[1] if named else None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copies and for other processes, which make it anew of its arguments."""
+        return type(self), (self.code, str(self), self.retry_after), vars(self)
 
 
 class InvalidRequest(TwinbrushError, ValueError):
@@ -67,6 +74,8 @@ def error_of(code: str, message: str, retry_after: float | None = None) -> Twinb
         code, message = match[1], message[match.end() :]
     if retry_after is None and (hint := RETRY_AFTER.search(message)):
         retry_after = float(hint[1]) / (1000 if hint[2] == "ms" else 1)
+    if any(words in message for words in NOT_READY):
+        code, message = "UNAVAILABLE", f"the server is starting or shutting down ({message})"
     kind = CLASSES.get(code, TwinbrushError)
     if kind is ServerUnavailable and "queue is full" in message:
         kind = QueueFull

@@ -10,18 +10,53 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from twinbrush_client.client import Client
 from twinbrush_client.connection import DEFAULT_ADDRESS
-from twinbrush_client.errors import invalid
+from twinbrush_client.errors import invalid, shown
 from twinbrush_client.fields import ALLOWED, COUNTS, DATA_TYPES, HELP, STREAM_ONLY
 
 TYPES = {"BYTES": str, "INT64": int, "INT32": int, "FP32": float, "BOOL": bool}
 SHORT = {"num_images": "-n", "guidance_scale": "-g"}
 OTHERWISE = {"prompt", "image_format", *STREAM_ONLY}  # fields that a command takes in its own way
 
+# What a value must be, of Typer's kinds of faults; else its own words are as good.
+MUST_BE = {"int_parsing": "an integer", "float_parsing": "a number"}
+
 API_KEY = "TWINBRUSH_API_KEY"
 PANEL = "Way to the server"  # of the help
+
+
+class Command(TyperCommand):
+    """A command whose errors of options have the value and what is allowed."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            raise _with_value(error) from None
+
+
+class Group(TyperGroup):
+    """As `Command`, of options in front of commands."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            raise _with_value(error) from None
+
+
+def _with_value(error: typer.BadParameter) -> typer.BadParameter:
+    """Typer names the option alone; the value is in its cause."""
+    problems = getattr(error.__cause__, "errors", list)()
+    if problems:
+        kind, value = problems[0]["type"], problems[0]["input"]
+        allowed = MUST_BE.get(kind) or problems[0]["msg"].removeprefix("Input should be ")
+        field = ALLOWED.get(getattr(error.param, "name", None) or "")
+        error.message = f"{shown(value)} must be {allowed}" + (f", {field}" if field else "")
+    return error
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ FORMATS = {"INT64": "<q", "INT32": "<i", "FP32": "<f", "BOOL": "<?"}
 KINDS = {"INT64": "an integer", "INT32": "an integer", "FP32": "a number", "BOOL": "True or False"}
 NUMPY_TYPES = {"BYTES": object, "INT64": np.int64, "INT32": np.int32, "FP32": np.float32,
                "BOOL": np.bool_}  # fmt: skip
+MAX_ID = 256  # characters of a request's id, as of the field `cancel`
 MAX_TEXT = 8000  # bytes; the server's limit in characters is below
 
 
@@ -213,10 +214,8 @@ def _typed(name: str, value: Any) -> Any:
             raise invalid(name, value, "must be text")
         if len(value) > MAX_TEXT:
             raise invalid(name, value, f"must have {ALLOWED[name]}; it has {len(value)}")
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise invalid(name, value, "must be text that UTF-8 can hold") from None
+        if not is_text(value):
+            raise invalid(name, value, "must be text that UTF-8 can hold")
         return value
     is_flag = isinstance(value, bool | np.bool_)
     if data_type == "BOOL" and is_flag:
@@ -239,8 +238,12 @@ def _fitting(name: str, value: Any) -> float:
 
 
 def request(model: str, values: Mapping[str, Any], request_id: str | None = None) -> Any:
-    """Triton's request of fields that are checked."""
-    made = _REQUEST(model_name=model, id=request_id or uuid.uuid4().hex)
+    """Triton's request of fields that are checked.
+
+    Raises:
+        InvalidRequest: `request_id` is none that a `cancel` could name.
+    """
+    made = _REQUEST(model_name=model, id=_checked_id(request_id) or uuid.uuid4().hex)
     for name, value in values.items():
         data_type = DATA_TYPES[name]
         made.inputs.add(name=name, datatype=data_type, shape=[COUNTS.get(name, 1)])
@@ -252,6 +255,23 @@ def request(model: str, values: Mapping[str, Any], request_id: str | None = None
             packed = [struct.pack(FORMATS[data_type], element) for element in elements]
             made.raw_input_contents.append(b"".join(packed))
     return made
+
+
+def _checked_id(request_id: object) -> str | None:
+    if request_id is None:
+        return None
+    if not isinstance(request_id, str) or len(request_id) > MAX_ID or not is_text(request_id):
+        raise invalid("request_id", request_id, f"must be text of up to {MAX_ID} characters")
+    return request_id
+
+
+def is_text(value: str) -> bool:
+    """Whether UTF-8 can hold it: lone halves of surrogate pairs are no text."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def inputs(values: Mapping[str, Any]) -> list[triton.InferInput]:
