@@ -87,8 +87,11 @@ def check_source(source: Source) -> None:
     """Checks the options against each other.
 
     Raises:
-        CheckpointError: a revision belongs to no hub id.
+        CheckpointError: a revision belongs to no hub id, or a subfolder to no folder.
     """
+    if source.subfolder and Path(source.checkpoint).expanduser().is_file():
+        text = f"--subfolder {source.subfolder}: {source.checkpoint} is a file"
+        raise CheckpointError(f"{text}, only a folder or a hub id has subfolders")
     for flag, revision, place in (
         ("--revision", source.revision, source.checkpoint),
         ("--bert-revision", source.bert_revision, source.bert),

@@ -14,6 +14,7 @@ from export.weights import read_json
 from networks.loading import CheckpointError, first_line
 
 CLIP = ("CLIPTokenizer", "CLIPTokenizerFast")
+SIDES = ("padding_side", "truncation_side")
 TEXT_FIELDS = ("tokenizer_class", "bos_token", "eos_token", "unk_token", "pad_token")
 # Texts on which tokenizers of different rules differ: case, accents, spaces, digits, scripts.
 TEXTS = (
@@ -41,6 +42,10 @@ def load_tokenizer(checkpoint: Checkpoint, part: str) -> Any:
         wrong = _wrong_setting(folder)
         text = f"{folder} has no tokenizer that can be served: {first_line(error)}"
         raise CheckpointError(wrong or text) from error
+    for name in SIDES:
+        if clip and getattr(tokenizer, name) != "right":
+            text = f"{folder}/tokenizer_config.json: {name}={getattr(tokenizer, name)!r}"
+            raise CheckpointError(f"{text} is not served: must be right")
     length = tokenizer.model_max_length
     if isinstance(length, bool) or not isinstance(length, int | float) or length < 1:
         text = f"{folder}/tokenizer_config.json: model_max_length={shown(length)} is invalid"

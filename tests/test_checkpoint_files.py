@@ -215,6 +215,13 @@ def test_the_hash_is_of_the_file_or_of_all_weights(copied, plain, bert, tmp_path
     assert open_checkpoint(copied, bert).weights_hash() != whole
 
 
+def test_a_single_file_has_no_subfolder(plain, tmp_path):
+    file = write_single_file(plain, tmp_path / "one.safetensors")
+    source = Source(str(file), subfolder="x", tokenizer=str(plain))
+    with pytest.raises(CheckpointError, match=r"--subfolder x: \S+\.safetensors is a file, only"):
+        open_checkpoint(source)
+
+
 def test_a_single_file_needs_a_tokenizer_and_says_so(plain, bert, tmp_path):
     file = write_single_file(plain, tmp_path / "one.safetensors")
     with pytest.raises(CheckpointError, match=r"--tokenizer names a folder .* vocab\.json and"):
@@ -498,6 +505,25 @@ def sentencepiece_only(folder: Path) -> None:
     (folder / "tokenizer" / "spiece.model").write_bytes(b"x")
 
 
+def loud_suffix(folder: Path) -> None:
+    file = weights_of(folder / "unet")
+    file.rename(file.with_suffix(".SAFETENSORS"))
+
+
+def one_level_deeper(folder: Path) -> None:
+    """As the hub's cache keeps a checkpoint."""
+    names = [path.name for path in folder.iterdir()]
+    inner = folder / "snapshots" / "c0ffee"
+    inner.mkdir(parents=True)
+    for name in names:
+        (folder / name).rename(inner / name)
+
+
+def a_file_in_a_folder(folder: Path) -> None:
+    (folder / "model_index.json").unlink()
+    (folder / "Style.safetensors").write_bytes(b"")
+
+
 def reshape(folder: Path) -> None:
     change_tensor(folder, "unet", "conv_in.weight", lambda tensor: tensor[:, :2])
 
@@ -548,10 +574,14 @@ def config_of(part: str, **fields: object):
         (pickle, r"vae has no safetensors; diffusion_pytorch_model\.bin is a pickle"),
         (disguised_pickle, "is a pickle under another name"),
         (no_weights, "unet has no safetensors: its weights are missing"),
+        (loud_suffix, r"known name but \S+\.SAFETENSORS: rename it model\.safetensors"),
+        (one_level_deeper, r"no model_index\.json: .*; \S+/c0ffee has one, give that folder"),
+        (a_file_in_a_folder, r"; a single file is given by its name, as \S+/Style\.safetensors"),
         (sentencepiece_only, r"has only spiece\.model, which needs sentencepiece"),
         (index_of(_class_name="StableDiffusionControlNetPipeline"), "ControlNet.* is not served"),
         (index_of(_class_name="PixArtAlphaPipeline"), "PixArtAlphaPipeline', which is not served"),
         (index_of(_class_name="StableDiffusionInpaintPipeline"), "Inpaint.*is not served"),
+        (index_of(_class_name="StableDiffusionXLPipeline"), "lacks its part text_encoder_2/"),
         (index_of(unet=[None, None]), "lacks its part unet/"),
         (index_of(unet="UNet"), "has unet 'UNet', which is not allowed"),
         (index_of(defaults=[1]), r"has defaults \[1\], which is not allowed"),
@@ -572,6 +602,7 @@ def config_of(part: str, **fields: object):
             "layers_per_block=1000000000 .* at most 512",
         ),
         (config_of("vae", block_out_channels=[10**9]), "block_out_channels=1000000000 is invalid"),
+        (config_of("vae", out_channels=1), r"vae/config\.json: out_channels=1 .* must be 3, red"),
         (config_of("text_encoder", num_hidden_layers=None), "num_hidden_layers=None is invalid"),
         (config_of("text_encoder", use_attention_mask=True), "use_attention_mask=true is not se"),
         (index_of(latent_to_rgb="words"), "latent_to_rgb in model_index.json must be 37 rows"),
