@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
-from families import EULER, FAMILIES, XL_UNET, Family, shallow, write_family
+from families import END, EULER, FAMILIES, START, XL_UNET, Family, shallow, write_family
 from safetensors.torch import load_file, save_file
 from single_file import as_2_x, as_convolution, vae_name, write_single_file, write_xl_single_file
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from checkpoints import stable_diffusion, text_model
@@ -632,6 +633,24 @@ def test_a_tokenizer_of_another_text_encoder_is_refused(copied, bert):
     file.write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match="tokenizer gives 'zz' the id 5000, text_encoder has"):
         open_checkpoint(copied, bert)
+
+
+@pytest.mark.parametrize("kept", [48894, 30000])
+def test_merges_of_clips_own_vocabulary_are_all_there(tmp_path, kept):
+    """A text file that is cut at the end of a line is still one."""
+    source = write_family(tmp_path / "sd", shallow(FAMILIES["stabilityai/sd-turbo"]))
+    change(source / "text_encoder" / "config.json", vocab_size=49408)
+    letters = sorted(ByteLevel.alphabet())
+    pairs = [(a, b) for a in letters for b in letters][:48894]
+    tokens = [*letters, *(f"{a}</w>" for a in letters), *(a + b for a, b in pairs), START, END]
+    ids = {token: number for number, token in enumerate(tokens)}
+    (source / "tokenizer" / "vocab.json").write_text(json.dumps(ids))
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in pairs[:kept])]
+    (source / "tokenizer" / "merges.txt").write_text("\n".join(lines))
+    cut_short = r"merges\.txt is cut short: it has 30000 merges of 48894: download it again"
+    message = cut_short if kept < 48894 else "text_encoder/.* has shape"
+    with pytest.raises(CheckpointError, match=message):  # its weights are of another vocabulary
+        open_checkpoint(source)
 
 
 @pytest.mark.parametrize("name", ["model.ckpt", "weights.bin", "old.pt"])
