@@ -131,12 +131,12 @@ def find_parts(source: Source, keep_bert: bool, prediction_type: str | None = No
 def _no_index(tree: Tree) -> str:
     """That a folder is no checkpoint, and what in it may be the one that was meant."""
     text = f"checkpoint {tree.folder} has no model_index.json: not diffusers layout"
-    places = ("*", "snapshots/*")  # as in the cache of the hub
-    inner = [file for place in places for file in tree.folder.glob(f"{place}/model_index.json")]
-    if inner:
-        return f"{text}; {min(inner).parent} has one, give that folder"
+    places = ("..", "*", "snapshots/*")  # around a part, and in the cache of the hub
+    found = [file for place in places for file in tree.folder.glob(f"{place}/model_index.json")]
+    if found:
+        return f"{text}; {found[0].resolve().parent} has one, give that folder"
     files = [name for name in tree.within("") if name.lower().endswith(SUFFIX)]
-    if files and tree.hub is None:
+    if files and tree.hub is None and "config.json" not in tree.names:
         return f"{text}; a single file is given by its name, as {tree.folder / files[0]}"
     return text
 

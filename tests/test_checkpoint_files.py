@@ -275,6 +275,11 @@ def test_a_linked_folder_has_the_name_of_the_link(plain, bert, tmp_path):
     assert open_checkpoint(link, bert).name == "my-turbo"
 
 
+def test_a_part_is_no_checkpoint_and_says_where_it_is(plain):
+    with pytest.raises(CheckpointError, match=f"not diffusers layout; {plain} has one, give that"):
+        open_checkpoint(plain / "unet")
+
+
 def test_a_lora_is_no_checkpoint(plain, bert, tmp_path):
     file = tmp_path / "style.safetensors"
     save_file({"lora_unet_down.lora_up.weight": torch.ones(2, 2)}, file)
@@ -683,6 +688,8 @@ def test_a_mistyped_path_is_not_sent_to_the_hub(monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: called.append(a))
     with pytest.raises(CheckpointError, match="is an address: give the hub id alone, as some/m"):
         open_checkpoint("https://huggingface.co/some/model/tree/main")
+    with pytest.raises(CheckpointError, match="is an address: download its file and give that"):
+        open_checkpoint("https://civitai.com/models/123")
     for text in ("./mine", "checkpoints/scenes-46", "one.safetensors", "a/b/c"):
         with pytest.raises(CheckpointError, match="is not there"):
             open_checkpoint(text)
