@@ -41,6 +41,7 @@ class Bert(nn.Module):
 
 def part(checkpoint: Checkpoint) -> Part:
     encoder = _load(checkpoint)
+    encoder.config.return_dict = True  # whatever its file says
     if hasattr(encoder, "pooler"):
         encoder.pooler = None  # makes one vector of a text; nothing here asks for it
     config = encoder.config

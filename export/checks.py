@@ -262,6 +262,9 @@ def check_vae(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
     if tiny and config.get("upsampling_scaling_factor", 2) != 2:
         value = config["upsampling_scaling_factor"]
         raise CheckpointError(f"vae has upsampling_scaling_factor {value!r}, only 2 is served")
+    if (colours := config.get("out_channels", 3)) != 3:
+        text = f"{_file(checkpoint, 'vae')}: out_channels={colours!r} is not served"
+        raise CheckpointError(f"{text}: must be 3, red, green and blue")
     vae = without_weights(checkpoint, "vae")
     channels = vae.config.get("vq_embed_dim") or vae.config.latent_channels
     painted = checkpoint.config("unet").get("in_channels", 4)

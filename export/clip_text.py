@@ -46,6 +46,7 @@ class ClipText(nn.Module):
 
 def part(checkpoint: Checkpoint) -> Part:
     encoder = checkpoint.load("text_encoder", CLIPTextModel)
+    encoder.config.return_dict = True  # whatever its file says
     config = encoder.config
     length, width = config.max_position_embeddings, config.hidden_size
     two_towers = "text_encoder_2" in checkpoint.folders

@@ -37,6 +37,7 @@ class ClipText2(nn.Module):
 
 def part(checkpoint: Checkpoint) -> Part:
     encoder = checkpoint.load("text_encoder_2", CLIPTextModelWithProjection)
+    encoder.config.return_dict = True  # whatever its file says
     config = encoder.config
     length = config.max_position_embeddings
     scales = attach_loras(encoder, "text_encoder_2", checkpoint.serving.lora_set)

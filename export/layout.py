@@ -29,10 +29,13 @@ PARTS = {
 OTHERS = ("tokenizer", "tokenizer_2", "bert_tokenizer", "scheduler")
 # Names of parts in checkpoints of earlier versions, where the class is none of CLIP's.
 FORMER = {"bert": "text_encoder_2", "bert_tokenizer": "tokenizer_2"}
+TWO_TOWERS = "StableDiffusionXLPipeline"
 PIPELINES = (
-    "TwinbrushPipeline", "StableDiffusionPipeline", "StableDiffusionXLPipeline",
+    "TwinbrushPipeline",
+    "StableDiffusionPipeline",
+    TWO_TOWERS,
     "LatentConsistencyModelPipeline",
-)  # fmt: skip
+)
 # Parts that a checkpoint may be without, each with what belongs to it.
 OPTIONAL = (("text_encoder_2", "tokenizer_2"), ("bert", "bert_tokenizer"), ("fusion",))
 # A tokenizer needs all files of one of these; transformers makes an empty one without them.
@@ -97,9 +100,7 @@ def find_parts(source: Source, keep_bert: bool, prediction_type: str | None = No
     root, tree = _open_root(source, prediction_type)
     file = tree.folder / "model_index.json"
     if "model_index.json" not in tree.names:
-        raise CheckpointError(
-            f"checkpoint {tree.folder} has no model_index.json: not diffusers layout"
-        )
+        raise CheckpointError(_no_index(tree))
     index = read_json(file)
     names, classes = _read_index(index, file)
     trees = {part: (tree, names[part]) for part in names}
@@ -117,12 +118,27 @@ def find_parts(source: Source, keep_bert: bool, prediction_type: str | None = No
         if other.within("tokenizer_2"):
             trees["tokenizer_2"], classes["tokenizer_2"] = (other, "tokenizer_2"), "CLIPTokenizer"
     _leave_out_optional(trees, classes)
+    if index.get("_class_name") == TWO_TOWERS and "text_encoder_2" not in classes:
+        raise CheckpointError(_lacks(source, "text_encoder_2", ""))
     for part, (place, folder) in trees.items():
         if part not in classes or not (place.folder / folder).is_dir():
             raise CheckpointError(_lacks(source, part, folder))
         _check_part(part, place, folder, classes)
     _check_variant(source, trees)
     return found
+
+
+def _no_index(tree: Tree) -> str:
+    """That a folder is no checkpoint, and what in it may be the one that was meant."""
+    text = f"checkpoint {tree.folder} has no model_index.json: not diffusers layout"
+    places = ("..", "*", "snapshots/*")  # around a part, and in the cache of the hub
+    found = [file for place in places for file in tree.folder.glob(f"{place}/model_index.json")]
+    if found:
+        return f"{text}; {found[0].resolve().parent} has one, give that folder"
+    files = [name for name in tree.within("") if name.lower().endswith(SUFFIX)]
+    if files and tree.hub is None and "config.json" not in tree.names:
+        return f"{text}; a single file is given by its name, as {tree.folder / files[0]}"
+    return text
 
 
 def _leave_out_optional(trees: dict[str, tuple[Tree, str]], classes: dict[str, str]) -> None:

@@ -162,6 +162,8 @@ def _parse(text: str) -> tuple[Path, float]:
     file, colon, number = text.rpartition(":")
     if not colon or Path(text).expanduser().exists():
         file, number = text, "1"
+    if not file:
+        raise CheckpointError(f"LoRA {text!r} has no name: must be a .safetensors file")
     path = Path(file).expanduser()
     try:
         scale = float(number)

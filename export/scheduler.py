@@ -35,6 +35,8 @@ SAMPLER_OF = {
 BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
 TRAINED = (*BETAS, "prediction_type", "rescale_betas_zero_snr")
 SOLVER = ("solver_type", "solver_order")  # each scheduler has values of its own
+# Read by every class that has sigma schedules, also where its constructor does not name them.
+SIGMA_BOUNDS = ("sigma_min", "sigma_max")
 SIGMA_OPTIONS = {
     "use_karras_sigmas": "karras",
     "use_exponential_sigmas": "exponential",
@@ -43,9 +45,9 @@ SIGMA_OPTIONS = {
 # Fields of NoiseSchedule that a scheduler's option of the same name sets.
 SAME_NAME = (
     "prediction_type", "timestep_spacing", "steps_offset", "set_alpha_to_one",
-    "original_inference_steps", "timestep_scaling", "sigma_min", "sigma_max",
-    "final_sigmas_type", "solver_order", "solver_type", "lower_order_final", "euler_at_final",
-    "skip_prk_steps", "variance_type",
+    "original_inference_steps", "timestep_scaling", *SIGMA_BOUNDS, "final_sigmas_type",
+    "solver_order", "solver_type", "lower_order_final", "euler_at_final", "skip_prk_steps",
+    "variance_type",
 )  # fmt: skip
 # Options served with these values alone, the first of which says what is served. Where clip_sample
 # is left out it is off: `check_clipping` refuses a checkpoint whose pipeline would clip.
@@ -129,6 +131,8 @@ def read_schedule(
     merged = {
         name: config.get(name, option.default) for name, option in known.items() if name in SERVED
     }
+    if sampler != "lms" or not merged.get("use_karras_sigmas"):  # which reads none in diffusers
+        merged |= {name: config[name] for name in SIGMA_BOUNDS if name in config}
     fields = {name: merged[name] for name in SAME_NAME if name in merged}
     if fields.get("variance_type") is None:  # dpmpp's class has None where nothing is learned
         fields.pop("variance_type", None)
@@ -184,7 +188,7 @@ def _shared_options(class_name: str, config: dict[str, Any], replacement: str) -
             " beta_start, the noise that the UNet was trained with"
         )
     other = _class_of(replacement)
-    known = inspect.signature(getattr(diffusers, other)).parameters
+    known = {*inspect.signature(getattr(diffusers, other)).parameters, *SIGMA_BOUNDS}
     named_by_sampler = () if other == class_name else (*SOLVER, "algorithm_type")
     shared = {n: v for n, v in config.items() if n in known and n not in named_by_sampler}
     if replacement in ("dpmpp_2m", "dpmpp_2m_sde"):
@@ -216,6 +220,10 @@ def _alphas_cumprod(scheduler_class: type, merged: dict[str, Any]) -> list[float
         if not isinstance(value, (int, float)) or not 0 < value < 1:
             raise CheckpointError(_refusal(name, value, "a number between 0 and 1"))
     betas = {name: merged.get(name) for name in BETAS}
+    trained, timesteps = merged.get("trained_betas"), merged.get("num_train_timesteps")
+    if isinstance(trained, list) and len(trained) != timesteps:
+        text = f"the scheduler has {len(trained)} trained_betas: must be {timesteps}"
+        raise CheckpointError(f"{text}, one for each of its num_train_timesteps.")
     # Only DDIM's class leaves alpha_bar exact where others round a zero up; DDPM's and Heun's
     # know beta schedules that it does not.
     rescaled = bool(merged.get("rescale_betas_zero_snr"))
@@ -242,6 +250,11 @@ def _check_options(class_name: str, config: dict[str, Any], known: Any) -> None:
             raise CheckpointError(_refusal(name, value, "a whole number"))
         if name in ONLY and value is not None and value not in ONLY[name]:
             raise CheckpointError(_refusal(name, value, repr(ONLY[name][0])))
+    for name in SIGMA_BOUNDS:
+        value = config.get(name)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (number and 0 <= value < math.inf):
+            raise CheckpointError(_refusal(name, value, "a number of at least 0"))
     algorithms = ALGORITHMS.get(class_name)
     algorithm = config.get("algorithm_type")
     if algorithms and algorithm is not None and algorithm not in algorithms:

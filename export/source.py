@@ -15,6 +15,7 @@ import huggingface_hub
 from networks.loading import CheckpointError, first_line
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 # Files that say what a repository holds; all are small and are downloaded before any weight.
 SMALL_FILES = ("*.json", "*.txt", "*.model")
 FILE_SUFFIXES = (
@@ -87,8 +88,11 @@ def check_source(source: Source) -> None:
     """Checks the options against each other.
 
     Raises:
-        CheckpointError: a revision belongs to no hub id.
+        CheckpointError: a revision belongs to no hub id, or a subfolder to no folder.
     """
+    if source.subfolder and Path(source.checkpoint).expanduser().is_file():
+        text = f"--subfolder {source.subfolder}: {source.checkpoint} is a file"
+        raise CheckpointError(f"{text}, only a folder or a hub id has subfolders")
     for flag, revision, place in (
         ("--revision", source.revision, source.checkpoint),
         ("--bert-revision", source.bert_revision, source.bert),
@@ -162,8 +166,10 @@ def check_folder(path: Path, text: str, what: str = "checkpoint") -> None:
     if path.is_dir():
         return
     if "://" in text:
-        hub_id = "/".join(text.split("://", 1)[1].split("/")[1:3])
-        raise CheckpointError(f"{what} {text} is an address: give the hub id alone, as {hub_id}")
+        host, *parts = text.split("://", 1)[1].split("/")
+        hub_id = f"give the hub id alone, as {'/'.join(parts[:2])}"
+        advice = hub_id if host in HUB_HOSTS else "download its file and give that"
+        raise CheckpointError(f"{what} {text} is an address: {advice}")
     if not path.exists():
         near = next((p for p in path.parents if p.exists()), Path())
         raise CheckpointError(f"{what} {text} is not there: {near} has no such file or folder")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from export.weights import read_json
 from networks.loading import CheckpointError, first_line
 
 CLIP = ("CLIPTokenizer", "CLIPTokenizerFast")
+CLIP_VOCABULARY, CLIP_MERGES = 49408, 48894  # of every published tower: bytes, merges, two marks
+SIDES = ("padding_side", "truncation_side")
 TEXT_FIELDS = ("tokenizer_class", "bos_token", "eos_token", "unk_token", "pad_token")
 # Texts on which tokenizers of different rules differ: case, accents, spaces, digits, scripts.
 TEXTS = (
@@ -41,6 +44,10 @@ def load_tokenizer(checkpoint: Checkpoint, part: str) -> Any:
         wrong = _wrong_setting(folder)
         text = f"{folder} has no tokenizer that can be served: {first_line(error)}"
         raise CheckpointError(wrong or text) from error
+    for name in SIDES:
+        if clip and getattr(tokenizer, name) != "right":
+            text = f"{folder}/tokenizer_config.json: {name}={getattr(tokenizer, name)!r}"
+            raise CheckpointError(f"{text} is not served: must be right")
     length = tokenizer.model_max_length
     if isinstance(length, bool) or not isinstance(length, int | float) or length < 1:
         text = f"{folder}/tokenizer_config.json: model_max_length={shown(length)} is invalid"
@@ -81,6 +88,17 @@ def check_vocabulary(checkpoint: Checkpoint, tokenizer: Any, source: str, part: 
             f"{checkpoint.folders[source]} gives {token!r} the id {largest}, {part} has vocab_size"
             f" {known}: they are of different checkpoints"
         )
+    _check_merges(tokenizer, checkpoint.folders[source])
+
+
+def _check_merges(tokenizer: Any, folder: Path) -> None:
+    """Raises CheckpointError where the merges of CLIP's own vocabulary are cut short."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    merges = model.get("merges")
+    if merges and len(model["vocab"]) == CLIP_VOCABULARY and len(merges) < CLIP_MERGES:
+        name = "merges.txt" if (folder / "merges.txt").is_file() else "tokenizer.json"
+        text = f"{folder / name} is cut short: it has {len(merges)} merges of {CLIP_MERGES}"
+        raise CheckpointError(f"{text}: download it again")
 
 
 def check_ids(tokenizer: Any, folder: Path, file: Path) -> None:

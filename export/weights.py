@@ -81,12 +81,12 @@ def _choose(found: dict[str | None, list[str]], folder: Path, wanted: str | None
 
 
 def _no_weights(names: list[str], folder: Path) -> str:
-    if pickles := [name for name in names if name.endswith(PICKLES)]:
+    if pickles := [name for name in names if name.lower().endswith(PICKLES)]:
         return (
             f"{folder} has no safetensors; {pickles[0]} is a pickle, which can run code and is not"
             " read: save the part again with safe_serialization=True"
         )
-    if others := [name for name in names if name.endswith(".safetensors")]:
+    if others := [name for name in names if name.lower().endswith(".safetensors")]:
         expected = " or ".join(f"{stem}.safetensors" for stem in STEMS)
         return f"{folder} has no safetensors of a known name but {others[0]}: rename it {expected}"
     return f"{folder} has no safetensors: its weights are missing, download the part again"

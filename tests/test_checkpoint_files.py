@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
-from families import EULER, FAMILIES, XL_UNET, Family, shallow, write_family
+from families import END, EULER, FAMILIES, START, XL_UNET, Family, shallow, write_family
 from safetensors.torch import load_file, save_file
 from single_file import as_2_x, as_convolution, vae_name, write_single_file, write_xl_single_file
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from checkpoints import stable_diffusion, text_model
@@ -215,6 +216,13 @@ def test_the_hash_is_of_the_file_or_of_all_weights(copied, plain, bert, tmp_path
     assert open_checkpoint(copied, bert).weights_hash() != whole
 
 
+def test_a_single_file_has_no_subfolder(plain, tmp_path):
+    file = write_single_file(plain, tmp_path / "one.safetensors")
+    source = Source(str(file), subfolder="x", tokenizer=str(plain))
+    with pytest.raises(CheckpointError, match=r"--subfolder x: \S+\.safetensors is a file, only"):
+        open_checkpoint(source)
+
+
 def test_a_single_file_needs_a_tokenizer_and_says_so(plain, bert, tmp_path):
     file = write_single_file(plain, tmp_path / "one.safetensors")
     with pytest.raises(CheckpointError, match=r"--tokenizer names a folder .* vocab\.json and"):
@@ -265,6 +273,11 @@ def test_a_linked_folder_has_the_name_of_the_link(plain, bert, tmp_path):
     link = tmp_path / "my-turbo"
     link.symlink_to(plain)
     assert open_checkpoint(link, bert).name == "my-turbo"
+
+
+def test_a_part_is_no_checkpoint_and_says_where_it_is(plain):
+    with pytest.raises(CheckpointError, match=f"not diffusers layout; {plain} has one, give that"):
+        open_checkpoint(plain / "unet")
 
 
 def test_a_lora_is_no_checkpoint(plain, bert, tmp_path):
@@ -498,6 +511,25 @@ def sentencepiece_only(folder: Path) -> None:
     (folder / "tokenizer" / "spiece.model").write_bytes(b"x")
 
 
+def loud_suffix(folder: Path) -> None:
+    file = weights_of(folder / "unet")
+    file.rename(file.with_suffix(".SAFETENSORS"))
+
+
+def one_level_deeper(folder: Path) -> None:
+    """As the hub's cache keeps a checkpoint."""
+    names = [path.name for path in folder.iterdir()]
+    inner = folder / "snapshots" / "c0ffee"
+    inner.mkdir(parents=True)
+    for name in names:
+        (folder / name).rename(inner / name)
+
+
+def a_file_in_a_folder(folder: Path) -> None:
+    (folder / "model_index.json").unlink()
+    (folder / "Style.safetensors").write_bytes(b"")
+
+
 def reshape(folder: Path) -> None:
     change_tensor(folder, "unet", "conv_in.weight", lambda tensor: tensor[:, :2])
 
@@ -548,10 +580,14 @@ def config_of(part: str, **fields: object):
         (pickle, r"vae has no safetensors; diffusion_pytorch_model\.bin is a pickle"),
         (disguised_pickle, "is a pickle under another name"),
         (no_weights, "unet has no safetensors: its weights are missing"),
+        (loud_suffix, r"known name but \S+\.SAFETENSORS: rename it model\.safetensors"),
+        (one_level_deeper, r"no model_index\.json: .*; \S+/c0ffee has one, give that folder"),
+        (a_file_in_a_folder, r"; a single file is given by its name, as \S+/Style\.safetensors"),
         (sentencepiece_only, r"has only spiece\.model, which needs sentencepiece"),
         (index_of(_class_name="StableDiffusionControlNetPipeline"), "ControlNet.* is not served"),
         (index_of(_class_name="PixArtAlphaPipeline"), "PixArtAlphaPipeline', which is not served"),
         (index_of(_class_name="StableDiffusionInpaintPipeline"), "Inpaint.*is not served"),
+        (index_of(_class_name="StableDiffusionXLPipeline"), "lacks its part text_encoder_2/"),
         (index_of(unet=[None, None]), "lacks its part unet/"),
         (index_of(unet="UNet"), "has unet 'UNet', which is not allowed"),
         (index_of(defaults=[1]), r"has defaults \[1\], which is not allowed"),
@@ -572,6 +608,7 @@ def config_of(part: str, **fields: object):
             "layers_per_block=1000000000 .* at most 512",
         ),
         (config_of("vae", block_out_channels=[10**9]), "block_out_channels=1000000000 is invalid"),
+        (config_of("vae", out_channels=1), r"vae/config\.json: out_channels=1 .* must be 3, red"),
         (config_of("text_encoder", num_hidden_layers=None), "num_hidden_layers=None is invalid"),
         (config_of("text_encoder", use_attention_mask=True), "use_attention_mask=true is not se"),
         (index_of(latent_to_rgb="words"), "latent_to_rgb in model_index.json must be 37 rows"),
@@ -601,6 +638,24 @@ def test_a_tokenizer_of_another_text_encoder_is_refused(copied, bert):
     file.write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match="tokenizer gives 'zz' the id 5000, text_encoder has"):
         open_checkpoint(copied, bert)
+
+
+@pytest.mark.parametrize("kept", [48894, 30000])
+def test_merges_of_clips_own_vocabulary_are_all_there(tmp_path, kept):
+    """A text file that is cut at the end of a line is still one."""
+    source = write_family(tmp_path / "sd", shallow(FAMILIES["stabilityai/sd-turbo"]))
+    change(source / "text_encoder" / "config.json", vocab_size=49408)
+    letters = sorted(ByteLevel.alphabet())
+    pairs = [(a, b) for a in letters for b in letters][:48894]
+    tokens = [*letters, *(f"{a}</w>" for a in letters), *(a + b for a, b in pairs), START, END]
+    ids = {token: number for number, token in enumerate(tokens)}
+    (source / "tokenizer" / "vocab.json").write_text(json.dumps(ids))
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in pairs[:kept])]
+    (source / "tokenizer" / "merges.txt").write_text("\n".join(lines))
+    cut_short = r"merges\.txt is cut short: it has 30000 merges of 48894: download it again"
+    message = cut_short if kept < 48894 else "text_encoder/.* has shape"
+    with pytest.raises(CheckpointError, match=message):  # its weights are of another vocabulary
+        open_checkpoint(source)
 
 
 @pytest.mark.parametrize("name", ["model.ckpt", "weights.bin", "old.pt"])
@@ -633,6 +688,8 @@ def test_a_mistyped_path_is_not_sent_to_the_hub(monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: called.append(a))
     with pytest.raises(CheckpointError, match="is an address: give the hub id alone, as some/m"):
         open_checkpoint("https://huggingface.co/some/model/tree/main")
+    with pytest.raises(CheckpointError, match="is an address: download its file and give that"):
+        open_checkpoint("https://civitai.com/models/123")
     for text in ("./mine", "checkpoints/scenes-46", "one.safetensors", "a/b/c"):
         with pytest.raises(CheckpointError, match="is not there"):
             open_checkpoint(text)

@@ -81,6 +81,8 @@ def refusal(checkpoint: Path, bert: Path) -> str:
         ("tokenizer/special_tokens_map.json", {"bos_token": None}, r"bos_token=None is invalid"),
         ("tokenizer/tokenizer_config.json", {"model_max_length": 4}, r"model_max_length=4 is inv"),
         ("tokenizer/tokenizer_config.json", {"model_max_length": "x"}, r"model_max_length='x' is"),
+        ("tokenizer/tokenizer_config.json", {"padding_side": "left"}, "padding_side='left' is not"),
+        ("tokenizer/tokenizer_config.json", {"truncation_side": "left"}, "must be right"),
         ("text_encoder/config.json", {"dtype": [1]}, r"dtype=\[1\] is invalid: must be a text"),
         ("text_encoder_2/config.json", {"eos_token_id": None}, "eos_token_id=None is invalid"),
         ("text_encoder_2/config.json", {"eos_token_id": [1]}, r"eos_token_id=\[1\] is invalid"),

@@ -339,6 +339,22 @@ class Joined(TorchDispatchMode):
 
 
 @torch.no_grad()
+def test_towers_whose_files_ask_for_tuples_are_read(tmp_path):
+    source = write_family(tmp_path / "xl", shallow(FAMILIES[XL]))
+    bert = text_model(tmp_path / "bert", "bert")
+    example = {}
+    for asked in (True, False):
+        for folder in (source / "text_encoder", source / "text_encoder_2", bert):
+            file = folder / "config.json"
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"return_dict": asked}))
+        parts = load_parts(open_checkpoint(source, bert))
+        for name in ("clip_text", "clip_text_2", "bert"):
+            inputs, theirs = example.setdefault(name, (parts[name].example(2, 2), {}))
+            out = parts[name].run(inputs)
+            assert all(torch.equal(out[key], theirs.setdefault(key, out[key])) for key in out)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", [XL, "SimianLuo/LCM_Dreamshaper_v7"])
 def test_only_tensors_of_one_type_are_joined_in_fp16(tmp_path, name):
     joined = Joined()

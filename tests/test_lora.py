@@ -393,6 +393,9 @@ def test_what_is_no_lora_file_is_refused(layers, name, message, tmp_path):
     write_lora(tmp_path / "a.safetensors", layers, kohya)
     with pytest.raises(CheckpointError, match=message):
         read_lora(str(tmp_path / name))
+    for unnamed in ("", ":0.5"):
+        with pytest.raises(CheckpointError, match=r"has no name: must be a \.safetensors file"):
+            read_lora(unnamed)
 
 
 @pytest.fixture(scope="session")

@@ -46,6 +46,7 @@ def test_a_saved_scheduler_of_diffusers_is_read(class_name):
         ("DDIMScheduler", "beta_start", float("nan")),
         ("DDIMScheduler", "beta_end", None),
         ("DDIMScheduler", "beta_schedule", "mystery"),
+        ("HeunDiscreteScheduler", "trained_betas", [0.001] * 100),
         ("DDIMScheduler", "prediction_type", "flow_prediction"),
         ("PNDMScheduler", "prediction_type", "sample"),
         ("DPMSolverMultistepScheduler", "lambda_min_clipped", -5.1),
@@ -117,6 +118,26 @@ def test_a_replaced_scheduler_has_the_noise_and_timesteps_of_diffusers(former, c
         "alphas_cumprod": tuple(fields["alphas_cumprod"])
     }), 4).timesteps  # fmt: skip
     np.testing.assert_allclose(got, new.timesteps.numpy()[: len(got)], rtol=1e-5)
+
+
+@pytest.mark.parametrize("former", ["EulerDiscreteScheduler", None])
+@pytest.mark.parametrize("class_name", [
+    "DEISMultistepScheduler", "DPMSolverMultistepScheduler", "HeunDiscreteScheduler",
+    "LMSDiscreteScheduler", "UniPCMultistepScheduler",
+])  # fmt: skip
+def test_bounds_of_sigmas_count_where_a_constructor_does_not_name_them(former, class_name):
+    """As in diffusers, which keeps them when one scheduler is made from another's file."""
+    bounds = {"use_karras_sigmas": True, "sigma_min": 0.1, "sigma_max": 10.0}
+    config = SD15 | bounds | {"timestep_spacing": "linspace"}
+    new = getattr(diffusers, class_name).from_config(config)
+    new.set_timesteps(4)
+    sampler = SAMPLER_OF[class_name]
+    fields = read_schedule(former or class_name, config, sampler if former else None)
+    schedule = NoiseSchedule(**fields | {"alphas_cumprod": tuple(fields["alphas_cumprod"])})
+    np.testing.assert_allclose(trajectory(sampler, schedule, 4).timesteps, new.timesteps, 1e-6)
+    for value in (-0.1, "low", float("inf")):
+        with pytest.raises(CheckpointError, match=r"sigma_min=.* must be a number of at least 0"):
+            read_schedule(class_name, config | {"sigma_min": value})
 
 
 def test_options_that_a_replaced_scheduler_leaves_are_listed():
