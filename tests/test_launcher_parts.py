@@ -345,6 +345,14 @@ def test_shared_memory_is_computed_from_the_largest_picture(repository):
 
 
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare")
+def test_shared_memory_that_cannot_be_written_is_named(repository):
+    setup = "mount -t tmpfs -o ro tmpfs /dev/shm"
+    text = in_namespace(setup, "--repository", str(repository), *PORTS)
+    assert "/dev/shm is not writable for this user" in text
+    assert "mode 1777" in text
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare")
 def test_a_tmp_that_cannot_be_written_is_named(repository, tmp_path):
     # The repository may lie below /tmp, so the rest of /tmp is what turns read-only.
     setup = "mount --bind /tmp /tmp && mount -o remount,ro,bind /tmp"

@@ -98,8 +98,8 @@ class StreamModel:
             self._tracer.close()
 
     def _drain(self) -> bool:
-        """See `Beat`."""
-        drained = self._engine.drain(0)
+        """See `Beat`; what is left of traces is sent before the server is killed."""
+        drained = self._engine.drain(0) and (self._tracer is None or self._tracer.flushed())
         if drained and self._control is not None:
             self._control.report_streamed(self._streamed)
         return drained
