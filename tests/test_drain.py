@@ -14,8 +14,10 @@ import urllib.request
 import pytest
 from harness import free_ports
 from test_server import victim_of
+from tritonclient.grpc import InferenceServerClient
 
 from twinbrush_client import Client, TwinbrushError
+from twinbrush_client.wire import inputs
 
 NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -150,3 +152,28 @@ def test_a_server_whose_engine_is_silent_is_ended(repository, start_server):
     os.kill(victim_of(server, "text_to_image_stream"), signal.SIGSTOP)
     assert server.process.wait(30) == 1
     assert "text_to_image_stream has given no sign of life for " in server.text()
+
+
+def test_a_drain_waits_for_a_client_that_reads_its_stream_slowly(repository, start_server):
+    server = start_server(repository)
+    server.wait_for("metrics http")
+    events, ended = [], threading.Event()
+
+    def read(result, error):
+        time.sleep(0.1)
+        final = error or result.get_response().parameters["triton_final_response"].bool_param
+        events.append(error or (None if final else result.as_numpy("event")[0]))
+        if final:
+            ended.set()
+
+    with InferenceServerClient(server.address) as client:
+        client.start_stream(read)
+        fields = inputs({"prompt": "a red circle", "steps": 20, "num_images": 2})
+        client.async_stream_infer("text_to_image_stream", fields, enable_empty_final_response=True)
+        time.sleep(0.5)
+        server.process.send_signal(signal.SIGTERM)
+        assert ended.wait(30)
+    assert events.count(b"image") == 2
+    assert events[-1] is None
+    assert server.process.wait(10) == 0
+    assert "waiting until clients have read their answers" in server.text()

@@ -261,6 +261,17 @@ def test_a_request_past_its_deadline_ends(repository, watched):
     engine.close()
 
 
+def test_a_request_past_its_deadline_is_in_no_further_call(repository, watched):
+    engine, began = open_engine(repository, watched), []
+    watched.before_unet = lambda inputs: (began.append(time.monotonic()), time.sleep(0.02))
+    client = Client(engine, replace(request(engine, steps=50), deadline_ms=100))
+    assert client.error.code == "DEADLINE_EXCEEDED"
+    assert began
+    # One may have been chosen just before.
+    assert sum(call > client.generation.deadline for call in began) <= 1
+    engine.close()
+
+
 def test_a_deadline_that_cannot_be_met_is_refused_at_once(repository):
     engine = open_engine(repository)
     assert Client(engine, request(engine, steps=4)).error is None  # which shows the pace

@@ -21,6 +21,7 @@ import pytest
 from twinbrush import doors
 from twinbrush.cpus import available_cpus
 from twinbrush.server import addresses, checks, processes, scratch
+from twinbrush.server.connections import open_connections
 from twinbrush.server.errors import ServerError
 from twinbrush.server.health import Health
 from twinbrush.server.log import Log, is_warning, parse
@@ -344,6 +345,14 @@ def test_shared_memory_is_computed_from_the_largest_picture(repository):
 
 
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare")
+def test_shared_memory_that_cannot_be_written_is_named(repository):
+    setup = "mount -t tmpfs -o ro tmpfs /dev/shm"
+    text = in_namespace(setup, "--repository", str(repository), *PORTS)
+    assert "/dev/shm is not writable for this user" in text
+    assert "mode 1777" in text
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare")
 def test_a_tmp_that_cannot_be_written_is_named(repository, tmp_path):
     # The repository may lie below /tmp, so the rest of /tmp is what turns read-only.
     setup = "mount --bind /tmp /tmp && mount -o remount,ro,bind /tmp"
@@ -464,3 +473,23 @@ def test_a_probe_that_leaves_before_its_answer_is_not_logged(capfd):
     while threading.active_count() > before and time.monotonic() < until:
         time.sleep(0.05)
     assert capfd.readouterr() == ("", "")
+
+
+# Connections ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "host"), [("AF_INET", "127.0.0.1"), ("AF_INET6", "::1")])
+def test_connections_are_known_by_what_their_clients_have_not_taken(family, host):
+    with socket.create_server((host, 0), family=getattr(socket, family)) as listener:
+        port = listener.getsockname()[1]
+        assert open_connections([port]) == {}
+        client = socket.create_connection((host, port))
+        with client, listener.accept()[0] as server:
+            ((ends, unsent),) = open_connections([port]).items()
+            assert unsent == 0
+            server.setblocking(False)
+            sent = server.send(bytes(50_000_000))
+            assert 0 < open_connections([port, 1])[ends] <= sent
+            client.shutdown(socket.SHUT_WR)  # it goes on reading
+            assert ends in open_connections([port])
+        assert open_connections([port]) == {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import shutil
@@ -22,6 +23,7 @@ from harness import ROOT, START_SECONDS, free_ports
 from tritonclient.utils import InferenceServerException
 
 from twinbrush.server import __main__ as launcher
+from twinbrush.server import manifest
 from twinbrush.server.errors import ServerError
 from twinbrush.server.manifest import ManifestError, verify
 from twinbrush.server.process import ServerOptions, TritonProcess
@@ -277,6 +279,20 @@ def test_a_file_of_the_engine_that_was_not_exported_is_named(copy, name):
 def test_a_manifest_that_cannot_be_read_is_named(copy, text):
     (copy / "MANIFEST.json").write_text(text)
     with pytest.raises(ManifestError, match=r"MANIFEST\.json cannot be read"):
+        verify(copy)
+
+
+def test_a_file_that_cannot_be_read_is_named(copy, monkeypatch):
+    file = copy / "unet" / "1" / "model.onnx"
+
+    def sha256_of(path):
+        if path == file:
+            raise PermissionError(errno.EACCES, "Permission denied", str(file))
+        return known(path)
+
+    known = manifest.sha256_of
+    monkeypatch.setattr(manifest, "sha256_of", sha256_of)
+    with pytest.raises(ManifestError, match=f"{file} cannot be read: Permission denied; the serv"):
         verify(copy)
 
 

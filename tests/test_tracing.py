@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import socket
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -102,6 +104,31 @@ def test_a_request_is_a_trace_with_its_stages_and_links_to_shared_calls(reposito
         assert span.end_time_unix_nano == linked[-1].end_time_unix_nano
     names = [a.value.string_value for a in collector.resources[0].attributes]
     assert "twinbrush" in names
+
+
+def test_the_end_of_a_drain_waits_for_the_spans_that_are_left(collector):
+    tracer = otlp.open_tracer({"parameters": {"otlp_endpoint": {"string_value": collector.url}}})
+    assert tracer is not None
+    tracer.call(1.0, 2.0, 4, ["a"])
+    assert collector.spans == []
+    until = time.monotonic() + 20
+    while not tracer.flushed():
+        assert time.monotonic() < until
+    assert [span.name for span in collector.spans] == ["unet call"]
+    tracer.close()
+
+
+def test_a_collector_that_does_not_answer_holds_a_drain_for_a_while_only(monkeypatch):
+    monkeypatch.setattr(otlp, "FLUSH_SECONDS", 0.5)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        tracer = otlp.OtlpTracer(endpoint)
+        tracer.call(1.0, 2.0, 4, ["a"])
+        assert not tracer.flushed()
+        time.sleep(0.5)
+        assert tracer.flushed()
+        tracer.close()
 
 
 def test_tracing_is_off_unless_an_endpoint_is_given(monkeypatch):

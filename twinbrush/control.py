@@ -2,10 +2,11 @@
 
 Each front door touches a file of its own about twice a second while it is well; that of the engine
 stands for the engine too. The launcher creates `drain` to have new requests refused, and the engine
-creates `drained` once the live ones have ended. The launcher names the folder in the environment
-variable `TWINBRUSH_CONTROL`; a server that was started without the launcher has none, and then
-nothing of this happens. Whoever writes makes the folder again where it is gone, as after something
-that cleans `/tmp`, so the two find each other again.
+creates `drained` once the live ones have ended, after it has written to `streamed` when a stream
+was answered last. The launcher names the folder in the environment variable `TWINBRUSH_CONTROL`; a
+server that was started without the launcher has none, and then nothing of this happens. Whoever
+writes makes the folder again where it is gone, as after something that cleans `/tmp`, so the two
+find each other again.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Control:
     def __init__(self, folder: Path):
         self._folder = folder
         self._drain, self._drained = folder / "drain", folder / "drained"
+        self._streamed = folder / "streamed"
         self._beats: dict[str, tuple[int, float]] = {}  # of each door: the last, and when it came
 
     @classmethod
@@ -62,6 +64,11 @@ class Control:
         """Raises OSError where the folder can be neither written nor made."""
         self._touch(self._drained)
 
+    def report_streamed(self, when: float) -> None:
+        """Says when a stream was answered last, by the monotonic clock; raises as the others."""
+        self._touch(self._streamed)
+        self._streamed.write_text(repr(when))
+
     # The launcher's side --------------------------------------------------------------------
 
     def silence(self) -> tuple[str, float] | None:
@@ -86,6 +93,14 @@ class Control:
     @property
     def drained(self) -> bool:
         return self._drained.exists()
+
+    @property
+    def streamed(self) -> float:
+        """When a stream was answered last, by the monotonic clock; known once drained."""
+        try:
+            return float(self._streamed.read_text())
+        except (OSError, ValueError):
+            return 0.0
 
 
 class Beat:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,6 +20,8 @@ VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT"
 PARAMETER = "otlp_endpoint"
 URL = re.compile(r"https?://[^/\s]+\S*$")
 MOST_LINKS = 128  # of a span
+FLUSH_SECONDS = 3.0  # that a drain waits for the collector
+FLUSH_POLL_SECONDS = 0.2
 
 
 def open_tracer(config: Mapping[str, Any]) -> OtlpTracer | None:
@@ -65,6 +68,8 @@ class OtlpTracer(Tracer):
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("twinbrush", twinbrush.__version__)
         self._epoch = time.time_ns() - time.monotonic_ns()
+        self._flush: threading.Thread | None = None
+        self._flush_until = 0.0
 
     def call(self, began: float, ended: float, rows: int, requests: Sequence[str]) -> object:
         """See `Tracer.call`."""
@@ -99,6 +104,15 @@ class OtlpTracer(Tracer):
         for index, marks in trace.images.items():
             self._stages(inside, index, marks)
         span.end(self._time(trace.ended))
+
+    def flushed(self) -> bool:
+        """Whether all is sent, or the time for it is over; the first call begins to send it."""
+        if self._flush is None:
+            self._flush = threading.Thread(target=self._provider.force_flush, daemon=True)
+            self._flush.start()
+            self._flush_until = time.monotonic() + FLUSH_SECONDS
+        self._flush.join(FLUSH_POLL_SECONDS)
+        return not self._flush.is_alive() or time.monotonic() > self._flush_until
 
     def close(self) -> None:
         """Sends what is left."""

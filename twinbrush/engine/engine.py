@@ -255,16 +255,20 @@ class Engine:
 
     def _tick(self, beat: Callable[[], None]) -> None:
         """Ends requests that are past their deadline, and records what waits."""
+        self._end_overdue()
         with self._work:
-            overdue = self._admission.overdue(time.monotonic())
             self._telemetry.waiting(self._batcher.waiting, self._batcher.waiting_rows)
             self._telemetry.work(
                 self._admission.outstanding, self._limits.queue_work, len(self._reduced)
             )
+        beat()
+
+    def _end_overdue(self) -> None:
+        with self._work:
+            overdue = self._admission.overdue(time.monotonic())
         for generation in overdue:
             text = f"deadline_ms={generation.request.deadline_ms} has passed"
             self._end(generation, EngineError("DEADLINE_EXCEEDED", text))
-        beat()
 
     # Encode -----------------------------------------------------------------------------
 
@@ -292,6 +296,7 @@ class Engine:
 
     def _denoise_loop(self) -> None:
         while True:
+            self._end_overdue()
             with self._work:
                 self._work.wait_for(lambda: self._closed or len(self._batcher))
                 if self._closed:

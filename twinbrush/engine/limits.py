@@ -91,6 +91,6 @@ class Limits:
                 text = f"parameter {name}={value} of config.pbtxt is not allowed"
                 raise ValueError(f"{text}: must be at least {least}, for the native size")
         if self.max_side is not None and self.max_side > config.max_side:
-            text = f"parameter max_side={self.max_side} of config.pbtxt is not allowed"
-            raise ValueError(f"{text}: must be at most {config.max_side}, the checkpoint's own bound")
+            text = f"parameter max_side={self.max_side} of config.pbtxt is not allowed: must be"
+            raise ValueError(f"{text} at most {config.max_side}, the checkpoint's own bound")
         return replace(config, side_limit=self.max_side, max_pixels=self.max_pixels)

@@ -32,8 +32,10 @@ from twinbrush.server.waits import SIGNALLED, Signals, Stopped
 START_POLL_SECONDS = 0.25
 WATCH_SECONDS = 1.0  # between two looks at what gives no sign when it changes: the heartbeat
 DRAIN_POLL_SECONDS = 0.05
-# Between the engine's last answer and the server's end: an answer is still on its way.
-ANSWER_SECONDS = 0.5
+ANSWER_SECONDS = 0.5  # that the last answer takes from the engine to its connection
+# After an answer over a stream that is still open, which its client may be reading: gRPC drops what
+# a client has not read when its connection ends before the stream.
+READ_SECONDS = 15.0
 STARTS = 3  # tries, where a stub or the server ends without a reason while it starts
 RESTART_PAUSE = 2.0  # seconds between the end of a server and the start of the next
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -83,7 +85,7 @@ def serve(
 def drain(process: TritonProcess, signals: Signals, seconds: float, log: Log) -> None:
     """Has new requests refused, and waits until the live ones have ended.
 
-    A second signal, or `seconds`, ends the wait.
+    Then waits until clients have read the answers. A second signal, or `seconds`, ends the wait.
     """
     if seconds <= 0 or not process.begin_drain():
         return
@@ -92,12 +94,34 @@ def drain(process: TritonProcess, signals: Signals, seconds: float, log: Log) ->
     while len(signals.come) == come and time.monotonic() < until:
         if process.drained:
             time.sleep(ANSWER_SECONDS)
+            _await_readers(process, signals, come, until, log)
             break
         time.sleep(DRAIN_POLL_SECONDS)
     else:
         log.say("not all live requests have ended")
     # Triton would answer NOT_FOUND while it unloads models, and clients would not try elsewhere.
     process.end_now()
+
+
+def _await_readers(
+    process: TritonProcess, signals: Signals, come: int, until: float, log: Log
+) -> None:
+    """Waits until no client that was connected at the end of the drain has something to read.
+
+    What is on its way to a client is seen. What a client has taken and not read yet is not: after
+    a stream, its connection is left open for a while.
+    """
+    clients, said = process.connections(), False
+    while len(signals.come) == come and time.monotonic() < until:
+        now = process.connections()
+        clients = {ends: now[ends] for ends in clients.keys() & now.keys()}
+        reading = time.monotonic() - process.streamed < READ_SECONDS
+        if not clients or not (reading or any(clients.values())):
+            return
+        if not said:
+            log.say(f"waiting until clients have read their answers; connections: {len(clients)}")
+            said = True
+        time.sleep(DRAIN_POLL_SECONDS)
 
 
 def _run(command: str, process: TritonProcess, signals: Signals, host: str, address: str) -> int:

@@ -104,6 +104,9 @@ def check_shared_memory(repository: Path, stubs: int, free: int | None = None) -
         ServerError: the server cannot start, or no picture of the native size can be answered.
     """
     if free is None:
+        if SHARED_MEMORY.is_dir() and not os.access(SHARED_MEMORY, os.W_OK | os.X_OK):
+            text = f"{SHARED_MEMORY} is not writable for this user, and Triton's Python stubs need"
+            raise ServerError(f"{text} it: mount a tmpfs there with mode 1777", False)
         free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else 0
     least = most = stubs * STUB_BYTES
     sides = picture_sides(repository)

@@ -19,7 +19,7 @@ def verify(repository: Path) -> None:
     """Compares every exported file with the hash in the manifest, where there is one.
 
     Raises:
-        ManifestError: a file is missing or another, or the manifest cannot be read.
+        ManifestError: a file is missing or another, or it or the manifest cannot be read.
     """
     manifest = repository / NAME
     if not manifest.is_file():
@@ -33,9 +33,14 @@ def verify(repository: Path) -> None:
         }
         expected |= {repository / name: sha256 for name, sha256 in content.get("files", {}).items()}
     for file, sha256 in expected.items():
-        if not file.is_file():
-            raise ManifestError(f"{file} is missing: export again")
-        if sha256_of(file) != sha256:
+        try:
+            if not file.is_file():
+                raise ManifestError(f"{file} is missing: export again")
+            found = sha256_of(file)
+        except OSError as error:
+            text = f"{file} cannot be read: {error.strerror}"
+            raise ManifestError(f"{text}; the server's user needs to read it") from None
+        if found != sha256:
             text = f"{file} is not the file that was exported, by its hash in {NAME}"
             raise ManifestError(f"{text}: export again, or start with --no-verify")
 

@@ -21,6 +21,7 @@ from twinbrush.control import VARIABLE, Control
 from twinbrush.runtime_choice import Runtime
 from twinbrush.server import checks, scratch
 from twinbrush.server.addresses import check_ports, for_grpc, for_http, host_port, local
+from twinbrush.server.connections import open_connections
 from twinbrush.server.errors import ServerError
 from twinbrush.server.install import Triton
 from twinbrush.server.log import CHATTER, Log, ServerOutput, is_warning
@@ -190,6 +191,15 @@ class TritonProcess:
     def drained(self) -> bool:
         """Whether the live requests have ended, or the server has."""
         return self._control.drained or self._process.poll() is not None
+
+    @property
+    def streamed(self) -> float:
+        """When a stream was answered last, by the monotonic clock; known once drained."""
+        return self._control.streamed
+
+    def connections(self) -> dict[tuple[str, str], int]:
+        """Those of clients, each with the bytes that are still to reach it."""
+        return open_connections((self._options.http_port, self._options.grpc_port))
 
     def end_now(self) -> None:
         """Makes leaving the context kill the server, without the time it takes to unload models."""

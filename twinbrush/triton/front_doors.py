@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,8 +63,9 @@ class StreamModel:
         config = json.loads(args["model_config"])
         check_names(config, PARAMETERS)
         self._inputs = _input_names(config)
-        control = Control.from_environment()
-        beat = Beat(control, args["model_name"], lambda: self._engine.drain(0))
+        self._control = Control.from_environment()
+        beat = Beat(self._control, args["model_name"], self._drain)
+        self._streamed = 0.0  # when a stream was answered last, by the monotonic clock
         self._tracer = otlp.open_tracer(config)
         models = self.open_models(folder, config)
         self._engine = Engine.of_model(
@@ -95,6 +97,13 @@ class StreamModel:
         if self._tracer is not None:
             self._tracer.close()
 
+    def _drain(self) -> bool:
+        """See `Beat`; what is left of traces is sent before the server is killed."""
+        drained = self._engine.drain(0) and (self._tracer is None or self._tracer.flushed())
+        if drained and self._control is not None:
+            self._control.report_streamed(self._streamed)
+        return drained
+
     def _start(self, request: Any, answer: Answer) -> None:
         fields, origin = _read(request, answer, self._inputs, self._observer)
         if (target := fields.pop("cancel", None)) is not None:
@@ -114,6 +123,7 @@ class StreamModel:
         def reply(event: Event) -> None:
             if isinstance(event, End):
                 forget()
+                self._streamed = time.monotonic()
             _tell(answer, event)
 
         generation = self._submit(fields, reply, origin)
