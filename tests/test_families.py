@@ -142,6 +142,18 @@ def test_parts_in_pytorch_paint_what_diffusers_paints(name, tmp_path, monkeypatc
     assert np.abs(ours - theirs).max() <= 2
 
 
+def test_a_scheduler_of_tcd_paints_what_diffusers_pipeline_paints(tmp_path, monkeypatch):
+    """Which passes an eta of 0, where the scheduler by itself has 0.3."""
+    family = FAMILIES["runwayml/stable-diffusion-v1-5"]
+    config = family.scheduler[1] | {"original_inference_steps": 50}
+    family = shallow(replace(family, scheduler=("TCDScheduler", config)))
+    source = write_family(tmp_path / "source", family)
+    ours = paint_in_pytorch(Source(str(source)), family, tmp_path)
+    theirs = paint_with_diffusers(source, family, monkeypatch)
+    assert theirs.std() > 2
+    assert np.abs(ours - theirs).max() <= 2
+
+
 XL = "stabilityai/stable-diffusion-xl-base-1.0"
 
 

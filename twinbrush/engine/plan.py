@@ -169,7 +169,7 @@ class Planner:
     def _trajectory(self, request: GenerationRequest) -> Trajectory:
         return trajectory(
             request.sampler, self._config.schedule, request.steps,
-            request.chosen_sigma_schedule, request.eta,
+            request.chosen_sigma_schedule, request.chosen_eta,
         )  # fmt: skip
 
     def _is_guided(self, request: GenerationRequest) -> bool:

@@ -110,7 +110,7 @@ class GenerationRequest:
         "How the noise levels of the steps are spaced; the default is the checkpoint's own.",
     )  # fmt: skip
     eta: float | None = row(
-        "FP32", FromConfig("sampler's", lambda config: None), Number(0, 1),
+        "FP32", FromConfig("0", lambda config: None), Number(0, 1),
         "Share of fresh noise in each step, of `ddim` and `tcd` alone.",
     )  # fmt: skip
     guidance_rescale: float = row(
@@ -211,7 +211,7 @@ class GenerationRequest:
         try:
             trajectory(
                 request.sampler, config.schedule, request.steps,
-                request.chosen_sigma_schedule, request.eta,
+                request.chosen_sigma_schedule, request.chosen_eta,
             )  # fmt: skip
         except ValueError as error:
             raise InvalidArgument.worded(str(error)) from error
@@ -236,6 +236,11 @@ class GenerationRequest:
     def chosen_sigma_schedule(self) -> str | None:
         """None where it is the checkpoint's own."""
         return None if self.sigma_schedule == CHECKPOINTS_OWN else self.sigma_schedule
+
+    @property
+    def chosen_eta(self) -> float | None:
+        """None where it is the sampler's own. By default tcd's is 0, as diffusers' pipelines say."""
+        return 0.0 if self.eta is None and self.sampler == "tcd" else self.eta
 
     def metadata_of(self, index: int, config: PipelineConfig) -> dict:
         """What the file of image `index` carries: enough to ask for it again. Empty if not wanted.
