@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import inspect
-import pickle
+import multiprocessing
 import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -127,7 +127,15 @@ def test_a_request_id_is_text(client, way, wrong):
         getattr(client, way)("a ring", request_id=wrong)
 
 
-@pytest.mark.parametrize("way", [copy.copy, lambda error: pickle.loads(pickle.dumps(error))])
+def sent(error):
+    """As it comes out of a pipe between processes."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    with receiver, sender:
+        sender.send(error)
+        return receiver.recv()
+
+
+@pytest.mark.parametrize("way", [copy.copy, sent])
 @pytest.mark.parametrize("kind", [TwinbrushError, InvalidRequest, QueueFull, NothingListens])
 def test_errors_reach_other_processes(kind, way):
     error = kind("UNAVAILABLE", "no place (request id a-1)", 2.0)

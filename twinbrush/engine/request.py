@@ -239,7 +239,7 @@ class GenerationRequest:
 
     @property
     def chosen_eta(self) -> float | None:
-        """None where it is the sampler's own. By default tcd's is 0, as diffusers' pipelines say."""
+        """None is the sampler's own. By default tcd's is 0, as diffusers' pipelines say."""
         return 0.0 if self.eta is None and self.sampler == "tcd" else self.eta
 
     def metadata_of(self, index: int, config: PipelineConfig) -> dict:
