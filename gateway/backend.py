@@ -29,7 +29,8 @@ class Backend:
 
     def __init__(self, address: str, timeout: float, options: Mapping[str, Any] | None = None):
         self.address = address
-        self.client = AsyncClient(address, timeout, max_retries=0, **(options or {}))
+        self._timeout, self._options = timeout, dict(options or {})
+        self.client = self._connect()
         self.info: ServerInfo | None = None
         self.since = int(time.time())  # the epoch's seconds when `info` came
         self.outstanding = 0.0
@@ -53,12 +54,18 @@ class Backend:
         except TwinbrushError as error:
             self._answers = False
             if not self._fault_logged:  # once, not at every look
-                log.warning("%s is not ready: %s", self.address, error)
+                log.warning("%s is not ready: %s", self.address, str(error))
             self._fault_logged = True
+            if not self.outstanding:  # a server that drains waits until its clients have left
+                left, self.client = self.client, self._connect()
+                await left.close()
             return
         if info != self.info:
             self.info, self.since = info, int(time.time())
         self._answers, self._fault_logged = True, False
+
+    def _connect(self) -> AsyncClient:
+        return AsyncClient(self.address, self._timeout, max_retries=0, **self._options)
 
     def eject(self) -> None:
         """Leaves it alone for a while, longer each time until it finishes a request again."""

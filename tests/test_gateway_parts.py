@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import grpc
 import pytest
 import uvicorn
 from fastapi.testclient import TestClient
@@ -25,6 +27,7 @@ from gateway.keys import Key, KeyFileError, KeyRing, Limits, digest, read_keys
 from gateway.limits import Meter
 from gateway.pool import Pool, work_of
 from gateway.server import DrainingServer
+from twinbrush.server.connections import open_connections
 from twinbrush_client import (
     Cancelled,
     DeadlineExceeded,
@@ -120,6 +123,29 @@ def backends(*outstanding: float) -> Pool:
         backend.succeeded()
         vars(pool)["_backends"][backend.address] = backend
     return pool
+
+
+def test_a_server_that_does_not_answer_well_is_left_once_it_has_no_work():
+    """One that drains waits for clients that are connected."""
+    server = grpc.server(ThreadPoolExecutor(1))  # which answers that it knows no call
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+
+    async def run():
+        backend = Backend(f"127.0.0.1:{port}", 5)
+        with backend.working(1):
+            await backend.probe()
+            assert open_connections([port])
+        await backend.probe()
+        async with asyncio.timeout(10):
+            while open_connections([port]):
+                await asyncio.sleep(0.02)
+        with pytest.raises(TwinbrushError, match="Method not found"):
+            await backend.client.info()
+        await backend.client.close()
+
+    asyncio.run(run())
+    server.stop(None)
 
 
 def test_the_server_with_the_least_work_is_chosen_and_equals_take_turns():

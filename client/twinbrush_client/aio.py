@@ -227,7 +227,10 @@ class AsyncStream:
                 raise Cancelled("CANCELLED", "the request was cancelled") from None
             pause = self._connection.pause(failure, attempt, self._deadline)
             if began or pause is None:
-                raise failure
+                try:
+                    raise failure
+                finally:  # the exception has this frame, which would keep it and the connection
+                    failure = None
             await asyncio.sleep(pause)
             attempt += 1
             self._restart()

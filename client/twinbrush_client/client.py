@@ -243,7 +243,10 @@ class Stream:
                 failure = self._connection.error(error)
             pause = self._connection.pause(failure, attempt, self._deadline)
             if began or pause is None:
-                raise failure
+                try:
+                    raise failure
+                finally:  # the exception has this frame, which would keep it and the connection
+                    failure = None
             time.sleep(pause)
             attempt += 1
             self._restart()
