@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 INTERVAL = 0.25  # seconds between looks
+GROWTH = 1.01  # of resident memory, before it is worth a look at what is shared, which is dear
 
 
 @dataclass
@@ -31,8 +33,11 @@ def watch(pid: int) -> Iterator[Usage]:
     usage, done, started = Usage(), threading.Event(), time.monotonic()
 
     def look() -> None:
+        highest = 0.0
         while not done.wait(INTERVAL):
-            usage.peak_gb = max(usage.peak_gb, round(tree_bytes(pid) / 1e9, 2))
+            if (resident := sum(map(_resident, tree(pid)))) > GROWTH * highest:
+                highest = resident
+                usage.peak_gb = max(usage.peak_gb, round(tree_bytes(pid) / 1e9, 2))
 
     thread = threading.Thread(target=look, daemon=True)
     thread.start()
@@ -45,15 +50,32 @@ def watch(pid: int) -> Iterator[Usage]:
 
 
 def tree_bytes(pid: int) -> int:
-    """Proportional set size of a process and its descendants."""
-    total = 0
+    """Proportional set size of a process and its descendants; the kernel walks all their pages."""
+    return sum(map(_proportional, tree(pid)))
+
+
+def tree(pid: int) -> Iterator[int]:
+    """A process and its descendants."""
+    yield pid
     try:
-        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-        total += next(
-            int(line.split()[1]) * 1024 for line in rollup.splitlines() if line.startswith("Pss:")
-        )
         tasks = list(Path(f"/proc/{pid}/task").iterdir())
         children = {child for task in tasks for child in (task / "children").read_text().split()}
-    except (OSError, StopIteration):  # it has just ended
-        return total
-    return total + sum(tree_bytes(int(child)) for child in children)
+    except OSError:  # it has just ended
+        return
+    for child in children:
+        yield from tree(int(child))
+
+
+def _resident(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError):  # it has just ended
+        return 0
+
+
+def _proportional(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:  # it has just ended
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
