@@ -10,6 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from twinbrush.memory import tree_bytes
+from twinbrush.server.processes import children
+
 INTERVAL = 0.25  # seconds between looks
 GROWTH = 1.01  # of resident memory, before it is worth a look at what is shared, which is dear
 
@@ -35,7 +38,7 @@ def watch(pid: int) -> Iterator[Usage]:
     def look() -> None:
         highest = 0.0
         while not done.wait(INTERVAL):
-            if (resident := sum(map(_resident, tree(pid)))) > GROWTH * highest:
+            if (resident := _resident(pid)) > GROWTH * highest:
                 highest = resident
                 usage.peak_gb = max(usage.peak_gb, round(tree_bytes(pid) / 1e9, 2))
 
@@ -49,33 +52,10 @@ def watch(pid: int) -> Iterator[Usage]:
         usage.seconds = round(time.monotonic() - started, 1)
 
 
-def tree_bytes(pid: int) -> int:
-    """Proportional set size of a process and its descendants; the kernel walks all their pages."""
-    return sum(map(_proportional, tree(pid)))
-
-
-def tree(pid: int) -> Iterator[int]:
-    """A process and its descendants."""
-    yield pid
-    try:
-        tasks = list(Path(f"/proc/{pid}/task").iterdir())
-        children = {child for task in tasks for child in (task / "children").read_text().split()}
-    except OSError:  # it has just ended
-        return
-    for child in children:
-        yield from tree(int(child))
-
-
 def _resident(pid: int) -> int:
+    """Resident bytes of a process and its descendants; shared pages count more than once."""
     try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     except (OSError, IndexError):  # it has just ended
         return 0
-
-
-def _proportional(pid: int) -> int:
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:  # it has just ended
-        return 0
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+    return pages * os.sysconf("SC_PAGE_SIZE") + sum(map(_resident, children(pid)))
