@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -97,6 +99,21 @@ def test_openvino_answers_like_onnx_runtime(repository):
         (got,) = session.run(["model_output"], feed)
         # A timestep that BF16 rounds before its sine changes the output by far more than this.
         assert np.abs(got - wanted).max() <= tolerance * np.abs(wanted).max(), precision
+
+
+def test_signals_reach_a_process_whose_sessions_are_gone(repository):
+    pytest.importorskip("openvino")
+    file = repository / "vqgan_decoder" / "1" / "model.onnx"
+    program = f"""if True:
+        import os, pathlib, signal
+        from twinbrush.runtimes.openvino_runtime import OpenVinoSession
+        first, second = (OpenVinoSession(pathlib.Path({str(file)!r}), {{}}, 1) for _ in range(2))
+        del first, second
+        signal.signal(signal.SIGUSR1, lambda *_: print("heard"))
+        os.kill(os.getpid(), signal.SIGUSR1)
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "heard\n"), done.stderr
 
 
 def test_an_export_for_openvino_says_what_it_measured_and_paints(tiny, tmp_path):

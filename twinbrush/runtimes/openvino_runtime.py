@@ -7,6 +7,7 @@ graph are cut off and run in FP32.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ class OpenVinoSession:
         import openvino
 
         precision, threads = parse_parameters(parameters, threads)
-        core = openvino.Core()
+        core = _core()
         whole = core.read_model(str(model))
         self._inputs = [Argument.of(port) for port in whole.inputs]
         self._outputs = [Argument.of(port) for port in whole.outputs]
@@ -105,6 +106,19 @@ class OpenVinoSession:
                     tensors |= dict.fromkeys(port.names, data)
             wanted = names or [argument.name for argument in self._outputs]
             return [tensors[name].copy() for name in wanted]
+
+
+@functools.cache
+def _core() -> Any:
+    """OpenVINO's one core of this process, for good.
+
+    A core gives its thread a stack for signals, and takes it away as it ends. Where cores end in
+    the order in which they began, the thread is left with a stack that is gone, and the next
+    signal ends the process.
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 def parse_parameters(parameters: Mapping[str, str], threads: int) -> tuple[str, int]:
