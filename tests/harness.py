@@ -265,7 +265,7 @@ class Server:
                 urllib.request.urlopen(f"{self.url}/v2/health/ready", timeout=5).close()
                 return
             assert self.process.poll() is None, self.text()
-            time.sleep(0.2)
+            time.sleep(0.01)
         raise AssertionError(f"the server is not ready: {self.text()}")
 
     def stop(self) -> int:

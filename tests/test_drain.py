@@ -16,7 +16,7 @@ from harness import free_ports
 from test_server import victim_of
 from tritonclient.grpc import InferenceServerClient
 
-from twinbrush_client import Client, TwinbrushError
+from twinbrush_client import Client, Picture, TwinbrushError
 from twinbrush_client.wire import inputs
 
 NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -143,6 +143,17 @@ def test_a_drain_is_not_ready_refuses_new_requests_and_a_second_signal_ends_it(
     assert len(codes) == len(waiting)
     assert "UNAVAILABLE" in codes
     assert set(codes) <= {"OK", "UNAVAILABLE"}
+
+
+def test_a_server_that_has_just_become_ready_drains_too(repository, start_server):
+    server = start_server(repository)
+    server.wait_until_ready()
+    with Client(server.address, max_retries=0) as client:
+        events = iter(client.stream("a red circle", steps=50))
+        next(events)
+        server.process.send_signal(signal.SIGTERM)  # the launcher may not know yet
+        assert isinstance(list(events)[-1], Picture)
+    assert server.process.wait(30) == 0
 
 
 def test_a_server_whose_engine_is_silent_is_ended(repository, start_server):

@@ -61,25 +61,31 @@ def serve(
     triton = find_triton()
     log.say(f"using {triton.description}")
     with TritonProcess(triton, options, log) as process:
-        while not process.ready():
-            process.check()
-            signals.wait(START_POLL_SECONDS, process.pids)
-        health.state = "ready"
-        log.say(f"ready in {process.age:.1f} s, serving {options.repository}")
-        grpc = host_port(local(options.address), options.grpc_port)
-        if then is not None:
-            raise Stopped(_run(then, process, signals, local(options.address), grpc))
-        log.say(f"  gRPC    {host_port(options.address, options.grpc_port)}")
-        log.say(f"  HTTP    http://{host_port(options.address, options.http_port)}")
-        log.say(f"  metrics http://{host_port(options.address, options.metrics_port)}/metrics")
         try:
-            while True:
+            while not process.ready():
+                process.check()
+                signals.wait(START_POLL_SECONDS, process.pids)
+            health.state = "ready"
+            log.say(f"ready in {process.age:.1f} s, serving {options.repository}")
+            if then is None:
+                _say_addresses(options, log)
+            while then is None:
                 process.check()
                 signals.wait(WATCH_SECONDS, process.pids)
-        except Stopped:
+        except Stopped:  # also before it was seen to be ready: clients may have seen it first
             health.state = "draining"
             drain(process, signals, drain_seconds, log)
             raise
+        grpc = host_port(local(options.address), options.grpc_port)
+        raise Stopped(_run(then, process, signals, local(options.address), grpc))
+
+
+def _say_addresses(options: ServerOptions, log: Log) -> None:
+    ports = options.grpc_port, options.http_port, options.metrics_port
+    grpc, http, metrics = (host_port(options.address, port) for port in ports)
+    log.say(f"  gRPC    {grpc}")
+    log.say(f"  HTTP    http://{http}")
+    log.say(f"  metrics http://{metrics}/metrics")
 
 
 def drain(process: TritonProcess, signals: Signals, seconds: float, log: Log) -> None:

@@ -76,6 +76,7 @@ class StreamModel:
         self._relay = RelayServer(relay_address(), self._submit)
         self._watch = CancelWatch(_end_process)
         self._live: dict[Answer, tuple[str, Generation]] = {}  # and the id that the client gave
+        beat()  # before the server is ready: a launcher that has seen no beat cannot drain it
 
     def open_models(self, folder: Path, config: Mapping[str, Any]) -> PlacedModels:
         """The networks behind the engine in `folder`, by the parameter `runtime`."""
