@@ -91,6 +91,13 @@ class Pool:
                 named.setdefault(backend.checkpoint, backend)
         return named
 
+    def hashes(self) -> dict[str, str]:
+        """The SHA-256 of each checkpoint, by its name; "" where a server does not say."""
+        return {
+            name: backend.info.checkpoint_hash if backend.info else ""
+            for name, backend in self.models().items()
+        }
+
     async def info(self, model: str | None = None) -> ServerInfo:
         """What a checkpoint's server serves; of the first one, without a name.
 

@@ -19,8 +19,8 @@ from gateway.sdapi_fields import (
     NAMES,
     TextToImage,
     check_settings,
-    checked_model,
     image_format,
+    named_checkpoint,
 )
 from gateway.sdapi_jobs import Jobs, SdJob
 from twinbrush_client import Cancelled
@@ -100,7 +100,7 @@ def _add_painting(routes: APIRouter, studio: Studio, options: CallersOptions) ->
         """Paints images of a prompt."""
         body.check()
         settings = {CHECKPOINT: None, FORMAT: "png"} | options.of(request) | body.overrides
-        model = checked_model(settings[CHECKPOINT])
+        model = named_checkpoint(settings[CHECKPOINT], studio.pool.hashes())
         job = SdJob(body, model, image_format(settings[FORMAT]))
         return JSONResponse(await _paint(studio, jobs, job, request))
 
@@ -149,6 +149,7 @@ def _add_options(routes: APIRouter, studio: Studio, options: CallersOptions) -> 
         if given.get(CHECKPOINT) == "":  # as some tools say that they want none in particular
             del given[CHECKPOINT]
         if CHECKPOINT in given:
+            given[CHECKPOINT] = named_checkpoint(given[CHECKPOINT], studio.pool.hashes())
             await studio.info(given[CHECKPOINT])
         if FORMAT in given:
             image_format(given[FORMAT])
@@ -170,14 +171,10 @@ def _add_lists(routes: APIRouter, studio: Studio) -> None:
     @routes.get("/sd-models")
     async def models() -> Response:
         """The checkpoints that are served."""
-        hashes = {
-            name: backend.info.checkpoint_hash if backend.info else ""
-            for name, backend in studio.pool.models().items()
-        }
         return JSONResponse([
             {"title": name, "model_name": name, "hash": sha256[:10] or None,
              "sha256": sha256 or None, "filename": name, "config": None}
-            for name, sha256 in hashes.items()
+            for name, sha256 in studio.pool.hashes().items()
         ])  # fmt: skip
 
     @routes.get("/loras")

@@ -51,6 +51,9 @@ WITH_S_NOISE = "dpmpp_2m_sde"  # the one whose picture A1111's `s_noise` of 0 ch
 # What A1111 reads in prompts beside `prompt_syntax`: [a:b:0.5], [a|b], AND.
 NOT_READ = re.compile(r"\[[^\[\]]*:\s*[\d.]+\s*\]|\[[^\[\]|]*\|[^\[\]]*\]|\bAND\b")
 LORA = re.compile(r"\s*<lora:([^<>]*)>")  # `<lora:NAME>` or `<lora:NAME:SCALE>`
+TITLE_HASH = re.compile(r"\s*\[[0-9a-fA-F]+\]\s*$")
+FILE_ENDING = re.compile(r"\.(safetensors|ckpt)$")
+HASH = re.compile(r"[0-9a-f]{10,64}")
 # What a server calls a field, and what this door does.
 NAMES = {"num_images": "batch_size", "sampler": "sampler_name", "sigma_schedule": "scheduler",
          "guidance_scale": "cfg_scale"}  # fmt: skip
@@ -178,11 +181,33 @@ def image_format(name: object) -> str:
     return FORMATS[name]
 
 
-def checked_model(name: object) -> str | None:
-    """The checkpoint that A1111's `sd_model_checkpoint` names; None is the first."""
+def named_checkpoint(name: object, hashes: Mapping[str, str]) -> str | None:
+    """The checkpoint that A1111's `sd_model_checkpoint` names; None is the first.
+
+    A1111 also takes a title's hash in brackets and the file's ending, and a hash alone.
+
+    Args:
+        name: as a tool has sent it.
+        hashes: of the checkpoints that are served, by name; "" where it is not known.
+
+    Returns:
+        The name of one that is served, or `name` itself where none is meant.
+
+    Raises:
+        ApiError: it is no text.
+    """
     if not isinstance(name, str | None):
         raise invalid(CHECKPOINT, name, "must be a title of /sdapi/v1/sd-models")
-    return name or None
+    if not name or name in hashes:
+        return name or None
+    title = TITLE_HASH.sub("", name).strip()
+    for wanted in (title, FILE_ENDING.sub("", title)):
+        if wanted in hashes:
+            return wanted
+    short = title.lower()
+    if HASH.fullmatch(short):
+        return next((known for known, sha256 in hashes.items() if sha256.startswith(short)), name)
+    return name
 
 
 def check_settings(settings: Mapping[str, Any], prefix: str = "") -> None:

@@ -142,6 +142,23 @@ def test_options_are_kept_and_checked(api, gateway):
     api.set_options(api.get_options() | {"show_progress_every_n_steps": 5})  # what is read is taken
 
 
+def test_a_checkpoint_is_found_by_what_a1111_calls_it(api, gateway):
+    (served,) = api.get_sd_models()
+    name, sha256 = served["title"], served["sha256"]
+    for title in (f"{name}.safetensors [{sha256[:10]}]", f"{name} [0123456789]", f"{name}.ckpt",
+                  sha256, sha256[:10].upper()):  # fmt: skip
+        api.set_options({"sd_model_checkpoint": title})
+        assert api.get_options()["sd_model_checkpoint"] == name
+        settings = {"sd_model_checkpoint": title}
+        result = api.txt2img(prompt="a ring", width=32, height=32, override_settings=settings)
+        assert result.info["sd_model_name"] == name
+    api.set_options({"sd_model_checkpoint": ""})
+    for wrong in (f"{name}2.ckpt [{sha256[:10]}]", "0123456789", sha256[:9], "[abc]", ".ckpt"):
+        answer = gateway.call("/sdapi/v1/options", {"sd_model_checkpoint": wrong})
+        assert answer.status == 404, wrong
+        assert wrong in answer.json()["detail"]
+
+
 @pytest.mark.parametrize("end", [webuiapi.WebUIApi.interrupt, webuiapi.WebUIApi.skip])
 def test_progress_shows_a_preview_and_interrupt_ends_it(api, server, end):
     results = []
